@@ -1,0 +1,80 @@
+"""Classifiers and reconstruction decoders that read level 3 of a column (paper, section 3.3 and appendix)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.model.blocks import ConvNeXtBlock
+from pipeline.model.layers import CastTo, LayerNorm, Linear
+from pipeline.model.spec import Four
+
+SIMPLE_DECODER_ABOVE = 1000  # classes
+
+
+class Classifier(nn.Module):
+    """(N, H, W, C) -> (N, classes) logits: global average pool, norm, linear."""
+
+    def __init__(self, channels: int, num_classes: int, init_scale: float = 1.0) -> None:
+        super().__init__()
+        self.cast = CastTo()
+        self.norm = LayerNorm(channels)
+        self.linear = Linear(channels, num_classes)
+        with torch.no_grad():
+            self.linear.weight.mul_(init_scale)
+            self.linear.bias.mul_(init_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(self.norm(self.cast(x.mean((1, 2))))))
+
+
+class DecoderStage(nn.Module):
+    """(N, H, W, C) -> (N, 2H, 2W, C'): linear, norm, GELU, bilinear upsampling, one ConvNeXt block of expansion 1."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = Linear(inputs, outputs)
+        self.norm = LayerNorm(outputs)
+        self.block = ConvNeXtBlock(outputs, expansion=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.gelu(self.norm(self.linear(x))).permute(0, 3, 1, 2)
+        x = functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        return cast(Tensor, self.block(x.permute(0, 2, 3, 1).contiguous()))
+
+
+class Decoder(nn.Module):
+    """Reconstruction (N, 3, 32H, 32W) from level 3 (N, H, W, C3) for up to 1000 classes: three stages, pixel shuffle 4."""
+
+    def __init__(self, channels: Four) -> None:
+        super().__init__()
+        self.cast = CastTo()
+        self.stages = nn.ModuleList(DecoderStage(channels[i], channels[i - 1]) for i in (3, 2, 1))
+        self.project = Linear(channels[0], 3 * 4 * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cast(x)
+        for stage in self.stages:
+            x = stage(x)
+        return functional.pixel_shuffle(self.project(x).permute(0, 3, 1, 2), 4)
+
+
+class SimpleDecoder(nn.Module):
+    """Reconstruction (N, 3, 32H, 32W) from level 3 for more than 1000 classes: norm, linear, pixel shuffle 32."""
+
+    def __init__(self, channels: Four) -> None:
+        super().__init__()
+        self.cast = CastTo()
+        self.norm = LayerNorm(channels[3])
+        self.project = Linear(channels[3], 3 * 32 * 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.pixel_shuffle(self.project(self.norm(self.cast(x))).permute(0, 3, 1, 2), 32)
+
+
+def make_decoder(channels: Four, num_classes: int) -> nn.Module:
+    """The decoder that the published models use for this number of classes."""
+    return SimpleDecoder(channels) if num_classes > SIMPLE_DECODER_ABOVE else Decoder(channels)
