@@ -19,9 +19,8 @@ class World:
     def from_environment(cls) -> World:
         """RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them; PIPELINE_GENERATION by our own supervisor."""
         get = os.environ.get
-        return cls(
-            int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")), int(get("PIPELINE_GENERATION", "0"))
-        )
+        keys = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "PIPELINE_GENERATION": "0"}
+        return cls(*(int(get(key, default)) for key, default in keys.items()))
 
     @property
     def is_main(self) -> bool:
