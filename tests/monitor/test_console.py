@@ -1,0 +1,64 @@
+"""Plain lines in a pipe; a live bar on a terminal; both fed from the event log alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.monitor.console import Display, Follow, following
+from pipeline.monitor.recorder import Recorder, events_path
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _display(*, terminal: bool = False) -> tuple[Display, io.StringIO, Clock]:
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    return Display(console, interval=10.0, clock=clock), out, clock
+
+
+def test_plain_lines_at_intervals_with_time_left(tmp_path: Path) -> None:
+    display, out, clock = _display()
+    follow = Follow(events_path(tmp_path, "pretrain"), display)
+    recorder = Recorder(tmp_path, "pretrain")
+    with display.stage("pretrain"):
+        for step in range(1, 41):
+            recorder.step(step, 40, 0, {"loss/total": 5.0 - step / 10, "throughput/images_per_s": 1234.5})
+            clock.now += 1.0
+            follow.poll()
+        recorder.evaluation(40, {"accuracy/top1": 0.625, "accuracy/top5": 0.9})
+        recorder.message("one step skipped", "warning")
+        follow.poll()
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "pretrain 1/40  epoch 1  1,234.5 images/s  loss 4.9000"
+    assert lines[1] == "pretrain 11/40  epoch 1  1,234.5 images/s  loss 3.9000  0:00:29 left"
+    assert lines[-3:] == [
+        "pretrain 40/40  epoch 1  1,234.5 images/s  loss 1.0000",
+        "evaluation after step 40: top1 0.625  top5 0.9",
+        "warning: one step skipped",
+    ]
+    assert len(lines) == 7
+    assert follow.highest == 40
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
+    display, out, _ = _display(terminal=True)
+    recorder = Recorder(tmp_path, "finetune")
+    with display.stage("finetune"), following(Follow(events_path(tmp_path, "finetune"), display), interval=0.01):
+        recorder.step(1, 3, 0, {"loss/total": 2.0})
+    assert "1/3" in out.getvalue()
+
+
+def test_text_of_users_is_never_markup() -> None:
+    display, out, _ = _display()
+    with display.stage("prepare"):
+        display.say("class [red]n0[/red] has no images")
+        display.progress("[bold]x", 1, 1)
+    assert out.getvalue().splitlines() == ["class [red]n0[/red] has no images", "prepare: [bold]x 1/1"]
