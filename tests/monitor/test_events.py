@@ -28,12 +28,13 @@ def test_a_resume_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     assert len([event for event in Follower(path).poll() if event.kind == "step"]) == 9  # nothing is deleted
 
 
-@given(cut=st.integers(2, 200))
+@given(cut=st.integers(1, 200))
 def test_cut_at_any_byte_then_continued(cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.jsonl"
         _write(path, 0, 2)
         path.write_bytes(path.read_bytes()[:-cut])
+        EventWriter(path).close()  # ends the line that was cut
         before = [event.step for event in read_events(path) if event.kind == "step"]
         _write(path, 2, 4)
         steps = [event.step for event in read_events(path) if event.kind == "step"]
