@@ -1,0 +1,87 @@
+"""Using an exported model: needs torch and safetensors, neither ray nor deepspeed.
+
+    from pipeline.export.reload import load_export
+    model = load_export("runs/quickstart/export")
+    model.predict("cat.jpg")                      # [(class, name, probability), ...]
+
+``python -m pipeline.export.reload DIR`` repeats the export's self-test in a fresh process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.data.augment import evaluation_view
+from pipeline.data.decode import decode
+from pipeline.errors import CheckpointError
+from pipeline.export import official
+from pipeline.model import NetworkSpec, RevCol
+
+
+@dataclass
+class Exported:
+    """A network in evaluation mode with its preprocessing and class names."""
+
+    network: RevCol
+    description: dict[str, Any]
+
+    def prepare(self, path: str | Path) -> Tensor:
+        """Image file -> (1, 3, H, W), as in evaluation."""
+        how = self.description["preprocessing"]
+        pixels = decode(Path(path).read_bytes())
+        view = torch.from_numpy(evaluation_view(pixels, how["image_size"], how["resize"])).permute(2, 0, 1)[None].float() / 255
+        mean, std = (torch.tensor(how[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        return (view - mean) / std
+
+    @torch.no_grad()
+    def predict(self, path: str | Path, best: int = 5) -> list[tuple[str, str, float]]:
+        """The most probable classes of an image file: (id, name, probability)."""
+        probabilities = self.network(self.prepare(path)).logits[-1].softmax(1)[0]
+        values, indices = probabilities.topk(min(best, len(probabilities)))
+        classes, names = self.description["classes"], self.description["class_names"]
+        return [(classes[i], names[i], float(v)) for v, i in zip(values, indices.tolist(), strict=True)]
+
+
+def load_export(directory: str | Path) -> Exported:
+    """The exported model. Raises CheckpointError when a file is missing."""
+    directory = Path(directory)
+    try:
+        description = json.loads((directory / "model.json").read_text())
+        weights = load_file(directory / "model.safetensors")
+    except OSError as error:
+        raise CheckpointError(f"not an exported model: {error}", place=str(directory), remedy="run the stage 'export'") from error
+    network = make_network(description)
+    network.load_state_dict(weights, strict=True)
+    return Exported(network.eval(), description)
+
+
+def make_network(description: dict[str, Any]) -> RevCol:
+    """The network that ``model.json`` describes, with stored activations and fresh weights."""
+    network = {key: tuple(value) if isinstance(value, list) else value for key, value in description["network"].items()}
+    return RevCol(NetworkSpec(**{**network, "activations": "stored", "drop_path": 0.0}))
+
+
+@torch.no_grad()
+def self_test(directory: Path) -> float:
+    """Largest difference of logits between the training network (stored in the export) and both exported files, reloaded."""
+    torch.set_num_threads(1)
+    check = load_file(directory / "selftest.safetensors")
+    exported = load_export(directory)
+    published = make_network(exported.description).eval()
+    official.load(published, torch.load(directory / "revcol.pth", weights_only=True)["model"])
+    return max(float((net(check["images"]).logits[-1] - check["logits"]).abs().max()) for net in (exported.network, published))
+
+
+if __name__ == "__main__":
+    difference = self_test(Path(sys.argv[1]))
+    unwanted = sorted({"ray", "deepspeed"} & set(sys.modules))
+    print(json.dumps({"difference": difference, "imported": unwanted}))
+    sys.exit(0 if difference == 0 and not unwanted else 3)
