@@ -1,0 +1,46 @@
+"""Encoded bytes -> RGB pixels, no more of them than needed."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # (height, width, 3), RGB
+
+JPEG_MAGIC = b"\xff\xd8\xff"
+_ANY = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
+    """(height, width) of a JPEG from its header, in pixels. Raises ValueError when it has none."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    return height, width
+
+
+def decode_jpeg(data: bytes | memoryview, min_height: int = 0, min_width: int = 0) -> Image:
+    """Decode a JPEG, at the smallest of the scales 1, 1/2, 1/4, 1/8 that is at least ``min_height`` x ``min_width``.
+
+    Damage that the decoder can get over is got over: the preparation has judged it already.
+
+    Raises:
+        ValueError: not a JPEG, or damaged beyond that.
+    """
+    image: Image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, min_height=min_height, min_width=min_width, strict=False)
+    return image
+
+
+def decode_any(data: bytes | memoryview) -> Image:
+    """Decode any format that OpenCV knows, CMYK, grey, 16-bit and alpha included, to RGB; the EXIF orientation is ignored.
+
+    Raises:
+        ValueError: cannot be decoded.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), _ANY) if len(data) else None
+    except cv2.error as error:
+        raise ValueError(str(error).strip()) from error
+    if image is None:
+        raise ValueError("no image format that is known")
+    return np.asarray(image, dtype=np.uint8)
