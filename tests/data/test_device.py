@@ -48,7 +48,7 @@ def test_the_device_numbers_are_those_of_numpy() -> None:
 
 def test_the_numbers_are_uniform_and_independent() -> None:
     numbers = uniform(1, 2, torch.arange(20_000), "x", 4)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts = torch.histc(numbers, 50, 0, 1)
     assert ((counts - 1600) ** 2 / 1600).sum() < 100  # 49 degrees of freedom: the 99.99% point is 97
     correlations = torch.corrcoef(torch.cat([numbers[1:], numbers[:-1], uniform(1, 2, torch.arange(19_999), "y", 4)], 1).T)
@@ -119,7 +119,7 @@ def test_an_image_without_its_partner_stays_as_it_is() -> None:
     images, labels, samples, positions = batch(5, first=3)  # positions 3..7: 3 has lost 2
     out = DeviceAugment(only(mixup=0.8), CLASSES, 1, train=True)(images, labels, samples, positions, 0)
     torch.testing.assert_close(out.images[0], normal(images)[0])
-    assert out.targets[0, labels[0]] == 1 and (out.targets.max(1).values[1:] < 1).all() or len(set(labels.tolist())) < 5
+    assert (out.targets[0, labels[0]] == 1 and (out.targets.max(1).values[1:] < 1).all()) or len(set(labels.tolist())) < 5
 
 
 def test_erasing_fills_boxes_of_the_published_size_with_noise() -> None:
