@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # also the name of a folder
 Levels = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt], Field()]
 
 
@@ -78,8 +79,8 @@ class DatasetConfig(Section):
     )
     classes: str = Field(
         "auto",
-        description="Class order: a list in configs/classes (fall11_21841, winter21_19167, google_21843, imagenet1k), a "
-        "file of one class a line, or 'auto': the root's synsets.txt, else the sorted names of the source.",
+        description="Class order: a list in configs/classes (fall11_21841, google_21843, imagenet1k), a file "
+        "of one class a line, or 'auto': the root's synsets.txt, else the sorted names of the source.",
     )
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.1, description="Share held out by content hash when the source has no validation split of its own."
@@ -185,9 +186,11 @@ class Stages(Section):
 class Job(Section):
     """One run from data to exported weights."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)] = Field(description="Name; the run's directory is runs/<name>.")
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$")] = Field(
+        description="Name; the run's directory is runs/<name>. No '/', '\\' or control characters, no '.' first."
+    )
     seed: NonNegativeInt = Field(0, description="Seed of every random choice.")
     model: ModelConfig = Field(description="The network, or the name of a file in configs/model.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Where it runs, or a name in configs/cluster.")
-    data: dict[str, DatasetConfig] = Field(description="Datasets by name; one alone may be written without a name.")
+    data: dict[DatasetName, DatasetConfig] = Field(description="Datasets by name; one alone may be written without a name.")
     stages: Stages = Field(description="What to do.")

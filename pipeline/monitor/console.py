@@ -137,8 +137,6 @@ class Follow:
     def _show(self, event: Event) -> None:
         if event.kind == "message":
             self._display.say(event.text, event.level)
-        elif event.kind == "start" and event.step:
-            self._display.say(f"goes on after step {event.step}")
         elif event.kind == "evaluation":
             self._figures.take(event)
             values = "  ".join(f"{name.removeprefix('accuracy/')} {value:.4g}" for name, value in event.scalars.items())

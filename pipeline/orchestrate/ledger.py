@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,7 +52,6 @@ class StageRecord(BaseModel):
     state: State = "pending"
     seconds: float = Field(0.0, description="Time worked, over all attempts that ended in order.")
     inputs: dict[str, str] = Field(default_factory=dict, description="Digests by name.")
-    settings: dict[str, Any] = Field(default_factory=dict, description="The resolved settings that the result depends on.")
     outputs: dict[str, Artifact] = Field(default_factory=dict, description="By path, relative to the run's directory.")
     figures: dict[str, float] = Field(default_factory=dict, description="Numbers by name, such as top1.")
     error: str = ""
@@ -86,10 +85,10 @@ class Ledger:
         """The record of a stage; pending if it never began."""
         return self._record.stages.get(name, StageRecord())
 
-    def begin(self, name: str, settings: dict[str, Any], inputs: dict[str, str], *, anew: bool) -> None:
+    def begin(self, name: str, inputs: dict[str, str], *, anew: bool) -> None:
         """The stage runs from now on; ``anew``: earlier attempts no longer count."""
         seconds = 0.0 if anew else self.stage(name).seconds
-        self._record.stages[name] = StageRecord(state="running", seconds=seconds, settings=settings, inputs=inputs)
+        self._record.stages[name] = StageRecord(state="running", seconds=seconds, inputs=inputs)
         self._save()
 
     def finish(self, name: str, seconds: float, outputs: dict[str, Artifact], figures: dict[str, float]) -> None:

@@ -1,0 +1,223 @@
+"""Combinations that cannot work, and stages that need what nothing makes; told before anything starts (C5, C7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pipeline.config import classes
+from pipeline.config.derive import (
+    ORDER,
+    TRAINING,
+    batches,
+    dataset_name,
+    evaluate_image_size,
+    prepared_names,
+    stage_names,
+    train_config,
+)
+from pipeline.config.problems import Problem, did_you_mean, refuse
+from pipeline.config.schema import AugmentConfig, DatasetConfig, Job, TrainConfig
+from pipeline.errors import ConfigError
+
+STRIDE = 32  # of the network's last level
+SUPERVISED = 4  # positions of intermediate supervision
+
+
+class _Checker:
+    """Gathers problems; ``key`` of a problem becomes the place where it was written."""
+
+    def __init__(self, job: Job, origins: Mapping[str, str], run_dir: Path | None) -> None:
+        self.job, self.origins, self.run_dir = job, origins, run_dir
+        self.problems: list[Problem] = []
+
+    def say(self, key: str, cause: str, remedy: str) -> None:
+        self.problems.append(Problem(self.place(key), f"{key}: {cause}", remedy))
+
+    def place(self, key: str) -> str:
+        """file:line of the key, or of the nearest section around it that was written."""
+        while key:
+            origin = self.origins.get(key, "default")
+            if origin != "default":
+                return origin
+            key = key.rpartition(".")[0]
+        return ""
+
+    def attempt(self, stage: str, ask: Callable[[], object]) -> None:
+        """Gather the ConfigError of a derived value, its place completed to a full key."""
+        try:
+            ask()
+        except ConfigError as error:
+            key = error.place if error.place.startswith("stages.") else f"stages.{stage}.{error.place}"
+            self.say(key, error.cause, error.remedy)
+
+    def made(self, *parts: str) -> bool:
+        """Whether an earlier run left this artifact."""
+        return self.run_dir is not None and self.run_dir.joinpath("stages", *parts).is_file()
+
+
+def check(job: Job, world_size: int, origins: Mapping[str, str] | None = None, run_dir: Path | None = None) -> None:
+    """Raise one ConfigError that names everything in the job that cannot work on ``world_size`` processes.
+
+    ``origins`` (of a LoadedJob) turn keys into file:line; ``run_dir`` lets stages use what an earlier run left there.
+    """
+    checker = _Checker(job, origins or {}, run_dir)
+    if not stage_names(job):
+        checker.say("stages", "the job has no stage", f"write one of {', '.join(ORDER)}")
+    for name, dataset in job.data.items():
+        _dataset(checker, f"data.{name}", dataset)
+    _prepare(checker)
+    for stage in TRAINING:
+        if stage in stage_names(job):
+            _training(checker, stage, train_config(job, stage), world_size)
+    _sources(checker)
+    _used_data(checker)
+    _evaluate(checker)
+    refuse(checker.problems)
+
+
+def _dataset(checker: _Checker, key: str, dataset: DatasetConfig) -> None:
+    made_up = dataset.generate
+    if made_up is None:
+        if not dataset.root:
+            checker.say(f"{key}.root", "no source is given", f"--set {key}.root=DIR, or {key}.generate")
+        return
+    if dataset.layout == "huggingface":
+        checker.say(f"{key}.layout", "images cannot be generated in the layout 'huggingface'", "take class_tars")
+    if made_up.min_size > made_up.max_size:
+        checker.say(f"{key}.generate.min_size", f"{made_up.min_size} is above max_size {made_up.max_size}", "swap them")
+    if made_up.min_size < dataset.min_side:
+        cause = f"images of {made_up.min_size} pixels would all be quarantined (min_side {dataset.min_side})"
+        checker.say(f"{key}.generate.min_size", cause, f"take {dataset.min_side} or more")
+    if dataset.classes != "auto":
+        try:
+            count = len(classes.class_list(dataset.classes))
+        except ConfigError as error:
+            checker.say(f"{key}.classes", error.cause, error.remedy)
+            return
+        if made_up.classes > count:
+            cause = f"{made_up.classes} classes wanted, the list {dataset.classes} has {count}"
+            checker.say(f"{key}.generate.classes", cause, f"take at most {count}")
+
+
+def _prepare(checker: _Checker) -> None:
+    stage = checker.job.stages.prepare
+    for name in stage.data if stage is not None else ():
+        if name not in checker.job.data:
+            remedy = did_you_mean(name, checker.job.data, "the job's datasets")
+            checker.say("stages.prepare.data", f"the job has no dataset '{name}'", remedy)
+
+
+def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -> None:
+    key = f"stages.{stage}"
+    if train.image_size % STRIDE:
+        low = train.image_size // STRIDE * STRIDE
+        near = " or ".join(str(size) for size in (low, low + STRIDE) if size)
+        checker.say(f"{key}.image_size", f"{train.image_size} pixels is not a multiple of {STRIDE}", f"take {near}")
+    checker.attempt(stage, lambda: batches(train, world_size))
+    _pairs(checker, stage, train, world_size)
+    if train.supervision and checker.job.model.columns < SUPERVISED:
+        cause = f"intermediate supervision needs {SUPERVISED} columns, the model has {checker.job.model.columns}"
+        checker.say(f"{key}.supervision", cause, "supervision: false, or a model of more columns")
+    if train.zero_stage == 0 and train.precision == "bf16":
+        checker.say(f"{key}.zero_stage", "ZeRO stage 0 with bf16 keeps no fp32 masters", "take 1")
+    if train.warmup_epochs > train.epochs:
+        cause = f"{train.warmup_epochs:g} epochs of warm-up in a stage of {train.epochs}"
+        checker.say(f"{key}.warmup_epochs", cause, f"take at most {train.epochs}")
+    for name in ("min_lr", "warmup_lr"):
+        value = getattr(train, name)
+        if value > train.lr:
+            checker.say(f"{key}.{name}", f"{value:g} is above the peak learning rate {train.lr:g}", f"take less than {train.lr:g}")
+    if train.eval_resize < 1:
+        checker.say(f"{key}.eval_resize", f"{train.eval_resize:g} makes images smaller than the crop", "take 1 or more")
+    _crop(checker, f"{key}.augment", train.augment)
+
+
+def _pairs(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -> None:
+    """Mixup and cutmix pair neighbours within a micro batch."""
+    if not (train.augment.mixup or train.augment.cutmix):
+        return
+    try:
+        micro, _ = batches(train, world_size)
+    except ConfigError:
+        return  # told already
+    if micro % 2:
+        cause = f"mixup and cutmix pair the images of a micro batch, and {micro} is odd (on {world_size} processes)"
+        key = "micro_batch" if train.micro_batch != "auto" else "global_batch"
+        checker.say(f"stages.{stage}.{key}", cause, "an even micro_batch, or augment.mixup and augment.cutmix 0")
+
+
+def _crop(checker: _Checker, key: str, augment: AugmentConfig) -> None:
+    (small, large), (narrow, wide) = augment.crop_scale, augment.crop_ratio
+    if not small <= large <= 1:
+        checker.say(f"{key}.crop_scale", f"[{small:g}, {large:g}] is no range of shares", "smaller first, at most 1")
+    if narrow > wide:
+        checker.say(f"{key}.crop_ratio", f"[{narrow:g}, {wide:g}] is no range", "smaller first")
+    if augment.randaugment > 10:
+        checker.say(f"{key}.randaugment", f"magnitude {augment.randaugment} is above 10", "take 0 to 10")
+
+
+def _sources(checker: _Checker) -> None:
+    """Every `from` names an earlier training stage of this job or of this run, or a file (C7)."""
+    job, present = checker.job, stage_names(checker.job)
+    for stage in present:
+        section = getattr(job.stages, stage)
+        source = getattr(section, "initial", "")
+        key = f"stages.{stage}.from"
+        if not source:
+            continue
+        if source in ORDER:
+            earlier = [name for name in present if name in TRAINING and ORDER.index(name) < ORDER.index(stage)]
+            remedy = f"from: {earlier[-1]}" if earlier else "add the stage, or give a weights file"
+            if source not in TRAINING or ORDER.index(source) >= ORDER.index(stage):
+                checker.say(key, f"'{source}' makes no weights before {stage}", remedy)
+            elif source not in present and not checker.made(source, "weights.safetensors"):
+                checker.say(key, f"needs the weights of '{source}', which the job does not have", remedy)
+        elif not Path(source).is_file():
+            remedy = did_you_mean(source, [name for name in present if name in TRAINING], "the job's training stages")
+            checker.say(key, f"'{source}' is neither a training stage nor a file", remedy)
+
+
+def _used_data(checker: _Checker) -> None:
+    """Every dataset that a stage uses exists and is prepared (C7)."""
+    job = checker.job
+    for stage in stage_names(job):
+        if stage in ("prepare", "export"):
+            continue
+        key = f"stages.{stage}.data"
+        try:
+            name = dataset_name(job, stage)
+        except ConfigError as error:
+            checker.say(error.place, error.cause, error.remedy)
+            continue
+        if name not in job.data:
+            checker.say(key, f"the job has no dataset '{name}'", did_you_mean(name, job.data, "the job's datasets"))
+        elif name not in prepared_names(job) and not checker.made("prepare", name, "dataset.json"):
+            cause = f"no stage prepares the dataset '{name}'"
+            remedy = f"add {name} to stages.prepare.data" if job.stages.prepare else "add `prepare: {}` to the stages"
+            checker.say(key, cause, remedy)
+
+
+def _evaluate(checker: _Checker) -> None:
+    """The evaluated classes are those that the head was trained on."""
+    job, stage = checker.job, checker.job.stages.evaluate
+    if stage is None:
+        return
+    source = stage.initial
+    if source not in TRAINING or source in stage_names(job):
+        checker.attempt("evaluate", lambda: evaluate_image_size(job))
+    if stage.image_size is not None and stage.image_size % STRIDE:
+        cause = f"{stage.image_size} pixels is not a multiple of {STRIDE}"
+        checker.say("stages.evaluate.image_size", cause, f"take {stage.image_size // STRIDE * STRIDE or STRIDE}")
+    if source not in stage_names(job) or source not in TRAINING:
+        return
+    try:
+        trained, evaluated = dataset_name(job, source), dataset_name(job, "evaluate")
+    except ConfigError:
+        return  # told already
+    if trained == evaluated or trained not in job.data or evaluated not in job.data:
+        return
+    lists = job.data[trained].classes, job.data[evaluated].classes
+    if lists[0] != lists[1]:
+        cause = f"the head of '{source}' has the classes of {trained} ({lists[0]}), not those of {evaluated} ({lists[1]})"
+        checker.say("stages.evaluate.data", cause, f"data: {trained}")

@@ -1,0 +1,28 @@
+"""Learning rates of the published recipes."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config.schema import TrainConfig
+from pipeline.train.schedule import Schedule
+
+
+def test_linear_scaling_warm_up_and_cosine() -> None:
+    config = TrainConfig(epochs=10, lr=1e-3, lr_batch=1024, global_batch=2048, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-6)
+    schedule = Schedule.of(config, steps_per_epoch=50)
+    assert schedule.total_steps == 500 and schedule.warmup_steps == 100
+    assert schedule(0) == pytest.approx(2e-5)
+    assert schedule(50) == pytest.approx((2e-5 + 2e-3) / 2)
+    assert schedule(100) == pytest.approx(2e-3)
+    assert schedule(300) == pytest.approx(2e-6 + (2e-3 - 2e-6) / 2)
+    assert schedule(500) == pytest.approx(2e-6)
+    rates = [schedule(step) for step in range(100, 500)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_cut_schedule_still_ends_at_the_minimum() -> None:
+    config = TrainConfig(epochs=90, lr=1e-3, warmup_epochs=5, max_steps=8)
+    schedule = Schedule.of(config, steps_per_epoch=100)
+    assert schedule.total_steps == 8 and schedule.warmup_steps == 7
+    assert schedule(8) == pytest.approx(config.min_lr)
