@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -54,11 +55,14 @@ class Display:
 
     Args:
         console: where to; a live bar if it is a terminal.
+        log: a file that gets the plain lines too, with the time in front.
         interval: seconds between plain lines.
     """
 
-    def __init__(self, console: Console, interval: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console, self._interval, self._clock = console, interval, clock
+    def __init__(
+        self, console: Console, log: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console, self._log, self._interval, self._clock = console, log, interval, clock
         self._name = ""
         self._what: str | None = None  # the piece of work that is under way
         self._bar: Progress | None = None
@@ -97,11 +101,12 @@ class Display:
         if self._bar is not None and self._task is not None:
             label = escape(f"{self._name}: {what}" if what else self._name)
             self._bar.update(self._task, description=label, completed=done, total=total, figures=figures)
-        elif now - self._last_line >= self._interval or done == total:
+        if now - self._last_line >= self._interval or done == total:
             self._last_line = now
             label = f"{self._name}: {what}" if what else self._name
             left = self._left(done, total, now)
-            self._print("  ".join(part for part in (f"{label} {done}/{total}", figures, left) if part))
+            line = "  ".join(part for part in (f"{label} {done}/{total}", figures, left) if part)
+            self._print(line, on_screen=self._bar is None)
 
     def say(self, text: str, level: str = "info") -> None:
         """A sentence that stays on the screen."""
@@ -115,8 +120,13 @@ class Display:
         seconds = round((now - since) * (total - done) / (done - begun))
         return f"{timedelta(seconds=seconds)} left"
 
-    def _print(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    def _print(self, text: str, style: str = "", *, on_screen: bool = True) -> None:
+        if on_screen:
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+        if self._log is not None:
+            now = time.strftime("%Y-%m-%d %H:%M:%S ")
+            self._log.writelines(f"{now}{line}\n" for line in text.splitlines())
+            self._log.flush()
 
 
 class Follow:

@@ -65,7 +65,7 @@ def outputs(job: Job, stage: str, run_dir: Path) -> dict[str, Artifact]:
             known |= _prepared(dataset_dir(run_dir, name))
     elif stage in TRAINING:
         own = run_dir / "stages" / stage
-        known = {path: "" for path in (own / "weights.safetensors", own / "weights.json")}
+        known = dict.fromkeys((own / "weights.safetensors", own / "weights.json"), "")
     elif stage == "export":
         known = {path: "" for path in sorted((run_dir / "export").rglob("*")) if path.is_file()}
     return {str(path.relative_to(run_dir)): Artifact.of(path, digest or None) for path, digest in known.items()}
@@ -77,7 +77,7 @@ def source_digest(config: DatasetConfig) -> str:
     if config.generate is not None:
         return json_digest(config.generate.model_dump(mode="json"))
     root = Path(config.root)
-    if "://" in config.root or config.layout == "huggingface" and not root.exists():
+    if "://" in config.root or (config.layout == "huggingface" and not root.exists()):
         return json_digest(config.root)
     if not root.exists():
         return NOT_THERE

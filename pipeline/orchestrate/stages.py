@@ -72,7 +72,8 @@ def decide(
     if refused:
         listed = "\n".join(f"    {change}" for change in found)
         remedy = f"put them back, or give the job another name, or begin the stage anew: --stage {stage} --force"
-        raise ConfigError(f"it was interrupted, and its settings have changed since:\n{listed}", place=f"stages.{stage}", remedy=remedy)
+        cause = f"it was interrupted, and its settings have changed since:\n{listed}"
+        raise ConfigError(cause, place=f"stages.{stage}", remedy=remedy)
     changed = f" with {'; '.join(_words(change) for change in found)}" if found else ""
     why = {"failed": "failed last time", "running": "was interrupted", "pending": "was interrupted"}[record.state]
     return Decision("resume", f"{why}, goes on{changed}")

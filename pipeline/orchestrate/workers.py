@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Interrupted, PipelineError, StageError
+from pipeline.files import write_text
 from pipeline.orchestrate.signals import interrupted
 from pipeline.orchestrate.worker import Entry, Outcome, Worker
 
@@ -31,6 +32,7 @@ class Placement:
     threads: int  # compute threads of each process
     device: str  # cpu or cuda
     logs: Path  # directory of <stage>-rank<k>.log
+    fence: Path  # file of the newest group's generation number: an older group may still live, but no longer commit
     stop_grace: float = 600.0  # seconds that a stop on request may take
 
 
@@ -57,10 +59,10 @@ def run_supervised(
         StageError: the group broke ``RESTARTS`` times more without getting further, or at once with an error of its own.
         PipelineError: the error of the first rank that raised one.
     """
-    reached, failures, generation = tick(), 0, 0
+    reached, failures = tick(), 0
     while True:
         try:
-            return run_group(entry, placement, generation=generation, stop=stop, tick=tick)
+            return run_group(entry, placement, stop=stop, tick=tick)
         except GroupDied as error:
             highest = tick()
             progress, reached = highest > reached, highest
@@ -73,17 +75,22 @@ def run_supervised(
                 raise interrupted() from None
             say(error.message, "error")
             say(f"starting the processes again from the last checkpoint ({failures or 1} of {RESTARTS})", "warning")
-            generation += 1
 
 
-def run_group(
-    entry: Entry, placement: Placement, *, generation: int, stop: Callable[[], bool], tick: Callable[[], int]
-) -> dict[str, float]:
+def run_group(entry: Entry, placement: Placement, *, stop: Callable[[], bool], tick: Callable[[], int]) -> dict[str, float]:
     """One group, from its start to the end of its last process. Raises as ``run_supervised``, and GroupDied."""
+    generation = _claim(placement.fence)
     with _actors(placement) as actors:
         refs = _start(actors, entry, placement, generation)
         outcomes = _watch(actors, refs, placement, stop, tick)
     return outcomes[0].figures
+
+
+def _claim(fence: Path) -> int:
+    """The number of a new group, greater than that of any group before it, of this driver or an earlier one."""
+    generation = int(fence.read_text()) + 1 if fence.exists() else 0
+    write_text(fence, str(generation))
+    return generation
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ class Run:
     """Runs an entry in a group of two and remembers what was said."""
 
     def __init__(self, logs: Path) -> None:
-        self.placement = Placement("pretrain", processes=2, threads=1, device="cpu", logs=logs)
+        self.placement = Placement("pretrain", processes=2, threads=1, device="cpu", logs=logs, fence=logs / "generation")
         self.said: list[str] = []
         self.steps = 0
 
@@ -188,7 +188,7 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
             time.sleep(600)
 
         with ray_session(cpus=2, gpus=0, started=lambda: None):
-            placement = Placement("pretrain", 2, 1, "cpu", folder)
+            placement = Placement("pretrain", 2, 1, "cpu", folder, folder / "generation")
             run_supervised(entry, placement, stop=lambda: False, tick=lambda: 0, say=print)
         """
     )

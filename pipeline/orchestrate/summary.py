@@ -1,0 +1,77 @@
+"""The end of a run: what each stage came to, where everything is, and what to try next."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+from rich.table import Table
+
+from pipeline.config import resolve
+from pipeline.orchestrate.ledger import StageRecord
+from pipeline.orchestrate.run import Run
+
+_FIGURES = {
+    "prepare": ("images", "validation", "rejected", "duplicates"),
+    "pretrain": ("top1", "loss", "steps", "images_per_s"),
+    "finetune": ("top1", "loss", "steps", "images_per_s"),
+    "evaluate": ("top1", "top5", "images"),
+    "export": ("parameters", "reload_difference"),
+}
+
+
+def summarise(run: Run) -> None:
+    """Print the table of stages, then where things are and the next command."""
+    names = resolve.stage_names(run.job)
+    if run.ran:
+        run.display.console.print(_table({name: run.ledger.stage(name) for name in names}))
+    else:
+        run.say("nothing to do: every stage is done and nothing has changed")
+    directory = _shown(run.run_dir)
+    if run.ledger.stage("export").state == "done":
+        run.say(f"exported model   {directory}/export   try it: ./launch.sh predict {directory}/export IMAGE.jpg")
+    run.say(f"curves, images   ./launch.sh tensorboard {directory}")
+    run.say(f"all figures      {directory}/run.json   log: {directory}/logs/run.log")
+    run.say(f"next             {_next(run)}")
+
+
+def _table(records: dict[str, StageRecord]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "state", "time", "figures"):
+        table.add_column(column, justify="right" if column == "time" else "left")
+    for name, record in records.items():
+        colour = {"done": "green", "failed": "red"}.get(record.state, "yellow")
+        time = str(timedelta(seconds=round(record.seconds)))
+        table.add_row(name, f"[{colour}]{record.state}[/]", time, _figures(name, record.figures))
+    return table
+
+
+def _figures(stage: str, figures: dict[str, float]) -> str:
+    parts = []
+    for name in _FIGURES[stage]:
+        if name in ("top1", "top5") and name in figures:
+            parts.append(f"{name.replace('top', 'top-')} {figures[name]:.1%}")
+        elif name in figures:
+            parts.append(f"{name.replace('images_per_s', 'images/s').replace('_', ' ')} {_number(figures[name])}")
+    return "  ".join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+
+
+def _shown(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _next(run: Run) -> str:
+    pending = [name for name in resolve.stage_names(run.job) if run.ledger.stage(name).state != "done"]
+    if pending:
+        return f"the same command without --stage: {', '.join(pending)} to do"
+    if run.job.name == "quickstart":
+        return "your own images: ./launch.sh jobs/own_images.yaml --set data.root=DIR"
+    if run.job.name.endswith("-rehearsal"):
+        return "the real thing: the same command without --rehearse"
+    return "another seed: --set seed=1 --set name=NAME; what a key means: ./launch.sh explain KEY"

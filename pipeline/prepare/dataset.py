@@ -1,0 +1,264 @@
+"""Making one dataset: source -> units -> plan -> shards -> dataset.json. Whatever ends it midway, a rerun goes on from there
+and ends with the same bytes.
+
+    <target>/classes.json           index, id and name of each class
+    <target>/train-00000.parquet    shards and their indexes, as standard readers and `pipeline.data` read them
+    <target>/quarantine/            rejected files under their reason, listed in rejected.jsonl
+    <target>/dataset.json           written last: splits, shards and digests, counts, what was rejected
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from pipeline.config.schema import DatasetConfig
+from pipeline.data.shards import ShardInfo, index_path
+from pipeline.errors import DataError
+from pipeline.files import file_digest, json_digest, write_json, write_text
+from pipeline.prepare.mix import keep_plan, mix_shard
+from pipeline.prepare.plan import SPLITS, Plan, make_plan
+from pipeline.prepare.sources import survey
+from pipeline.prepare.spill import Place, UnitRecord, spill_unit
+from pipeline.prepare.units import Survey
+
+FORMAT = 1
+ENOUGH = 1000  # images, before the share of rejected ones can stop the work early
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class MapTasks(Protocol):
+    """Applies a function to items on the workers there are; yields (item, result) as they are done, in any order."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]: ...
+
+
+Progress = Callable[[str, int, int, str], None]  # what, done, total, figures
+Say = Callable[[str, str], None]  # text, level
+
+
+def prepare_dataset(
+    name: str, config: DatasetConfig, target: Path, seed: int, tasks: MapTasks, progress: Progress, say: Say
+) -> dict[str, float]:
+    """Make (or complete) a dataset in ``target``; returns figures: images, validation, rejected, duplicates, classes, bytes.
+
+    Raises:
+        DataError: the source is missing or unusable, too many of its images are bad, or none is left.
+    """
+    found = survey(config)
+    for note in found.notes:
+        say(f"{name}: {note}", "warning")
+    place = Place(target, config, fingerprint(found, config, seed), seed)
+    if (done := _complete(place, tasks)) is not None:
+        return done
+    _begin(place, found)
+    records = _spill(name, place, found, tasks, progress)
+    plan = _plan(place, found)
+    _refuse_empty(plan, place)
+    shards = _mix(name, place, plan, tasks, progress)
+    _list_rejected(place, records, plan)
+    description = _describe(place, found, records, plan, shards)
+    write_json(target / "dataset.json", description)
+    _tidy(place, shards)
+    return _figures(description)
+
+
+def fingerprint(found: Survey, config: DatasetConfig, seed: int) -> str:
+    """Digest of all that the shards' bytes depend on: where the source lies does not matter, what is in it does."""
+    settings = config.model_dump(mode="json", exclude={"root", "layout", "classes", "generate", "max_rejected"})
+    return json_digest([FORMAT, found.layout, [one for one, _ in found.classes], found.listing, settings, seed])
+
+
+def _complete(place: Place, tasks: MapTasks) -> dict[str, float] | None:
+    """The figures of a dataset that is all there and as it was written."""
+    if _fingerprint_of(place.target) != place.fingerprint or place.work.exists():
+        return None
+    description = json.loads((place.target / "dataset.json").read_text())
+    intact = [whole for _, whole in tasks(partial(_is_intact, place.target), _shards(description))]
+    return _figures(description) if all(intact) else None
+
+
+def _is_intact(target: Path, shard: dict[str, Any]) -> bool:
+    path = target / shard["file"]
+    try:
+        return (file_digest(path), file_digest(index_path(path))) == (shard["digest"], shard["index_digest"])
+    except FileNotFoundError:
+        return False
+
+
+def _shards(description: dict[str, Any]) -> list[dict[str, Any]]:
+    return [shard for split in description["splits"].values() for shard in split["shards"]]
+
+
+def _fingerprint_of(target: Path) -> str:
+    """The fingerprint of the finished dataset in ``target``; '' if there is none."""
+    try:
+        return str(json.loads((target / "dataset.json").read_text())["fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return ""
+
+
+def _begin(place: Place, found: Survey) -> None:
+    """Another dataset that is here is moved aside, an unfinished attempt at another cleared away; one at this one stays."""
+    if _fingerprint_of(place.target) not in ("", place.fingerprint):
+        place.target.rename(place.target.with_name(f"{place.target.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
+    stamp = place.work / "fingerprint"
+    if not stamp.exists() or stamp.read_text() != place.fingerprint:
+        for leftover in (place.work, place.quarantine):
+            shutil.rmtree(leftover, ignore_errors=True)
+    place.work.mkdir(parents=True, exist_ok=True)
+    if _fingerprint_of(place.target):  # some of its shards are damaged: the others need not be made again
+        for shard in _shards(json.loads((place.target / "dataset.json").read_text())):
+            write_json(place.work / f"{shard['file']}.json", shard)
+        (place.target / "dataset.json").unlink()
+    for cut_short in (*place.work.glob(".*.tmp"), *place.target.glob(".*.tmp")):
+        cut_short.unlink()
+    classes = [{"index": index, "id": one, "name": name} for index, (one, name) in enumerate(found.classes)]
+    write_json(place.target / "classes.json", classes)
+    write_text(stamp, place.fingerprint)
+
+
+def _spill(name: str, place: Place, found: Survey, tasks: MapTasks, progress: Progress) -> list[UnitRecord]:
+    records: dict[int, UnitRecord] = {}
+    for unit, record in tasks(partial(spill_unit, place), found.units):
+        records[unit.number] = record
+        kept, bad = sum(one.images for one in records.values()), sum(len(one.rejected) for one in records.values())
+        progress(f"{name}: reading", len(records), len(found.units), f"{kept} images, {bad} rejected")
+        if kept + bad >= ENOUGH or len(records) == len(found.units):
+            _refuse_bad(place, list(records.values()))
+    return [records[number] for number in sorted(records)]
+
+
+def _refuse_bad(place: Place, records: list[UnitRecord]) -> None:
+    bad = [entry for record in records for entry in record.rejected]
+    total = len(bad) + sum(record.images for record in records)
+    if len(bad) <= place.config.max_rejected * total:
+        return
+    causes = Counter(entry["reason"] for entry in bad).most_common(10)
+    listed = "\n".join(f"    {count} x {reason}, such as {_example(bad, reason)}" for reason, count in causes)
+    raise DataError(
+        f"{len(bad)} of {total} images are unusable ({len(bad) / total:.1%}):\n{listed}",
+        place=place.config.root,
+        remedy=f"look at {place.quarantine}; then mend the source, or raise max_rejected (now {place.config.max_rejected:g})",
+    )
+
+
+def _example(bad: list[dict[str, str]], reason: str) -> str:
+    first = next(entry for entry in bad if entry["reason"] == reason)
+    return f"{first['key']} ({first['detail']})"
+
+
+def _plan(place: Place, found: Survey) -> Plan:
+    facts = [np.load(place.facts(unit.number), allow_pickle=False) for unit in found.units]
+    config = place.config
+    splits = [unit.split for unit in found.units]
+    return make_plan(facts, splits, len(found.classes), config.validation_fraction, config.shard_rows, place.seed)
+
+
+def _refuse_empty(plan: Plan, place: Place) -> None:
+    for split in SPLITS:
+        if not plan.labels[split].any():
+            remedy = "add images" if split == "train" else "raise validation_fraction, or add a val/ folder to the source"
+            raise DataError(f"no image is left for the {split} split", place=place.config.root, remedy=remedy)
+
+
+def _mix(name: str, place: Place, plan: Plan, tasks: MapTasks, progress: Progress) -> dict[str, ShardInfo]:
+    for shard in plan.shards:
+        keep_plan(place, shard)
+    shards: dict[str, ShardInfo] = {}
+    for file, info in tasks(partial(mix_shard, place), [shard.file for shard in plan.shards]):
+        shards[file] = info
+        rows = sum(one.rows for one in shards.values())
+        progress(f"{name}: mixing", len(shards), len(plan.shards), f"{rows} images")
+    return shards
+
+
+def _list_rejected(place: Place, records: list[UnitRecord], plan: Plan) -> None:
+    """``quarantine/rejected.jsonl``: every image that is not in the shards, with its reason."""
+    entries = [entry for record in records for entry in record.rejected]
+    for reason, where in plan.dropped.items():
+        keys: dict[int, list[str]] = {}
+        for unit, row in where.T.tolist():
+            if unit not in keys:
+                keys[unit] = _keys(place.spill(unit))
+            entries.append({"key": keys[unit][row], "reason": reason, "detail": "", "file": ""})
+    write_text(place.quarantine / "rejected.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def _keys(spill: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    keys: list[str] = pq.read_table(spill, columns=["key"])["key"].to_pylist()
+    return keys
+
+
+def _describe(
+    place: Place, found: Survey, records: list[UnitRecord], plan: Plan, shards: dict[str, ShardInfo]
+) -> dict[str, Any]:
+    rejected = Counter(entry["reason"] for record in records for entry in record.rejected)
+    duplicates = {reason: int(where.shape[1]) for reason, where in plan.dropped.items()}
+    images = sum(record.images for record in records)
+    mean = np.sum([record.moments for record in records], axis=0)[:3] / images
+    square = np.sum([record.moments for record in records], axis=0)[3:] / images
+    sides: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    for record in records:
+        sides.update(record.sides)
+        changed.update(record.changed)
+    return {
+        "format": FORMAT,
+        "fingerprint": place.fingerprint,
+        "seed": place.seed,
+        "layout": found.layout,
+        "splits": {
+            split: {
+                "images": int(plan.labels[split].sum()),
+                "images_by_class": plan.labels[split].tolist(),
+                "shards": [shards[shard.file].as_dict() for shard in plan.shards if shard.split == split],
+            }
+            for split in SPLITS
+        },
+        "classes": len(found.classes),
+        "rejected": dict(sorted(rejected.items())),
+        "duplicates": duplicates,
+        "changed": dict(sorted(changed.items())),
+        "mean": [round(float(value), 6) for value in mean],
+        "std": [round(float(value), 6) for value in np.sqrt(np.maximum(square - mean**2, 0))],
+        "images_by_short_side": dict(sorted(sides.items(), key=lambda item: int(item[0]))),
+        "settings": place.config.model_dump(mode="json", exclude={"root", "generate"}),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("opencv-python-headless", "simplejpeg", "pyarrow", "pillow")
+        },
+    }
+
+
+def _tidy(place: Place, shards: dict[str, ShardInfo]) -> None:
+    """Nothing stays but the dataset: no work files, no shards of an earlier one."""
+    shutil.rmtree(place.work)
+    for path in place.target.glob("*.parquet"):
+        if path.name not in shards:
+            path.unlink()
+            path.with_suffix(".idx").unlink(missing_ok=True)
+
+
+def _figures(description: dict[str, Any]) -> dict[str, float]:
+    splits = description["splits"]
+    return {
+        "images": float(splits["train"]["images"]),
+        "validation": float(splits["validation"]["images"]),
+        "rejected": float(sum(description["rejected"].values())),
+        "duplicates": float(sum(description["duplicates"].values())),
+        "classes": float(description["classes"]),
+        "bytes": float(sum(shard["bytes"] for shard in _shards(description))),
+    }

@@ -1,0 +1,136 @@
+"""What a source holds: its layout, classes and splits, cut into units of work. Looks at names and sizes, reads no image."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import fsspec
+
+from pipeline.config.look import TRAIN, VALIDATION
+from pipeline.config.schema import DatasetConfig
+from pipeline.errors import DataError
+from pipeline.prepare import huggingface
+from pipeline.prepare.classes import names_in, ordered_classes
+from pipeline.prepare.imagenet import OUTER_TRAIN, survey_imagenet
+from pipeline.prepare.units import UNIT_BYTES, UNIT_FILES, Part, SplitName, Survey, Unit, bundle, listing
+
+
+def survey(config: DatasetConfig) -> Survey:
+    """Look at a source. Raises DataError where it is missing, of no known layout, or has classes that its list lacks (D5)."""
+    fs, root = open_root(config)
+    layout = config.layout if config.layout != "auto" else _detect(fs, root, config)
+    if layout == "huggingface":
+        return _survey_huggingface(config)
+    if layout == "imagenet_tars":
+        return survey_imagenet(fs, root, config)
+    return _survey_classes(fs, root, config, layout)
+
+
+def open_root(config: DatasetConfig) -> tuple[Any, str]:
+    """The file system and the path in it of a dataset's root. Raises DataError."""
+    try:
+        fs, root = fsspec.core.url_to_fs(config.root)
+        there = config.layout == "huggingface" or fs.isdir(root)
+    except (ValueError, ImportError, OSError) as error:
+        raise DataError(
+            f"cannot be opened: {error}", place=config.root, remedy="a folder, or a URL that fsspec knows"
+        ) from error
+    if not there:
+        raise DataError("there is no such folder", place=config.root, remedy="correct `root`, or mount the file system")
+    return fs, root.rstrip("/")
+
+
+def _detect(fs: Any, root: str, config: DatasetConfig) -> str:
+    names = names_in(fs, root)
+    if OUTER_TRAIN in names:
+        return "imagenet_tars"
+    if {"dataset_dict.json", "dataset_info.json", "state.json"} & set(names) or any(
+        name.endswith(".parquet") for name in names
+    ):
+        return "huggingface"
+    folder = next((f"{root}/{name}" for name in TRAIN if name in names), root)
+    inside = names_in(fs, folder)
+    if any(name.endswith(".tar") for name in inside):
+        return "class_tars"
+    if any(entry["type"] == "directory" for entry in inside.values()):
+        return "class_folders"
+    remedy = "class tars or class folders (at the top, or below train/ and val/), or give `layout`"
+    raise DataError("holds no images in a layout that is known", place=config.root, remedy=remedy)
+
+
+def _survey_classes(fs: Any, root: str, config: DatasetConfig, layout: str) -> Survey:
+    top = names_in(fs, root)
+    splits: list[tuple[SplitName, str]] = []
+    train = next((name for name in TRAIN if name in top and top[name]["type"] == "directory"), None)
+    if train is None:
+        splits = [("", root)]
+    else:
+        validation = next((name for name in VALIDATION if name in top and top[name]["type"] == "directory"), None)
+        splits = [("train" if validation else "", f"{root}/{train}")]
+        splits += [("validation", f"{root}/{validation}")] if validation else []
+    find = _tars if layout == "class_tars" else _folders
+    found = {split: list(find(fs, folder)) for split, folder in splits}
+    if not any(found.values()):
+        what = "tars" if layout == "class_tars" else "folders of images"
+        raise DataError(f"holds no {what}", place=config.root, remedy="one a class, named by the class; or give `layout`")
+    classes = ordered_classes(fs, root, config, sorted({part.group for parts in found.values() for part in parts}))
+    labels = {one: index for index, (one, _) in enumerate(classes)}
+    units: list[Unit] = []
+    for split, parts in found.items():
+        labelled = (replace(part, label=labels[part.group]) for part in parts)
+        units += bundle(labelled, split, len(units))
+    empty = sorted({part.group for parts in found.values() for part in parts if part.last == 0})
+    notes = [f"{len(empty)} classes have no image: {', '.join(empty[:5])}"] if empty else []
+    return Survey(layout, classes, units, listing(root, units), notes)
+
+
+def _tars(fs: Any, folder: str) -> Iterator[Part]:
+    for name, entry in names_in(fs, folder).items():
+        if name.endswith(".tar") and entry["type"] == "file":
+            path, size = f"{folder}/{name}", int(entry["size"])
+            for first, last in _ranges(fs, path, size):
+                yield Part("tar", path, first, last, name.removesuffix(".tar"), size=last - first)
+
+
+def _folders(fs: Any, folder: str) -> Iterator[Part]:
+    for name, entry in names_in(fs, folder).items():
+        if entry["type"] != "directory":
+            continue
+        path = f"{folder}/{name}"
+        files = fs.find(path, detail=True)
+        sizes = [int(files[file]["size"] or 0) for file in sorted(files)]
+        for first in range(0, max(len(sizes), 1), UNIT_FILES):
+            part = sizes[first : first + UNIT_FILES]
+            yield Part("folder", path, first, first + len(part), name, size=sum(part))
+
+
+def _ranges(fs: Any, path: str, size: int) -> list[tuple[int, int]]:
+    """Byte ranges of about UNIT_BYTES that begin with a member's header. A tar that cannot be scanned stays whole."""
+    if size <= 4 * UNIT_BYTES:
+        return [(0, size)]
+    starts = [0]
+    with fs.open(path, "rb", block_size=1 << 16) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else a list of all members grows
+                    if member.offset - starts[-1] >= UNIT_BYTES:
+                        starts.append(member.offset)
+        except (tarfile.TarError, EOFError):
+            pass  # its damage is told where it is read
+    return list(zip(starts, [*starts[1:], size], strict=True))
+
+
+def _survey_huggingface(config: DatasetConfig) -> Survey:
+    found = huggingface.look(config)
+    fs, root = fsspec.filesystem("memory"), "/none"
+    classes = ordered_classes(fs, root, config, found.names)
+    units: list[Unit] = []
+    for split, (name, rows) in found.splits.items():
+        for first in range(0, rows, UNIT_FILES):
+            part = Part("huggingface", name, first, min(first + UNIT_FILES, rows), split or "train")
+            units.append(Unit(len(units), split, (part,)))
+    return Survey("huggingface", classes, units, [(config.root, *found.fingerprints)], [])

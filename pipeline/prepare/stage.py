@@ -1,0 +1,44 @@
+"""The prepare stage: every dataset of a job, made up first where the job says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import resolve
+from pipeline.config.schema import Job
+from pipeline.prepare import generate
+from pipeline.prepare.dataset import MapTasks, Progress, Say, prepare_dataset
+
+TOTALS = ("images", "validation", "rejected", "duplicates", "bytes")
+
+
+def prepare_stage(
+    job: Job, directory: Callable[[str], Path], tasks: MapTasks, progress: Progress, say: Say
+) -> dict[str, float]:
+    """Prepare the job's datasets, each in ``directory(name)``.
+
+    Figures: those of each dataset under ``<name>/``, and their sums.
+    """
+    figures: dict[str, float] = {}
+    for name in resolve.prepared_names(job):
+        config, target = job.data[name], directory(name)
+        if config.generate is not None:
+            source = target.with_name(f"{name}.source")  # no dataset's name has a dot
+            pieces = generate.pieces(config, source)
+            for done, _ in enumerate(tasks(generate.make, pieces), 1):
+                progress(f"{name}: making images up", done, len(pieces), "")
+            generate.finish(config, source)
+            config = config.model_copy(update={"root": str(source), "generate": None})
+        found = prepare_dataset(name, config, target, job.seed, tasks, progress, say)
+        figures |= {f"{name}/{key}": value for key, value in found.items()}
+        say(f"{name}: {_summary(found)}", "info")
+    return figures | {key: sum(figures[f"{name}/{key}"] for name in resolve.prepared_names(job)) for key in TOTALS}
+
+
+def _summary(found: dict[str, float]) -> str:
+    counts = (
+        f"{found['images']:,.0f} training and {found['validation']:,.0f} validation images of {found['classes']:,.0f} classes"
+    )
+    bad = f"{found['rejected']:,.0f} rejected, {found['duplicates']:,.0f} duplicates"
+    return f"{counts}, {found['bytes'] / 2**20:,.1f} MiB; {bad}"
