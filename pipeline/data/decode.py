@@ -13,10 +13,18 @@ JPEG_MAGIC = b"\xff\xd8\xff"
 _ANY = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
+def jpeg_header(data: bytes | memoryview) -> tuple[int, int, str]:
+    """(height, width, colour space) of a JPEG from its header; sizes in pixels. Raises ValueError when it has none."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except KeyError:  # of simplejpeg's table of colour spaces
+        raise ValueError("the header names no known colour space") from None
+    return height, width, space
+
+
 def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
     """(height, width) of a JPEG from its header, in pixels. Raises ValueError when it has none."""
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    return height, width
+    return jpeg_header(data)[:2]
 
 
 def decode_jpeg(data: bytes | memoryview, min_height: int = 0, min_width: int = 0) -> Image:

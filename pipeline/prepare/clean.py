@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.data.decode import JPEG_MAGIC, Image, decode_any
+from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, jpeg_header
 
 MAX_BYTES = 256 << 20  # of one file, unpacked
 _GZIP = b"\x1f\x8b"
@@ -72,7 +72,7 @@ def _gunzip(data: bytes) -> bytes | None:
 
 def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> Kept | Rejected:
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        height, width, space = jpeg_header(data)
     except ValueError as error:
         return Rejected("undecodable", str(error))
     if unfit := _unfit(width, height, config):

@@ -89,11 +89,20 @@ def _tar(file: io.BufferedIOBase, part: Part) -> Iterator[Member]:
                 label = part.labels[number] if part.labels and info.isfile() else part.label
                 number += info.isfile()
                 yield _member(tar, info, f"{part.group}/{info.name}", label)
+            _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         place = f"bytes {part.first} to {part.last}"
         yield Member(
             f"{part.group}/({place})", part.label, rejected=Rejected("damaged_archive", f"{part.path}, {place}: {error}")
         )
+
+
+def _check_end(file: io.BufferedIOBase, offset: int) -> None:
+    """tarfile takes a damaged header for the end. Raises TarError unless there is a block of zeros, or nothing."""
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if any(block) or 0 < len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"damaged header at byte {offset}")
 
 
 def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, label: int) -> Member:

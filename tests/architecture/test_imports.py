@@ -1,0 +1,114 @@
+"""Rules of the house: which room may import which, what each may need from outside, and how large things may grow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "pipeline"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Lower rooms first: a module imports only from its own room and from those named for it.
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "files": set(),
+    "config": {"errors"},
+    "model": set(),
+    "data": {"errors", "files", "config"},
+    "checkpoint": {"errors", "files"},
+    "monitor": {"errors", "files"},
+    "prepare": {"errors", "files", "config", "data"},
+    "train": {"errors", "files", "config", "data", "model", "checkpoint", "monitor"},
+    "evaluate": {"errors", "files", "config", "data", "model", "train"},
+    "export": {"errors", "files", "config", "data", "model", "evaluate", "train"},
+    "bench": {"errors", "files", "config", "data", "model", "train", "prepare"},
+    "orchestrate": {"errors", "files", "config", "data", "prepare", "train", "evaluate", "export", "monitor"},
+}
+RAY_ROOMS = {"orchestrate"}
+LONGEST_MODULE, LONGEST_FUNCTION = 320, 60  # lines
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, but for type checking only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_what_lies_below_them(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "__main__", "cli"):
+        return
+    allowed = ROOMS[room] | {room}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.") and name != "pipeline.__version__"}
+    assert used <= allowed, f"{room} may not import {sorted(used - allowed)}"
+    outside = {name.split(".")[0] for name in imports(path)} - {"pipeline"} - set(sys.stdlib_module_names)
+    assert "ray" not in outside or room in RAY_ROOMS
+    if room == "model":
+        assert outside <= {"torch"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= LONGEST_MODULE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{node.name} in {path}"
+
+
+BLOCKER = """
+import importlib, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCK:
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Blocked())
+for name in NAMES:
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "block"),
+    [
+        (["pipeline.model"], {"ray", "deepspeed", "pydantic", "cv2", "yaml"}),
+        (["pipeline.data.loader", "pipeline.data.format", "pipeline.data.device"], {"ray", "deepspeed", "datasets"}),
+        (["pipeline.train.run", "pipeline.cli"], {"ray", "datasets"}),
+        (["pipeline.export.reload"], {"ray", "deepspeed", "datasets", "tensorboard"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_rooms_work_without_what_they_do_not_need(names: list[str], block: set[str]) -> None:
+    code = f"BLOCK, NAMES = {block!r}, {names!r}\n{BLOCKER}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,117 @@
+"""Every kind of dirt of the catalogue (D1, D2), each under its reason."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image as Pillow
+
+from pipeline.config.schema import DatasetConfig
+from pipeline.prepare.clean import Kept, Rejected, clean
+from tests.data.making import jpeg, picture
+
+CONFIG = DatasetConfig(root="x", min_side=16, max_pixels=1_000_000)
+
+
+def encoded(mode: str, form: str) -> bytes:
+    out = io.BytesIO()
+    Pillow.fromarray(picture(3, 48, 40)).convert(mode).save(out, form)
+    return out.getvalue()
+
+
+def png16() -> bytes:
+    return bytes(cv2.imencode(".png", picture(5, 48, 40)[..., ::-1].astype(np.uint16) * 257)[1])
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG of a few bytes whose header promises side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+GOOD = jpeg(1, 48, 40)
+REJECTED = {
+    "empty": (b"", "a.JPEG"),
+    "truncated": (GOOD[: len(GOOD) // 2], "a.JPEG"),
+    "undecodable": (GOOD[:20], "a.JPEG"),
+    "not_an_image": (b"<html>404 not found</html>", "a.JPEG"),
+    "too_small": (jpeg(2, 48, 12), "a.JPEG"),
+    "too_many_pixels": (huge_png(30_000), "a.png"),
+    "damaged_gzip": (gzip.compress(GOOD)[:-20], "a.JPEG"),
+}
+
+
+@pytest.mark.parametrize("reason", REJECTED)
+def test_unusable_files_are_rejected_under_their_reason(reason: str) -> None:
+    judged = clean(*REJECTED[reason], CONFIG)
+    assert isinstance(judged, Rejected)
+    assert judged.reason == reason
+    assert judged.detail
+
+
+@pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG"])
+def test_litter_of_operating_systems_is_no_image(name: str) -> None:
+    assert clean(GOOD, name, CONFIG) == Rejected("not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [encoded("RGB", "PNG"), encoded("P", "GIF"), encoded("L", "PNG"), encoded("RGBA", "PNG"), encoded("CMYK", "JPEG"),
+     encoded("RGB", "WEBP"), encoded("RGB", "TIFF"), png16()],
+    ids=["png", "gif", "grey png", "alpha", "cmyk", "webp", "tiff", "16 bit"],
+)  # fmt: skip
+def test_other_formats_become_jpegs_that_look_the_same(data: bytes) -> None:
+    judged = clean(data, "a.JPEG", CONFIG)
+    assert isinstance(judged, Kept)
+    assert judged.changed == "converted"
+    assert (judged.width, judged.height) == (48, 40)
+    shown = simplejpeg.decode_jpeg(judged.data).astype(int)
+    with Pillow.open(io.BytesIO(data)) as original:
+        wanted = picture(5, 48, 40) if data == png16() else np.asarray(original.convert("RGB"))
+    assert np.abs(shown - wanted.astype(int)).mean() < 12
+
+
+def test_good_jpegs_keep_their_bytes() -> None:
+    for data in (GOOD, encoded("L", "JPEG"), GOOD + b"trailing bytes", GOOD[:-2]):  # the last: only the end marker is missing
+        judged = clean(data, "a.JPEG", CONFIG)
+        assert isinstance(judged, Kept), judged
+        assert judged.data == data
+        assert judged.changed == ""
+
+
+def test_gzipped_images_are_unpacked() -> None:
+    judged = clean(gzip.compress(GOOD), "a.JPEG", CONFIG)
+    assert isinstance(judged, Kept)
+    assert (judged.data, judged.changed) == (GOOD, "unpacked")
+
+
+def test_a_gzip_bomb_is_not_unpacked() -> None:
+    bomb = gzip.compress(bytes(300 << 20), 9)
+    assert clean(bomb, "a.JPEG", CONFIG) == Rejected("damaged_gzip", "does not unpack, or to more than 256 MiB")
+
+
+def test_large_images_are_scaled_down_and_small_ones_never_up() -> None:
+    config = CONFIG.model_copy(update={"short_side": 64})
+    large, small = clean(jpeg(1, 200, 128), "a", config), clean(jpeg(1, 60, 50), "a", config)
+    assert isinstance(large, Kept) and isinstance(small, Kept)
+    assert (large.width, large.height, large.changed) == (100, 64, "resized")
+    assert (small.width, small.height, small.changed) == (60, 50, "")
+
+
+def test_moments_are_those_of_the_pixels() -> None:
+    judged = clean(GOOD, "a", CONFIG)
+    assert isinstance(judged, Kept)
+    pixels = simplejpeg.decode_jpeg(GOOD).reshape(-1, 3) / 255
+    np.testing.assert_allclose(judged.moments[:3], pixels.mean(0), atol=0.01)
+    np.testing.assert_allclose(judged.moments[3:], (pixels**2).mean(0), atol=0.01)
