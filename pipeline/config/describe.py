@@ -32,7 +32,7 @@ class Field:
         """The JSON Schema of the mapping that this key holds; {} if it holds none."""
         for part in (self.schema, *self.schema.get("anyOf", [])):
             found = _resolve(part)
-            if "properties" in found or "additionalProperties" in found and found.get("type") == "object":
+            if "properties" in found or _any_key(found) is not None:
                 return found
         return {}
 
@@ -63,8 +63,8 @@ class Field:
         section = self.section
         if key in section.get("properties", {}):
             return Field((*self.path, key), section["properties"][key], key in section.get("required", []))
-        extra = section.get("additionalProperties")
-        return Field((*self.path, key), extra) if isinstance(extra, dict) else None
+        extra = _any_key(section)
+        return Field((*self.path, key), extra) if extra is not None else None
 
 
 def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
@@ -72,6 +72,12 @@ def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = raw_schema()["$defs"][schema["$ref"].rsplit("/", 1)[1]]
         return found
     return schema
+
+
+def _any_key(section: dict[str, Any]) -> dict[str, Any] | None:
+    """The schema of the values of a mapping whose keys are names; None for any other."""
+    named = [*section.get("patternProperties", {}).values(), section.get("additionalProperties")]
+    return next((schema for schema in named if isinstance(schema, dict)), None)
 
 
 def root() -> Field:
