@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
+from pipeline.config.derive import TRAINING
 from pipeline.config.look import Source, look_at
 from pipeline.config.machine import device, world_size
-from pipeline.config.overrides import training_stages
 from pipeline.config.schema import ClusterConfig
 from pipeline.config.source import Node
 from pipeline.errors import ConfigError
@@ -40,7 +42,7 @@ def choose(tree: Node, *, look: bool) -> tuple[Node, list[str]]:
     notes: list[str] = []
     wanted = [
         (stage, key)
-        for stage in training_stages(tree)
+        for stage in TRAINING
         for key in KEYS
         if (node := tree.get("stages", stage, key)) is not None and node.value == AUTO
     ]
@@ -55,7 +57,8 @@ def choose(tree: Node, *, look: bool) -> tuple[Node, list[str]]:
         for name in fractions:
             tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, "rehearse"))
         return tree, notes
-    sources = {name: _look(tree, name) for name in {*fractions, *(_dataset_of(tree, stage) for stage, _ in wanted)}}
+    names = dict.fromkeys([*fractions, *(_dataset_of(tree, stage) for stage, _ in wanted)])
+    sources = {name: _look(tree, name) for name in names}
     for name, source in sources.items():
         notes.append(f"data.{name}: {source.summary}")
     for name in fractions:
@@ -63,7 +66,11 @@ def choose(tree: Node, *, look: bool) -> tuple[Node, list[str]]:
         tree = _chosen(tree, ("data", name, "validation_fraction"), value, reason, notes)
     for stage, key in wanted:
         name = _dataset_of(tree, stage)
-        value, reason = _advice(tree, stage, key, sources[name], _training_images(tree, name, sources[name]))
+        try:
+            value, reason = _advice(tree, stage, key, sources[name], _training_images(tree, name, sources[name]))
+        except ConfigError as error:
+            place = (tree.get("stages", stage, key) or tree).origin
+            raise ConfigError(f"stages.{stage}.{key}: {error.cause}", place=place, remedy=error.remedy) from None
         tree = _chosen(tree, ("stages", stage, key), value, reason, notes)
     return tree, notes
 
@@ -85,17 +92,18 @@ def _dataset_of(tree: Node, stage: str) -> str:
         return named.value
     if len(names) == 1:
         return names[0]
-    section = tree.get("stages", stage)
-    place = section.origin if section is not None else tree.origin
-    raise ConfigError(f"stages.{stage}.data: 'auto' needs to know the dataset", place=place, remedy=f"data: one of {', '.join(names)}")
+    section = tree.get("stages", stage) or tree
+    remedy = f"data: one of {', '.join(names)}" if names else "name a dataset in `data`"
+    raise ConfigError(f"stages.{stage}.data: 'auto' needs to know the dataset", place=section.origin, remedy=remedy)
 
 
 def _look(tree: Node, name: str) -> Source:
     dataset = _datasets(tree)[name]
     root, layout = dataset.get("root"), dataset.get("layout")
     if root is None or not isinstance(root.value, str) or not root.value:
-        remedy = f"--set data.{name}.root=DIR, or --set data.root=DIR where there is only one dataset"
-        raise ConfigError(f"data.{name}.root: no source is given", place=dataset.origin, remedy=remedy)
+        place = root.origin if root is not None else dataset.origin
+        short = "data.root" if len(_datasets(tree)) == 1 else f"data.{name}.root"
+        raise ConfigError(f"data.{name}.root: no folder of images is given", place=place, remedy=f"--set {short}=DIR")
     return look_at(root.value, str(layout.value) if layout is not None else AUTO, f"data.{name}.root", root.origin)
 
 
@@ -115,12 +123,11 @@ def _training_images(tree: Node, name: str, source: Source) -> int:
 
 def _cluster(tree: Node) -> ClusterConfig:
     """The part of the cluster that tells the device and the processes; what is wrong with it is told by the schema later."""
-    known = {key: node.data() for key, node in (tree.get("cluster") or Node({}, "")).entries().items()}
-    found = {key: known[key] for key in ("device", "processes") if key in known}
-    valid = found.get("device", AUTO) in ("auto", "cpu", "cuda") and (
-        found.get("processes", AUTO) == AUTO or isinstance(found["processes"], int) and found["processes"] > 0
-    )
-    return ClusterConfig(**found) if valid else ClusterConfig()
+    written = {key: node.data() for key in ("device", "processes") if (node := tree.get("cluster", key)) is not None}
+    try:
+        return ClusterConfig.model_validate(written, strict=True)
+    except ValidationError:
+        return ClusterConfig()
 
 
 def _advice(tree: Node, stage: str, key: str, source: Source, images: int) -> tuple[int, str]:
@@ -145,12 +152,11 @@ def _image_size(source: Source, budget: Budget, where: str, later: bool) -> tupl
 
 
 def _global_batch(images: int, budget: Budget, processes: int) -> tuple[int, str]:
-    """A power of two that gives at least 20 steps an epoch, and even shares to all processes."""
-    unit = 2 * processes
-    batch = unit
+    """Even shares to all processes, doubled as long as an epoch has at least 20 steps."""
+    batch = 2 * processes
     while 2 * batch <= budget.batch and images // (2 * batch) >= 20:
         batch *= 2
     if batch > images:
         cause = f"{images} training images are too few for {processes} processes"
-        raise ConfigError(cause, place="cluster.processes", remedy="fewer processes, or more images")
+        raise ConfigError(cause, remedy="more images, or --set cluster.processes=1")
     return batch, f"{images // batch} steps an epoch on {processes} processes"

@@ -22,6 +22,7 @@ from pipeline.errors import ConfigError
 
 STRIDE = 32  # of the network's last level
 SUPERVISED = 4  # positions of intermediate supervision
+WEIGHTS = ".safetensors"
 
 
 class _Checker:
@@ -80,7 +81,7 @@ def _dataset(checker: _Checker, key: str, dataset: DatasetConfig) -> None:
     made_up = dataset.generate
     if made_up is None:
         if not dataset.root:
-            checker.say(f"{key}.root", "no source is given", f"--set {key}.root=DIR, or {key}.generate")
+            checker.say(f"{key}.root", "no source is given", f"--set {key}.root=DIR, or made-up images: {key}.generate")
         return
     if dataset.layout == "huggingface":
         checker.say(f"{key}.layout", "images cannot be generated in the layout 'huggingface'", "take class_tars")
@@ -127,7 +128,8 @@ def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int
     for name in ("min_lr", "warmup_lr"):
         value = getattr(train, name)
         if value > train.lr:
-            checker.say(f"{key}.{name}", f"{value:g} is above the peak learning rate {train.lr:g}", f"take less than {train.lr:g}")
+            cause = f"{value:g} is above the peak learning rate {train.lr:g}"
+            checker.say(f"{key}.{name}", cause, f"take at most {train.lr:g}")
     if train.eval_resize < 1:
         checker.say(f"{key}.eval_resize", f"{train.eval_resize:g} makes images smaller than the crop", "take 1 or more")
     _crop(checker, f"{key}.augment", train.augment)
@@ -158,7 +160,7 @@ def _crop(checker: _Checker, key: str, augment: AugmentConfig) -> None:
 
 
 def _sources(checker: _Checker) -> None:
-    """Every `from` names an earlier training stage of this job or of this run, or a file (C7)."""
+    """Every `from` names an earlier training stage of this job or of this run, or a weights file (C7)."""
     job, present = checker.job, stage_names(checker.job)
     for stage in present:
         section = getattr(job.stages, stage)
@@ -173,9 +175,11 @@ def _sources(checker: _Checker) -> None:
                 checker.say(key, f"'{source}' makes no weights before {stage}", remedy)
             elif source not in present and not checker.made(source, "weights.safetensors"):
                 checker.say(key, f"needs the weights of '{source}', which the job does not have", remedy)
-        elif not Path(source).is_file():
+        elif not source.endswith(WEIGHTS):
             remedy = did_you_mean(source, [name for name in present if name in TRAINING], "the job's training stages")
-            checker.say(key, f"'{source}' is neither a training stage nor a file", remedy)
+            checker.say(key, f"'{source}' is neither a training stage nor a {WEIGHTS} file", remedy)
+        elif not Path(source).is_file():
+            checker.say(key, f"there is no file {source}", "correct the path, or name a training stage")
 
 
 def _used_data(checker: _Checker) -> None:

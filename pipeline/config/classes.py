@@ -13,11 +13,6 @@ FOLDER = CONFIGS / "classes"
 NAMES = FOLDER / "names.txt"
 
 
-def available() -> list[str]:
-    """The names of the shipped lists."""
-    return sorted(path.stem for path in FOLDER.glob("*.txt") if path != NAMES)
-
-
 def class_list(name_or_path: str) -> list[str]:
     """The classes of a shipped list, or of a file of one class a line ('#' starts a comment line; the first word counts).
 
@@ -33,7 +28,8 @@ def find(name_or_path: str, beside: Path | None = None) -> Path:
         places.insert(0, beside / "configs" / "classes" / f"{name_or_path}.txt")
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        remedy = did_you_mean(name_or_path, [*available(), "auto"], "there are")
+        shipped = [path.stem for path in FOLDER.glob("*.txt") if path != NAMES]
+        remedy = did_you_mean(name_or_path, [*shipped, "auto"], "shipped lists")
         raise ConfigError(f"no class list '{name_or_path}'", place="classes", remedy=remedy)
     return found
 
@@ -61,5 +57,5 @@ def _read(path: Path) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=1)
 def class_names() -> dict[str, str]:
     """Readable names by WordNet ID, as far as known (21,844 IDs of ImageNet)."""
-    pairs = (line.split("\t", 1) for line in NAMES.read_text(encoding="utf-8").splitlines() if "\t" in line)
-    return {wnid: name for wnid, name in pairs}
+    lines = NAMES.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t", 1) for line in lines if "\t" in line)

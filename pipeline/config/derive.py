@@ -48,7 +48,7 @@ def dataset_name(job: Job, stage: str) -> str:
     if len(job.data) == 1:
         return next(iter(job.data))
     raise ConfigError(
-        f"the job has {len(job.data)} datasets and stages.{stage} does not say which",
+        f"the job has {len(job.data)} datasets: it must be said which",
         place=f"stages.{stage}.data",
         remedy=f"data: one of {', '.join(job.data)}",
     )
@@ -66,9 +66,8 @@ def batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     if train.global_batch % world_size:
         low = train.global_batch - train.global_batch % world_size
         near = " or ".join(str(size) for size in (low, low + world_size) if size)
-        raise ConfigError(
-            f"global_batch {train.global_batch} cannot be shared by {world_size} processes", place="global_batch", remedy=f"take {near}"
-        )
+        cause = f"{train.global_batch} images cannot be shared evenly by {world_size} processes"
+        raise ConfigError(cause, place="global_batch", remedy=f"take {near}")
     share = train.global_batch // world_size
     micro = share if train.micro_batch == "auto" else train.micro_batch
     if share % micro:

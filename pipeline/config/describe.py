@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.problems import closest
 from pipeline.config.schema import Job
 
 ANY = "<name>"  # stands for a dataset's name in the path of a key
@@ -104,10 +105,10 @@ def all_fields(start: Field | None = None) -> Iterator[Field]:
             yield from all_fields(child)
 
 
-def single_dataset(keys: Sequence[str]) -> bool:
-    """Whether a `data` mapping of these keys is one dataset written without a name."""
+def is_dataset_key(key: str) -> bool:
+    """Whether a word is, or was meant to be, a key of a dataset: no dataset can have such a name."""
     dataset = field(("data", ANY))
-    return dataset is not None and bool(keys) and all(key in (*dataset.keys, "base") for key in keys)
+    return dataset is not None and bool(closest(key, [*dataset.keys, "base"], likeness=0.8))
 
 
 def words(schema: dict[str, Any]) -> str:
@@ -116,8 +117,8 @@ def words(schema: dict[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(words(one) for one in schema["anyOf"]))
     if "const" in schema or "enum" in schema:
-        names = [repr(one) for one in schema.get("enum", [schema.get("const")])]
-        return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+        choices = [repr(one) for one in schema.get("enum", [schema.get("const")])]
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     kind = schema.get("type")
     if kind in ("integer", "number"):
         return ("a whole number" if kind == "integer" else "a number") + _range(schema)
@@ -127,8 +128,8 @@ def words(schema: dict[str, Any]) -> str:
             return f"a list of {len(items)} values, each {words(items[0])}"
         return f"a list of values, each {words(schema.get('items', {}))}"
     if kind == "object":
-        names = ", ".join(schema.get("properties", {}))
-        return f"a mapping with the keys {names}" if names else "a mapping"
+        keys = list(schema.get("properties", {}))
+        return f"a mapping with the keys {', '.join(keys)}" if 0 < len(keys) < 10 else "a mapping"
     if kind == "string" and "maxLength" in schema:
         return f"text of {schema.get('minLength', 0)} to {schema['maxLength']} characters"
     return {"boolean": "true or false", "null": "null"}.get(str(kind), "text")
@@ -137,11 +138,10 @@ def words(schema: dict[str, Any]) -> str:
 def _range(schema: dict[str, Any]) -> str:
     low, above = schema.get("minimum"), schema.get("exclusiveMinimum")
     high, below = schema.get("maximum"), schema.get("exclusiveMaximum")
-    first = f"{low:g} or more" if low is not None else f"above {above:g}" if above is not None else ""
-    last = f"at most {high:g}" if high is not None else f"below {below:g}" if below is not None else ""
-    if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
-    parts = [part for part in (first, last) if part]
-    if not parts:
-        return ""
-    return (", " if low is not None else " ") + " and ".join(parts)
+    low, above, high, below = (f"{one:.10g}" if one is not None else "" for one in (low, above, high, below))
+    if low and high:
+        return f" from {low} to {high}"
+    first = f"{low} or more" if low else f"above {above}" if above else ""
+    last = f"at most {high}" if high else f"below {below}" if below else ""
+    parts = " and ".join(part for part in (first, last) if part)
+    return f"{',' if low else ''} {parts}" if parts else ""

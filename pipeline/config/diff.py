@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.derive import ORDER, TRAINING
-from pipeline.errors import ConfigError
 
 Resolved = Mapping[str, Any]
 
 MISSING = "(not there)"
 # Keys, without the section in front, that change how a stage runs or reports, but not what it computes.
-TRAIN_ALLOWED = {"log_steps", "eval_epochs", "eval_resize", "keep_checkpoints", "checkpoint_steps", "micro_batch", "zero_stage", "recipe"}
+TRAIN_ALLOWED = {
+    "log_steps", "eval_epochs", "eval_resize", "keep_checkpoints", "checkpoint_steps", "micro_batch", "zero_stage", "recipe",
+}  # fmt: skip
 EVALUATE_ALLOWED = {"batch"}
 MODEL_ALLOWED = {"activations"}
 DATA_ALLOWED_LATER = {"root"}  # once prepared, the shards are what is read
@@ -46,19 +47,6 @@ def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
         for key in keys
         if before.get(key, MISSING) != after.get(key, MISSING)
     ]
-
-
-def refuse_changes(found: Sequence[Change], stage: str, place: str = "") -> None:
-    """Raise a ConfigError that lists what has changed, if the begun ``stage`` may not go on with all of it."""
-    refused = [change for change in found if not change.allowed]
-    if not refused:
-        return
-    listed = "\n".join(f"    {change}" for change in found)
-    raise ConfigError(
-        f"the stage '{stage}' has begun with other settings:\n{listed}",
-        place=place,
-        remedy="put them back, or give the job another name, or remove the stage's folder to begin it again",
-    )
 
 
 def _concerning(job: Resolved, stage: str) -> dict[str, Any]:

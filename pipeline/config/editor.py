@@ -28,7 +28,8 @@ def json_schema() -> dict[str, Any]:
     properties["cluster"] = _or_name(properties["cluster"], "cluster")
     named = properties["data"]
     one = {"$ref": "#/$defs/DatasetConfig"}
-    named["additionalProperties"] = _or_name(one, "data")
+    named["patternProperties"] = {pattern: _or_name(dict(one), "data") for pattern in named["patternProperties"]}
+    named["additionalProperties"] = False
     properties["data"] = {"anyOf": [_name("data"), one, named], "description": named.pop("description", "")}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A pipeline job", **schema}
 
@@ -47,7 +48,7 @@ def _or_name(schema: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _or_auto(schema: dict[str, Any]) -> dict[str, Any]:
-    described = {key: schema.pop(key) for key in ("description", "default", "title") if key in schema}
+    described: dict[str, Any] = {key: schema.pop(key) for key in ("description", "default", "title") if key in schema}
     return {"anyOf": [schema, {"const": AUTO}], **described}
 
 

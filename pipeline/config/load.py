@@ -1,18 +1,20 @@
 """A job file, the files that it names and the command line -> a checked Job that knows where each value comes from.
 
-Order: the file; ``--set``; names of files in configs/ replaced by their content; ``${VAR}``; values left to 'auto' that depend on
-the images; the schema. Nothing is started here.
+Order: the file; ``--set``; names of files in configs/ replaced by their content; ``${VAR}``; values left to 'auto' that
+depend on the images; the schema. Nothing is started here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import advise, classes, references
+from pipeline.config.derive import ORDER
 from pipeline.config.overrides import apply
 from pipeline.config.rehearse import ORIGIN as REHEARSE
 from pipeline.config.rehearse import rehearse as rehearsed
@@ -38,50 +40,47 @@ class LoadedJob:
     notes: list[str] = field(default_factory=list)
 
     def resolved(self) -> dict[str, Any]:
-        """The whole job as plain values, with the keys of the job file: what run.yaml holds."""
-        return resolved(self.job)
-
-
-def resolved(job: Job) -> dict[str, Any]:
-    """The whole job as plain values, with the keys of the job file."""
-    return job.model_dump(mode="json", by_alias=True)
+        """The whole job as plain values, with the keys of the job file; a job file of them gives the same job."""
+        values = self.job.model_dump(mode="json", by_alias=True)
+        values["stages"] = {name: section for name, section in values["stages"].items() if section is not None}
+        return values
 
 
 def load_job(path: Path, overrides: Sequence[str] = (), *, rehearse: bool = False) -> LoadedJob:
     """Read a job file.
 
-    ``overrides``: "a.b.c=value" texts of ``--set``. ``rehearse``: the same job shrunk to fit a laptop (see rehearse.py).
-    Raises ConfigError, with file:line, for everything that the schema or a reference finds wrong (catalogue C1-C4, C6, C9, C10).
+    Args:
+        overrides: "a.b.c=value" texts of ``--set``.
+        rehearse: the same job shrunk to fit a laptop (see rehearse.py); of the real one is told what cannot work.
+
+    Raises:
+        ConfigError: with file:line, all that the schema or a reference finds wrong (catalogue C1-C4, C6, C9, C10).
     """
-    tree = apply(read_mapping(path), overrides)
-    tree = references.expand(tree, references.Fragments(path.resolve().parent))
+    folder = path.resolve().parent
+    tree = references.expand(apply(read_mapping(path), overrides), references.Fragments(folder))
     if rehearse:
         tree = _without_sources(tree)
     tree = references.substitute(tree)
     tree, notes = advise.choose(tree, look=not rehearse)
-    tree = _files(tree, path.resolve().parent)
-    job = validate(tree)
+    tree = _files(tree, folder)
     notes = _empty_stages(tree) + notes
-    origins = _origins(job, tree)
-    if rehearse:
-        job, changed, said = rehearsed(job)
-        origins = {**_origins(job, tree), **{key: REHEARSE for key in changed}}
-        notes += said
-    return LoadedJob(job, origins, path, notes)
+    job = validate(tree)
+    origins = _origins(job.model_dump(by_alias=True), tree)
+    if not rehearse:
+        return LoadedJob(job, origins, path, notes)
+    small, changed, said = rehearsed(job, origins)
+    origins = _origins(small.model_dump(by_alias=True), tree) | dict.fromkeys(changed, REHEARSE)
+    return LoadedJob(small, origins, path, notes + said)
 
 
-def _origins(job: Job, tree: Node) -> dict[str, str]:
+def _origins(values: dict[str, Any], tree: Node, path: tuple[str, ...] = ()) -> dict[str, str]:
     found: dict[str, str] = {}
-
-    def walk(value: object, path: tuple[str, ...]) -> None:
-        node = tree.get(*path)
-        if path and (node is not None or not isinstance(value, dict)):
-            found[".".join(path)] = node.origin if node is not None else DEFAULT
+    for key, value in values.items():
+        node = tree.get(*path, key)
+        if node is not None or not isinstance(value, dict):
+            found[".".join((*path, key))] = node.origin if node is not None else DEFAULT
         if isinstance(value, dict):
-            for key, below in value.items():
-                walk(below, (*path, key))
-
-    walk(resolved(job), ())
+            found |= _origins(value, tree, (*path, key))
     return found
 
 
@@ -93,28 +92,49 @@ def _without_sources(tree: Node) -> Node:
     return tree
 
 
-def _files(tree: Node, job_folder: Path) -> Node:
-    """Class lists are found now (C6); sources become absolute, so that every process finds them."""
+def _files(tree: Node, folder: Path) -> Node:
+    """Files that are named are found now (C6) and become absolute, so that every process finds them."""
     data = tree.get("data")
     for name, dataset in data.entries().items() if data is not None else ():
-        root, listed = dataset.get("root"), dataset.get("classes")
-        if root is not None and isinstance(root.value, str) and root.value:
-            tree = tree.replaced(("data", name, "root"), Node(_absolute(root.value, dataset), root.origin))
-        if listed is not None and isinstance(listed.value, str) and listed.value != "auto":
-            try:
-                path = classes.find(listed.value, job_folder)
-            except ConfigError as error:
-                raise ConfigError(f"data.{name}.classes: {error.cause}", place=listed.origin, remedy=error.remedy) from None
-            if path.parent != classes.FOLDER:
-                tree = tree.replaced(("data", name, "classes"), Node(os.path.abspath(path), listed.origin))
+        tree = _replaced(tree, ("data", name, "root"), partial(_source, dataset))
+        tree = _replaced(tree, ("data", name, "classes"), partial(_class_list, folder))
+    for stage in ORDER:
+        tree = _replaced(tree, ("stages", stage, "recipe"), partial(_recipe, folder))
+        tree = _replaced(tree, ("stages", stage, "from"), _weights)
     return tree
 
 
-def _absolute(root: str, dataset: Node) -> str:
+def _replaced(tree: Node, path: tuple[str, ...], change: Callable[[str], str]) -> Node:
+    node = tree.get(*path)
+    if node is None or not isinstance(node.value, str) or not node.value:
+        return tree
+    try:
+        return tree.replaced(path, Node(change(node.value), node.origin))
+    except ConfigError as error:
+        raise ConfigError(f"{'.'.join(path)}: {error.cause}", place=node.origin, remedy=error.remedy) from None
+
+
+def _source(dataset: Node, root: str) -> str:
     layout = dataset.get("layout")
     path = os.path.expanduser(root)
     is_name = layout is not None and layout.value == "huggingface" and not os.path.exists(path)  # a dataset of the hub
     return root if "://" in root or is_name else os.path.abspath(path)
+
+
+def _class_list(folder: Path, listed: str) -> str:
+    if listed == "auto":
+        return listed
+    path = classes.find(listed, folder)
+    return listed if path.parent == classes.FOLDER else os.path.abspath(path)
+
+
+def _recipe(folder: Path, name: str) -> str:
+    path = references.Fragments(folder).find("recipe", name)
+    return name if path is None or path.parent == references.CONFIGS / "recipe" else os.path.abspath(path)
+
+
+def _weights(source: str) -> str:
+    return os.path.abspath(os.path.expanduser(source)) if source.endswith(".safetensors") else source
 
 
 def _empty_stages(tree: Node) -> list[str]:

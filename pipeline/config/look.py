@@ -6,9 +6,14 @@ import os
 import statistics
 import struct
 import tarfile
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import IO
+
+from PIL import Image
 
 from pipeline.errors import ConfigError
 
@@ -16,7 +21,7 @@ IMAGES = {".jpg", ".jpeg", ".jpe", ".png", ".gif", ".bmp", ".webp", ".tif", ".ti
 TRAIN, VALIDATION = ("train", "training"), ("val", "validation", "valid", "test")
 SAMPLED_IMAGES = 64  # whose size is read
 SAMPLED_TARS = 40  # that are counted; the rest is assumed to be like them by size
-HEADER = 1 << 16  # bytes of an image that hold its size
+USUAL_SIDE = 224  # where no size can be read (pixels)
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,25 @@ class Source:
 
 
 def look_at(root: str, layout: str, key: str, place: str) -> Source:
-    """Look at a local folder of class folders or class tars. Raises ConfigError (naming ``key`` at ``place``) if it is neither."""
+    """Look at a local folder of class folders or class tars. Raises ConfigError (``key`` at ``place``) if it is neither."""
     folder = Path(os.path.expanduser(root))
     if "://" in root or layout in ("huggingface", "imagenet_tars"):
         cause = f"{key}: 'auto' looks at local class folders and class tars only, not at {root} ({layout})"
         raise ConfigError(cause, place=place, remedy="give image_size, epochs and global_batch as numbers")
     if not folder.is_dir():
-        raise ConfigError(f"{key}: there is no folder {root}", place=place, remedy="--set data.root=DIR")
+        raise ConfigError(f"{key}: there is no folder {root}", place=place, remedy=f"--set {key}=DIR")
     train = _split(folder, TRAIN) or folder
     has_validation = train != folder and _split(folder, VALIDATION) is not None
-    found = _class_tars(train, has_validation) or _class_folders(train, has_validation)
+    finders = {"class_tars": _class_tars, "class_folders": _class_folders}
+    wanted = [finders[layout]] if layout in finders else list(finders.values())
+    try:
+        found = next((source for find in wanted if (source := find(train, has_validation)) is not None), None)
+    except OSError as error:
+        cause = f"{key}: {error.filename} cannot be read: {error.strerror}"
+        raise ConfigError(cause, place=place, remedy="correct its rights") from None
     if found is None:
-        cause = f"{key}: {root} holds neither folders of images nor tars (at the top, or below train/)"
+        what = layout.replace("_", " ") if layout in finders else "folders of images nor tars"
+        cause = f"{key}: {root} holds no {what} (at the top, or below train/)"
         raise ConfigError(cause, place=place, remedy="one folder or one .tar a class, named by the class")
     return found
 
@@ -68,8 +80,8 @@ def _class_folders(folder: Path, has_validation: bool) -> Source | None:
     if not counts:
         return None
     each = -(-SAMPLED_IMAGES // len(counts))
-    sizes = (_file_size(image) for path in _spread(list(counts), SAMPLED_IMAGES) for image in _first(_images_below(path), each))
-    return Source("class_folders", len(counts), sum(counts.values()), _median(sizes), has_validation)
+    sampled = [image for path in _spread(list(counts), SAMPLED_IMAGES) for image in islice(_images_below(path), each)]
+    return Source("class_folders", len(counts), sum(counts.values()), _median(map(_short_side, sampled)), has_validation)
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
@@ -98,73 +110,38 @@ def _class_tars(folder: Path, has_validation: bool) -> Source | None:
 
 def _look_into(path: Path, wanted: int) -> tuple[int, list[int]]:
     """Images in a tar, and the short sides of the first ``wanted``; a damaged tar counts as far as it can be read."""
-    count, sizes = 0, []
+    count = 0
+    sizes: list[int] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if not member.isfile() or os.path.splitext(member.name)[1].lower() not in IMAGES:
                     continue
                 count += 1
-                file = tar.extractfile(member) if len(sizes) < wanted else None
-                if file is not None and (size := image_size(file.read(HEADER))):
-                    sizes.append(min(size))
-    except (tarfile.TarError, OSError):
+                if len(sizes) < wanted and (file := tar.extractfile(member)) is not None:
+                    sizes.append(_short_side(file))
+    except (tarfile.TarError, EOFError):
         return count, sizes
     return count, sizes
 
 
-def _file_size(path: Path) -> int:
-    try:
-        with open(path, "rb") as file:
-            size = image_size(file.read(HEADER))
-    except OSError:
-        return 0
-    return min(size) if size else 0
+def _short_side(file: Path | IO[bytes]) -> int:
+    """Short side of an image (pixels), read from its header; 0 where that cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(file) as image:
+                return min(image.size)
+        except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError, tarfile.TarError):
+            return 0
 
 
 def _median(sizes: Iterable[int]) -> int:
     known = [size for size in sizes if size]
-    return int(statistics.median(known)) if known else 224
+    return int(statistics.median(known)) if known else USUAL_SIDE
 
 
 def _spread(items: list[Path], most: int) -> list[Path]:
     """At most ``most`` items, evenly spread."""
     step = max(1.0, len(items) / most)
     return [items[int(index * step)] for index in range(min(len(items), most))]
-
-
-def _first(items: Iterator[Path], count: int) -> list[Path]:
-    return [item for item, _ in zip(items, range(count), strict=False)]
-
-
-def image_size(head: bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels from the first bytes of a JPEG, PNG, GIF or BMP; None if they do not tell."""
-    try:
-        if head[:8] == b"\x89PNG\r\n\x1a\n":
-            return struct.unpack(">II", head[16:24])  # type: ignore[return-value]
-        if head[:3] == b"GIF":
-            return struct.unpack("<HH", head[6:10])  # type: ignore[return-value]
-        if head[:2] == b"BM":
-            width, height = struct.unpack("<ii", head[18:26])
-            return width, abs(height)
-        if head[:2] == b"\xff\xd8":
-            return _jpeg_size(head)
-    except (struct.error, IndexError):
-        return None
-    return None
-
-
-def _jpeg_size(head: bytes) -> tuple[int, int] | None:
-    position = 2
-    while position < len(head):
-        if head[position] != 0xFF:
-            return None
-        marker = head[position + 1]
-        if marker == 0xFF:  # padding
-            position += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", head[position + 5 : position + 9])
-            return width, height
-        else:
-            position += 2 + int(struct.unpack(">H", head[position + 2 : position + 4])[0])
-    return None

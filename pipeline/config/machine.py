@@ -16,7 +16,7 @@ MAX_LOADER_THREADS = 16
 
 @functools.cache
 def gpus() -> int:
-    """CUDA devices that this process may use: the driver's count, which heeds CUDA_VISIBLE_DEVICES; 0 where torch is CPU-only."""
+    """CUDA devices that this process may use (the driver's count heeds CUDA_VISIBLE_DEVICES); 0 where torch is CPU-only."""
     try:
         if "+cpu" in importlib.metadata.version("torch"):
             return 0

@@ -20,18 +20,16 @@ class Problem:
 
 def refuse(problems: Sequence[Problem]) -> None:
     """Raise one ConfigError that names every problem; do nothing if there is none."""
-    if not problems:
-        return
-    if len(problems) == 1:
-        raise ConfigError(problems[0].cause, place=problems[0].place, remedy=problems[0].remedy)
-    lines = [f"{len(problems)} problems:"]
-    lines += [ConfigError(problem.cause, place=problem.place, remedy=problem.remedy).message for problem in problems]
-    raise ConfigError("\n".join(lines))
+    errors = [ConfigError(one.cause, place=one.place, remedy=one.remedy) for one in dict.fromkeys(problems)]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError("\n".join([f"{len(errors)} problems:", *(error.message for error in errors)]))
 
 
-def closest(word: str, choices: Iterable[str]) -> str:
-    """The choice most like ``word``, or '' where nothing is like it."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.55)
+def closest(word: str, choices: Iterable[str], likeness: float = 0.55) -> str:
+    """The choice most like ``word``, or '' where nothing is like it; ``likeness``: share of equal letters."""
+    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=likeness)
     return found[0] if found else ""
 
 

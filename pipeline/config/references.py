@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import describe
+from pipeline.config.derive import TRAINING
 from pipeline.config.problems import Problem, did_you_mean, refuse
 from pipeline.config.source import Node, read_mapping, scalar, shown
 from pipeline.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ONLY = "images"  # the name of a dataset that is written without one
-TRAINING = ("pretrain", "finetune")
 
 _VARIABLE = re.compile(r"\$\{([^}]*)(\}?)")
-_INSIDE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
+_INSIDE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-([^$]*))?")
 
 
 def merge(under: Node, over: Node) -> Node:
@@ -76,11 +76,12 @@ class Fragments:
         name = substituted(name, key)
         if not isinstance(name.value, str) or not name.value:
             cause = f"{key}: expected the name of a file in configs/{kind}, given {name.data()!r}"
-            raise ConfigError(cause, place=name.origin, remedy=did_you_mean("", self.names(kind), "there are"))
+            raise ConfigError(cause, place=name.origin, remedy=did_you_mean("", self.names(kind), "files there"))
         path = self.find(kind, name.value)
         if path is None:
-            cause = f"{key}: there is no configs/{kind}/{name.value}.yaml" if "/" not in name.value else f"{key}: no file {name.value}"
-            raise ConfigError(cause, place=name.origin, remedy=did_you_mean(name.value, self.names(kind), "there are"))
+            file = name.value if "/" in name.value else f"configs/{kind}/{name.value}.yaml"
+            remedy = did_you_mean(name.value, self.names(kind), f"files in configs/{kind}")
+            raise ConfigError(f"{key}: there is no file {file}", place=name.origin, remedy=remedy)
         path = path.resolve()
         if path in chain:
             loop = " -> ".join(shown(one) for one in (*chain[chain.index(path) :], path))
@@ -91,11 +92,14 @@ class Fragments:
 def name_the_dataset(tree: Node) -> Node:
     """``data`` of one dataset written without a name becomes ``data: {images: ...}``."""
     data = tree.get("data")
-    if data is None:
+    if data is None or not (isinstance(data.value, str) or _is_dataset(data.entries())):
         return tree
-    if isinstance(data.value, str) or describe.single_dataset(list(data.entries())):
-        return tree.replaced(("data",), Node({ONLY: data}, data.origin))
-    return tree
+    return tree.replaced(("data",), Node({ONLY: data}, data.origin))
+
+
+def _is_dataset(entries: dict[str, Node]) -> bool:
+    """Whether these are the keys of a dataset, mistyped ones among them, rather than datasets by name."""
+    return any(describe.is_dataset_key(key) for key in entries)
 
 
 def expand(tree: Node, fragments: Fragments) -> Node:
@@ -124,22 +128,20 @@ def substituted(node: Node, key: str) -> Node:
     def value(match: re.Match[str]) -> str:
         inside = _INSIDE.fullmatch(match[1])
         if inside is None or not match[2]:
-            raise ConfigError(
-                f"{key}: '{match[0]}' is not a substitution", place=node.origin, remedy="write ${NAME} or ${NAME:-default}"
-            )
+            cause = f"{key}: '{match[0]}' is not a substitution"
+            raise ConfigError(cause, place=node.origin, remedy="write ${NAME} or ${NAME:-default}")
         name, default = inside.groups()
         found = os.environ.get(name)
         if found is None and default is None:
-            raise ConfigError(
-                f"{key}: the environment variable {name} is not set", place=node.origin, remedy=f"set it, or add --set {key}=VALUE"
-            )
+            cause = f"{key}: the environment variable {name} is not set"
+            raise ConfigError(cause, place=node.origin, remedy=f"export {name}=..., or add --set {key}=VALUE")
         return default if not found and default is not None else found or ""
 
     text = _VARIABLE.sub(value, node.value)
     return dataclasses.replace(node, value=scalar(text) if node.plain else text)
 
 
-def substitute(node: Node, path: tuple[str, ...] = ()) -> Node:
+def substitute(tree: Node) -> Node:
     """``substituted`` for a whole tree; raises one ConfigError that names every variable that is not set."""
     problems: list[Problem] = []
 
@@ -154,6 +156,6 @@ def substitute(node: Node, path: tuple[str, ...] = ()) -> Node:
             problems.append(Problem(error.place, error.cause, error.remedy))
             return node
 
-    result = walk(node, path)
+    result = walk(tree, ())
     refuse(problems)
     return result

@@ -1,12 +1,13 @@
-"""``--rehearse``: the same job, small. Width, images and steps shrink; wiring, depths, columns, recipes, precision, ZeRO and the
-order of stages stay, so that what would fail after hours on a cluster fails after seconds on a laptop.
+"""``--rehearse``: the same job, small. Width, images and steps shrink; wiring, depths, columns, recipes, precision, ZeRO and
+the order of stages stay, so that what would fail after hours on a cluster fails after seconds on a laptop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.config.check import check
 from pipeline.config.classes import class_list
 from pipeline.config.derive import TRAINING
 from pipeline.config.schema import Job
@@ -46,22 +47,34 @@ class _Changes:
             self.notes.append(f"rehearsal: {dotted} {before} -> {value}")
 
 
-def rehearse(job: Job) -> tuple[Job, list[str], list[str]]:
-    """The rehearsal of a job: (job, changed keys, notes)."""
+    def job(self) -> Job:
+        return Job.model_validate(self.values)
+
+
+def rehearse(job: Job, origins: Mapping[str, str]) -> tuple[Job, list[str], list[str]]:
+    """The rehearsal of a job: (job, changed keys, notes).
+
+    Raises ConfigError for what cannot work in the real job, its sources aside: small, it might work.
+    """
     changes = _Changes(job)
+    for number, name in enumerate(job.data):
+        _dataset(changes, job, name, seed=1 + number)
+    for stage in TRAINING:
+        section = getattr(job.stages, stage)
+        if section is not None and section.initial.endswith(".safetensors"):
+            changes.set(f"stages.{stage}.from", "")  # weights of the real width do not fit
+    check(changes.job(), 1 if job.cluster.processes == "auto" else job.cluster.processes, origins)
     changes.set("name", job.name[: 64 - len(SUFFIX)] + SUFFIX)
     changes.set("model.channels", narrow(job.model.channels))
     changes.set("cluster.device", "cpu")
     changes.set("cluster.processes", PROCESSES)
-    for number, name in enumerate(job.data):
-        _dataset(changes, job, name, seed=1 + number)
     sizes = _sizes(job)
     for stage in TRAINING:
         if getattr(job.stages, stage) is not None:
             _training(changes, job, stage, sizes)
     if job.stages.evaluate is not None and job.stages.evaluate.image_size is not None:
         changes.set("stages.evaluate.image_size", sizes[job.stages.evaluate.image_size])
-    return Job.model_validate(changes.values), changes.keys, changes.notes
+    return changes.job(), changes.keys, changes.notes
 
 
 def narrow(channels: Iterable[int]) -> list[int]:
@@ -85,7 +98,7 @@ def _dataset(changes: _Changes, job: Job, name: str, seed: int) -> None:
         "classes": min(CLASSES, listed),
         "images_per_class": IMAGES_PER_CLASS,
         "validation_per_class": VALIDATION_PER_CLASS,
-        "min_size": max(64, min(dataset.min_side, 128)),
+        "min_size": 64,
         "max_size": 128,
         "dirt": 0.02,
         "seed": seed,
@@ -113,5 +126,3 @@ def _training(changes: _Changes, job: Job, stage: str, sizes: dict[int, int]) ->
     changes.set(f"{key}.eval_epochs", 1.0)
     changes.set(f"{key}.log_steps", 1)
     changes.set(f"{key}.checkpoint_steps", STEPS // 2)
-    if train.initial and train.initial not in TRAINING:
-        changes.set(f"{key}.from", "")  # weights of the real width do not fit

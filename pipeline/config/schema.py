@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # also the name of a folder
-Levels = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt], Field()]
+Levels = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 
 class Section(BaseModel):
@@ -64,7 +65,7 @@ class GenerateConfig(Section):
     min_size: PositiveInt = Field(48, description="Shortest side of the smallest image (pixels).")
     max_size: PositiveInt = Field(128, description="Longest side of the largest image (pixels).")
     dirt: Fraction = Field(0.01, description="Share of extra bad files (truncated, empty, no image, duplicate).")
-    seed: NonNegativeInt = Field(0, description="Seed of the generated images; two sets of different seeds are disjoint.")
+    seed: Seed = Field(0, description="Seed of the generated images; two sets of different seeds are disjoint.")
 
 
 class DatasetConfig(Section):
@@ -119,7 +120,7 @@ class TrainConfig(Section):
 
     data: str = Field("", description="Name of the dataset in the job's `data`; may be left out where there is only one.")
     recipe: str = Field("", description="Name of the file in configs/recipe that the other keys come from.")
-    initial: str = Field("", alias="from", description="Stage whose weights to start from ('pretrain'), or a weights file.")
+    initial: str = Field("", alias="from", description="Stage to take the weights from ('pretrain'), or a .safetensors file.")
     image_size: PositiveInt = Field(224, description="Side of the square training image (pixels, a multiple of 32).")
     epochs: PositiveInt = Field(description="Passes over the training split.")
     max_steps: PositiveInt | None = Field(None, description="Stop after so many optimizer steps of the schedule (rehearsals).")
@@ -146,7 +147,7 @@ class TrainConfig(Section):
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Decay of the weights' moving average (0: none).")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
     eval_epochs: PositiveFloat = Field(1.0, description="Evaluate every so many epochs, and at the end.")
-    eval_resize: PositiveFloat = Field(1.143, description="Evaluation scales the short side to image_size times this, then crops.")
+    eval_resize: PositiveFloat = Field(1.143, description="Evaluation scales the short side to this times image_size.")
     log_steps: PositiveInt = Field(10, description="Metrics every so many steps.")
     checkpoint_steps: PositiveInt | None = Field(None, description="Checkpoint every so many steps; none: once an epoch.")
     keep_checkpoints: PositiveInt = Field(2, description="Checkpoints kept (the newest).")
@@ -162,7 +163,7 @@ class EvaluateStage(Section):
     """Top-1 and top-5 on every validation image exactly once."""
 
     data: str = Field("", description="Dataset; default: that of the `from` stage.")
-    initial: str = Field("finetune", alias="from", description="Training stage whose weights (EMA if it has one) are evaluated.")
+    initial: str = Field("finetune", alias="from", description="Training stage whose weights (EMA if it has one) to evaluate.")
     image_size: PositiveInt | None = Field(None, description="Side of the image (pixels); default: that of the `from` stage.")
     batch: PositiveInt = Field(64, description="Images a process evaluates at once.")
 
@@ -170,7 +171,7 @@ class EvaluateStage(Section):
 class ExportStage(Section):
     """Weights, description, preprocessing and class names for use without this pipeline."""
 
-    initial: str = Field("finetune", alias="from", description="Training stage whose weights (EMA if it has one) are exported.")
+    initial: str = Field("finetune", alias="from", description="Training stage whose weights (EMA if it has one) to export.")
 
 
 class Stages(Section):
@@ -189,7 +190,7 @@ class Job(Section):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$")] = Field(
         description="Name; the run's directory is runs/<name>. No '/', '\\' or control characters, no '.' first."
     )
-    seed: NonNegativeInt = Field(0, description="Seed of every random choice.")
+    seed: Seed = Field(0, description="Seed of every random choice.")
     model: ModelConfig = Field(description="The network, or the name of a file in configs/model.")
     cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Where it runs, or a name in configs/cluster.")
     data: dict[DatasetName, DatasetConfig] = Field(description="Datasets by name; one alone may be written without a name.")

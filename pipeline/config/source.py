@@ -1,17 +1,17 @@
 """YAML text -> a tree that knows the file and line of every key and value.
 
 Plain YAML 1.2 scalars: ``1e-4`` is a number, ``yes`` and ``2024-01-01`` are text. YAML is data here: tags such as
-``!!python/object`` are refused.
+``!!python/object`` are refused, and what a value is follows from how it is written alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, ClassVar, TypeAlias
 
 import yaml
 
@@ -19,8 +19,11 @@ from pipeline.config.problems import Problem, did_you_mean, refuse
 from pipeline.errors import ConfigError
 
 MAX_NODES = 100_000  # a job has hundreds; aliases of aliases can grow without bound
+MAX_DEPTH = 30
+MAX_DIGITS = 40  # of a whole number; the longest that means anything has half as many
+FROM_COMMAND_LINE = "--set"  # the name of a "file" that has no lines
 
-Value = Union[None, bool, int, float, str, list["Node"], dict[str, "Node"]]
+Value: TypeAlias = "bool | int | float | str | list[Node] | dict[str, Node] | None"
 
 
 @dataclass(frozen=True)
@@ -62,30 +65,23 @@ class Node:
             return [node.data() for node in self.value]
         return self.value
 
-    def leaves(self, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Node]]:
-        """Every value that is not a mapping, with its path."""
-        if isinstance(self.value, dict):
-            for key, node in self.value.items():
-                yield from node.leaves((*path, key))
-        else:
-            yield path, self
-
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The C parser where PyYAML has it, with the scalars of YAML 1.2."""
+    """The C parser where PyYAML has it, without YAML 1.1's idea of what a scalar is."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 _PREFIX = "tag:yaml.org,2002:"
-_SCALARS = (  # tag, pattern, first characters
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+_TAGS = {yaml.ScalarNode: _PREFIX + "str", yaml.SequenceNode: _PREFIX + "seq", yaml.MappingNode: _PREFIX + "map"}
+_SCALARS: tuple[tuple[str, Callable[[str], Value]], ...] = (  # pattern, what it stands for
+    (r"~|null|Null|NULL|", lambda _: None),
+    (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    (rf"[-+]?[0-9][0-9_]{{0,{MAX_DIGITS}}}", lambda text: int(text.replace("_", ""))),
+    (rf"0x[0-9a-fA-F]{{1,{MAX_DIGITS}}}", lambda text: int(text, 16)),
+    (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
+    (r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", lambda text: float(text.replace(".", ""))),
 )
-for _tag, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(_PREFIX + _tag, re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def shown(path: Path) -> str:
@@ -97,23 +93,7 @@ def shown(path: Path) -> str:
 
 def scalar(text: str) -> Value:
     """The value of an unquoted scalar."""
-    for tag, pattern, _ in _SCALARS:
-        if re.fullmatch(pattern, text):
-            return _convert(_PREFIX + tag, text)
-    return text
-
-
-def _convert(tag: str, text: str) -> Value:
-    kind = tag.removeprefix(_PREFIX)
-    if kind == "null":
-        return None
-    if kind == "bool":
-        return text.lower() == "true"
-    if kind == "int":
-        return int(text, 16) if text.startswith("0x") else int(text.replace("_", ""))
-    if kind == "float":
-        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    return text
+    return next((convert(text) for pattern, convert in _SCALARS if re.fullmatch(pattern, text)), text)
 
 
 class _Reader:
@@ -125,26 +105,32 @@ class _Reader:
         self.count = 0
 
     def at(self, node: yaml.Node) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}" if self.name != "--set" else self.name
+        return _place(self.name, node.start_mark.line + 1)
 
     def read(self, node: yaml.Node, origin: str, above: tuple[yaml.Node, ...] = ()) -> Node:
         self.count += 1
         if self.count > MAX_NODES:
-            raise ConfigError(f"more than {MAX_NODES} values", place=self.name, remedy="is this a job file? look for repeated aliases")
+            remedy = "is this a job file? look for repeated aliases"
+            raise ConfigError(f"more than {MAX_NODES} values", place=self.name, remedy=remedy)
         if any(node is one for one in above):
             self.problems.append(Problem(self.at(node), "an alias that contains itself", "write the value out"))
             return Node(None, origin)
+        if len(above) > MAX_DEPTH:
+            raise ConfigError("nested too deeply", place=self.at(node), remedy="is this a job file?")
+        self.refuse_tag(node)
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+            self.problems.append(Problem(self.at(node), "a NUL character in a value", "take it away"))
         if isinstance(node, yaml.MappingNode):
             return Node(self._mapping(node, (*above, node)), origin)
         if isinstance(node, yaml.SequenceNode):
             return Node([self.read(item, self.at(item), (*above, node)) for item in node.value], origin)
-        known = [_PREFIX + tag for tag, _, _ in _SCALARS] + [_PREFIX + "str"]
-        if node.tag not in known:
-            cause = f"the YAML tag '{node.tag}' is not allowed: a job is plain data"
+        plain = not node.style
+        return Node(scalar(node.value) if plain else node.value, origin, plain)
+
+    def refuse_tag(self, node: yaml.Node) -> None:
+        if node.tag != _TAGS[type(node)]:
+            cause = f"the YAML tag '{node.tag.replace(_PREFIX, '!!')}' is not allowed: a job is plain data"
             self.problems.append(Problem(self.at(node), cause, "take the tag away"))
-            return Node(None, origin)
-        plain = node.style is None or node.style == ""
-        return Node(_convert(node.tag, node.value) if plain else node.value, origin, plain)
 
     def _mapping(self, node: yaml.MappingNode, above: tuple[yaml.Node, ...]) -> dict[str, Node]:
         entries: dict[str, Node] = {}
@@ -152,6 +138,7 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.append(Problem(self.at(key_node), "a key must be a single word", "write `key: value`"))
                 continue
+            self.refuse_tag(key_node)
             key, origin = str(key_node.value), self.at(key_node)
             if key in entries:
                 cause = f"the key '{key}' is written twice (first at {entries[key].origin})"
@@ -170,8 +157,6 @@ def parse(text: str, name: str) -> Node | None:
         composed = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise _syntax(error, text, name) from None
-    except RecursionError:
-        raise ConfigError("nested too deeply", place=name, remedy="is this a job file?") from None
     if composed is None:
         return None
     reader = _Reader(name)
@@ -180,18 +165,26 @@ def parse(text: str, name: str) -> Node | None:
     return node
 
 
+def _place(name: str, line: int) -> str:
+    return name if name == FROM_COMMAND_LINE else f"{name}:{line}"
+
+
 def _syntax(error: yaml.YAMLError, text: str, name: str) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
-    line = mark.line + 1 if mark is not None else 1
+    line = mark.line + 1 if mark is not None else text.count("\n", 0, getattr(error, "position", 0)) + 1
     lines = text.splitlines()
-    for number, content in enumerate(lines[:line], 1):
-        if re.match(r"[ ]*\t\s*\S", content):
-            return ConfigError("indented with a tab", place=f"{name}:{number}", remedy="YAML is indented with spaces only")
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    here = lines[line - 1] if 0 < line <= len(lines) else ""
-    remedy = 'put the value in quotes: "${NAME}"' if "${" in here else "look at this line and the one above: a colon, a quote or a bracket"
-    place = name if name == "--set" else f"{name}:{line}"
-    return ConfigError(f"not readable as YAML: {problem}", place=place, remedy=remedy)
+    tabbed = [number for number, content in enumerate(lines[:line], 1) if re.match(r" *\t\s*[^\s#]", content)]
+    if tabbed:
+        return ConfigError("indented with a tab", place=_place(name, tabbed[-1]), remedy="YAML is indented with spaces only")
+    problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    here = lines[line - 1] if line <= len(lines) else ""
+    if name == FROM_COMMAND_LINE:
+        remedy = "put the value in double quotes inside single ones: --set 'KEY=\"VALUE\"'"
+    elif "${" in here:
+        remedy = 'put the value in quotes ("${NAME}"), or on a line of its own'
+    else:
+        remedy = "look at this line and the one above: a colon, a quote or a bracket"
+    return ConfigError(f"not readable as YAML: {problem}", place=_place(name, line), remedy=remedy)
 
 
 def read_mapping(path: Path) -> Node:
@@ -209,10 +202,9 @@ def read_mapping(path: Path) -> Node:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"byte 0x{content[error.start]:02x} is not UTF-8 text", place=f"{name}:{line}", remedy="save the file as UTF-8"
-        ) from None
+        place = _place(name, content.count(b"\n", 0, error.start) + 1)
+        cause = f"byte 0x{content[error.start]:02x} is not UTF-8 text"
+        raise ConfigError(cause, place=place, remedy="save the file as UTF-8") from None
     node = parse(text, name)
     if node is None:
         raise ConfigError("is empty", place=name, remedy="a job names its model, data and stages: see jobs/quickstart.yaml")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pipeline.config import describe
 from pipeline.config.problems import Problem, closest, did_you_mean, refuse
 from pipeline.config.schema import Job
-from pipeline.config.source import Node
+from pipeline.config.source import Node, scalar
 
 Location = Sequence[int | str]
 
@@ -29,18 +29,19 @@ def validate(tree: Node) -> Job:
 
 
 def _problems(tree: Node, errors: Sequence[Any]) -> list[Problem]:
-    found: dict[str, Problem] = {}
+    unknown: dict[str, Problem] = {}  # told first: others may follow from them
+    wrong: dict[str, Problem] = {}
     for error in errors:
         path, known = _path(error["loc"])
         if error["type"] == "extra_forbidden":
-            problem = _unknown_key(tree, [*path, str(error["loc"][len(path)])], known)
-            found.setdefault(f"{'.'.join(path)}.{error['loc'][len(path)]}", problem)
+            path = [*path, str(error["loc"][len(path)])]
+            unknown[".".join(path)] = _unknown_key(tree, path, known)
         elif error["loc"] and error["loc"][-1] == "[key]":
             cause = f"'{path[-1]}' cannot be the name of a dataset: letters, digits, '-' and '_', a letter or digit first"
-            found.setdefault(".".join(path), Problem(_place(tree, path), cause, "rename it"))
+            wrong[".".join(path)] = Problem(_place(tree, path), cause, "rename it")
         else:
-            found.setdefault(".".join(path), _wrong_value(tree, path, known))
-    return list(found.values())
+            wrong.setdefault(".".join(path), _wrong_value(tree, path, known))
+    return [*unknown.values(), *wrong.values()]
 
 
 def _path(location: Location) -> tuple[list[str], describe.Field]:
@@ -67,6 +68,8 @@ def _place(tree: Node, path: Sequence[str]) -> str:
 def _unknown_key(tree: Node, path: list[str], section: describe.Field) -> Problem:
     key, above = path[-1], ".".join(path[:-1])
     cause = f"unknown key '{key}'" + (f" in {above}" if above else "")
+    if key == "base" and "recipe" in section.keys:
+        return Problem(_place(tree, path), cause, "did you mean 'recipe'?")
     if not closest(key, section.keys):
         elsewhere = [one.dotted for one in describe.all_fields() if one.path[-1] == key]
         if elsewhere:
@@ -77,25 +80,24 @@ def _unknown_key(tree: Node, path: list[str], section: describe.Field) -> Proble
 def _wrong_value(tree: Node, path: list[str], known: describe.Field) -> Problem:
     dotted = known.dotted or "the job"
     node = tree.get(*path)
-    meaning = f" ({known.description})" if known.description else ""
     if node is None:
-        cause = f"{dotted} is missing: expected {known.expectation}{meaning}"
+        cause = f"{dotted} is missing: expected {known.expectation}"
         remedy = f"write it, or name a recipe that has it, or add --set {dotted}=VALUE" if "stages" in path else "write it"
         return Problem(_place(tree, path), cause, remedy)
-    given = json.dumps(node.data())
+    given = json.dumps(node.data(), ensure_ascii=False)
     given = given if len(given) <= 60 else given[:57] + "..."
-    return Problem(node.origin, f"{dotted}: expected {known.expectation}, given {given}{meaning}", _hint(node, known))
+    return Problem(node.origin, f"{dotted}: expected {known.expectation}, given {given}", _hint(node, known))
 
 
 def _hint(node: Node, known: describe.Field) -> str:
     value, wanted = node.value, known.expectation
-    if isinstance(value, str) and "number" in wanted and value.strip().replace(".", "", 1).isdigit():
+    if isinstance(value, str) and "number" in wanted and isinstance(scalar(value.strip()), (int, float)):
         return f"take the quotes away: {value.strip()}"
     if isinstance(value, (int, float)) and wanted.startswith("text"):
-        return f'put it in quotes: "{value}"'
-    if isinstance(value, float) and "whole number" in wanted and value == int(value):
+        return "put it in quotes"
+    if isinstance(value, float) and "whole number" in wanted and value.is_integer() and value < 1e12:
         return f"write {int(value)}"
     names = [name.strip("'") for name in wanted.replace("one of ", "").split(", ")]
     if isinstance(value, str) and (best := closest(value, names)):
         return f"did you mean '{best}'?"
-    return f"`explain {known.dotted}` tells more" if known.path else ""
+    return known.description
