@@ -54,7 +54,8 @@ class Manifest:
         try:
             value = json.loads(path.read_text())
             if value["format"] != FORMAT:
-                raise CheckpointError(f"has format {value['format']}, this version reads {FORMAT}", place=str(path))
+                cause = f"has format {value['format']}, this version reads {FORMAT}"
+                raise CheckpointError(cause, place=str(path), remedy="go on with the version of this program that wrote it")
             value["pieces"] = [Piece(**piece) for piece in value["pieces"]]
             return cls(**value)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -87,6 +88,14 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
+
+
+def set_aside(directory: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither read again nor counted among those that are kept."""
+    refused = directory.with_name(f"{directory.name}.refused")
+    if refused.exists():
+        shutil.rmtree(refused)
+    return directory.rename(refused)
 
 
 def remove_leftovers(root: Path) -> None:

@@ -48,7 +48,8 @@ class CheckpointReader:
                 filled += stop - start
         if filled != length:
             raise CheckpointError(
-                f"parameter {name} [{offset}, {offset + length}) is covered by {filled} elements only", place=str(self.directory)
+                f"parameter {name} [{offset}, {offset + length}) is covered by {filled} elements only",
+                place=str(self.directory),
             )
         return result
 
@@ -63,10 +64,12 @@ class WeightsReader:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, "pt")
+            self._file: Any = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot be read ({error})", place=str(path), remedy="run the stage that makes it again") from error
-        self.shapes = {name: list(self._file.get_slice(name).get_shape()) for name in self._file.keys()}  # noqa: SIM118
+            remedy = "run the stage that makes it again"
+            raise CheckpointError(f"cannot be read ({error})", place=str(path), remedy=remedy) from error
+        names: list[str] = self._file.keys()
+        self.shapes: dict[str, list[int]] = {name: list(self._file.get_slice(name).get_shape()) for name in names}
 
     def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
         return self.full(name).reshape(-1)[offset : offset + length]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -10,53 +11,74 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.checkpoint.manifest import Manifest, Piece, directory_of, keep_newest
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, StageError
 from pipeline.files import file_digest, fsync_dir, write_json, write_with
 
 Owned = tuple[str, tuple[int, ...], int, str, Tensor]  # name, global shape, offset, kind, values (1-D)
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
 
 def save(
     root: Path, step: int, owned: Iterable[Owned], state: dict[str, Any], *, keep: int, may_commit: Callable[[], bool]
-) -> Path | None:
+) -> str | None:
     """Write the checkpoint of ``step``; collective over all ranks.
 
     Args:
         owned: this rank's ranges of parameters.
         state: of the training loop (JSON-able), the same on every rank.
-        may_commit: asked on rank 0 right before the rename; a group of processes that has been replaced may not.
+        may_commit: asked on rank 0 right before the rename.
 
     Returns:
-        The directory, or None where the commit was refused or the disk had no room (training can go on; the previous
-        checkpoint stays the newest).
+        None where the checkpoint is there now; else why it could not be written, such as a full disk (training can go on,
+        the checkpoint before stays the newest).
+
+    Raises:
+        StageError: on rank 0, when this group of processes has been replaced by a newer one and may not commit.
     """
-    rank, target = dist.get_rank(), directory_of(root, step)
+    target = directory_of(root, step)
     temporary = target.with_name(f".{target.name}.tmp")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    failure = _on_main(lambda: _make_empty(temporary))
+    if failure is not None:
+        return failure
+    rank = dist.get_rank()
     report: dict[str, Any] | str
     try:
         report = _write_share(temporary, f"rank-{rank:05d}.safetensors", owned)
-    except OSError as error:
+    except WRITE_ERRORS as error:
         report = f"rank {rank}: {error}"
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
-    failures = [entry for entry in reports if isinstance(entry, str)]
-    committed = [False]
-    if rank == 0 and not failures:
-        committed = [_commit(temporary, target, step, reports, state, may_commit)]
-        if committed[0]:
-            keep_newest(root, keep)
-    elif rank == 0:
+    failure = next((entry for entry in reports if isinstance(entry, str)), None)
+    if failure is None:
+        failure = _on_main(lambda: _commit(temporary, target, step, reports, state, may_commit))
+    if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    dist.broadcast_object_list(committed, src=0)
-    return target if committed[0] else None
+        if failure is None:
+            with contextlib.suppress(OSError):  # costs room only, and is tried again after the next one
+                keep_newest(root, keep)
+    return failure
+
+
+def _on_main(action: Callable[[], None]) -> str | None:
+    """Do it on rank 0; every rank learns why it failed, if it did."""
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except WRITE_ERRORS as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    return failure[0]
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def _write_share(directory: Path, name: str, owned: Iterable[Owned]) -> dict[str, Any]:
@@ -65,7 +87,7 @@ def _write_share(directory: Path, name: str, owned: Iterable[Owned]) -> dict[str
     shapes: dict[str, list[int]] = {}
     kinds: dict[str, None] = {}
     for parameter, shape, offset, kind, values in owned:
-        tensors[f"{kind}|{parameter}"] = values.detach().to("cpu", torch.float32).contiguous().clone()
+        tensors[f"{kind}|{parameter}"] = values.detach().to("cpu", torch.float32, copy=True)
         pieces[parameter, offset] = Piece(parameter, offset, values.numel(), name)
         shapes[parameter], kinds[kind] = list(shape), None
     if not tensors:
@@ -78,7 +100,7 @@ def _write_share(directory: Path, name: str, owned: Iterable[Owned]) -> dict[str
 
 def _commit(
     temporary: Path, target: Path, step: int, reports: list[Any], state: dict[str, Any], may_commit: Callable[[], bool]
-) -> bool:
+) -> None:
     shapes = {name: shape for report in reports for name, shape in report["shapes"].items()}
     files = {name: file for report in reports for name, file in report["files"].items()}
     kinds = next(report["kinds"] for report in reports if report["kinds"])
@@ -86,13 +108,13 @@ def _commit(
     _check_complete(shapes, pieces)
     write_json(temporary / "manifest.json", Manifest(step, shapes, kinds, pieces, files, state).to_json())
     if not may_commit():
-        shutil.rmtree(temporary, ignore_errors=True)
-        return False
-    if target.exists():  # the same step again, after an interrupted attempt: the newer one replaces it
-        shutil.rmtree(target)
+        raise StageError(
+            "a newer group of processes has taken over; this one ends without a checkpoint",
+            place=str(target),
+            remedy="nothing to do: the newer group goes on",
+        )
     os.rename(temporary, target)
     fsync_dir(target.parent)
-    return True
 
 
 def _check_complete(shapes: dict[str, list[int]], pieces: list[Piece]) -> None:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from pipeline.config import resolve
-from pipeline.config.schema import Job
+from pipeline.config.schema import AugmentConfig, Job
 from pipeline.data.device import DeviceAugment
 from pipeline.data.format import open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import ConfigError
-from pipeline.model import RevCol
-from pipeline.train.build import initial_weights, network_spec
-from pipeline.train.engine import setup_process
+from pipeline.evaluate.network import load_network, preprocessing
+from pipeline.train.build import describe, weights_path
+from pipeline.train.group import process_group
 from pipeline.train.validate import validate
 from pipeline.train.world import World
-
-
-def load_network(job: Job, run_dir: Path, stage: str, num_classes: int) -> RevCol:
-    """The plain fp32 network (stored activations) of a training stage, with its weights (the EMA where there is one)."""
-    reader = initial_weights(run_dir, stage)
-    with torch.device("meta"):
-        network = RevCol(network_spec(job, resolve.train_config(job, stage), num_classes, "stored"))
-    network.load_state_dict({name: reader.full(name) for name in reader.shapes}, strict=True, assign=True)
-    return network.eval()
 
 
 def evaluate_stage(job: Job, run_dir: Path, world: World) -> dict[str, float]:
@@ -35,19 +24,18 @@ def evaluate_stage(job: Job, run_dir: Path, world: World) -> dict[str, float]:
     stage = job.stages.evaluate
     if stage is None:
         raise ConfigError("the job has no stage 'evaluate'", remedy="add it under `stages`")
-    device = setup_process(world, resolve.device(job.cluster) == "cuda", resolve.threads(job.cluster))
-    try:
+    with process_group(world, resolve.device(job.cluster) == "cuda", resolve.threads(job.cluster)) as device:
         data = open_dataset(run_dir / "stages" / "prepare" / resolve.dataset_name(job, "evaluate"))
-        split, config = data.split("validation"), resolve.train_config(job, stage.initial)
-        network = load_network(job, run_dir, stage.initial, len(data.classes)).to(device)
-        loader = EvalLoader(
-            split, image_size=resolve.evaluate_image_size(job), resize=config.eval_resize, batch=stage.batch,
-            rank=world.rank, world_size=world.size, threads=resolve.loader_threads(job.cluster),
-        )  # fmt: skip
-        normalise = DeviceAugment(config.augment, len(data.classes), job.seed, train=False)
-        forwards = math.ceil(math.ceil(len(split) / world.size) / stage.batch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and config.precision == "bf16"):
-            accuracy = validate(network, loader, normalise, device, forwards)
-        return {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss, "images": float(accuracy.images)}
-    finally:
-        dist.destroy_process_group()
+        image_size, resize = preprocessing(job, run_dir, stage.initial, stage.image_size)
+        network = load_network(job, run_dir, stage.initial, data).to(device)
+        half = device.type == "cuda" and describe(weights_path(run_dir, stage.initial)).get("precision") == "bf16"
+        normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)
+        with (
+            EvalLoader(
+                data.split("validation"), image_size=image_size, resize=resize, batch=stage.batch,
+                rank=world.rank, world_size=world.size, threads=resolve.loader_threads(job.cluster),
+            ) as loader,
+            torch.autocast(device.type, torch.bfloat16, enabled=half),
+        ):  # fmt: skip
+            accuracy = validate(network, loader, normalise, device, image_size)
+    return {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss, "images": float(accuracy.images)}

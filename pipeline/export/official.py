@@ -66,7 +66,7 @@ def to_published(model: nn.Module, state: Mapping[str, Tensor] | None = None) ->
         value = state[ours].detach()
         if _ALPHA.search(published):
             value = value.view(1, -1, 1, 1)
-        elif _POINTWISE.search(published):
+        elif value.dim() == 2 and _POINTWISE.search(published):
             value = value.view(*value.shape, 1, 1)
         result[published] = value
     return result
@@ -80,7 +80,8 @@ def from_published(model: nn.Module, published: Mapping[str, Tensor]) -> dict[st
     extra = sorted(set(published) - set(wanted.values()))
     if missing or extra:
         raise CheckpointError(
-            f"published weights do not fit this model: {len(missing)} missing {missing[:5]}, {len(extra)} left over {extra[:5]}",
+            f"published weights do not fit this model: {len(missing)} missing {missing[:5]}, "
+            f"{len(extra)} left over {extra[:5]}",
             remedy="build the model with the same columns, depths, huge wiring, heads and number of classes",
         )
     result = {}

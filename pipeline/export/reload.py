@@ -1,4 +1,4 @@
-"""Using an exported model: needs torch and safetensors, neither ray nor deepspeed.
+"""Using an exported model: needs neither ray nor deepspeed.
 
     from pipeline.export.reload import load_export
     model = load_export("runs/quickstart/export")
@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipeline.data.augment import evaluation_view
-from pipeline.data.decode import decode
-from pipeline.errors import CheckpointError
+from pipeline.data.augment import EvalTransform
+from pipeline.data.decode import Image
+from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.model import NetworkSpec, RevCol
 
@@ -34,12 +36,15 @@ class Exported:
     description: dict[str, Any]
 
     def prepare(self, path: str | Path) -> Tensor:
-        """Image file -> (1, 3, H, W), as in evaluation."""
+        """Image file -> (1, 3, H, W), bit for bit as in evaluation. Raises DataError if it cannot be read or decoded."""
         how = self.description["preprocessing"]
-        pixels = decode(Path(path).read_bytes())
-        view = torch.from_numpy(evaluation_view(pixels, how["image_size"], how["resize"])).permute(2, 0, 1)[None].float() / 255
+        pixels: Image = np.empty((how["image_size"], how["image_size"], 3), dtype=np.uint8)
+        try:
+            EvalTransform(how["image_size"], how["resize"])(memoryview(Path(path).read_bytes()), pixels)
+        except (OSError, ValueError) as error:
+            raise DataError(f"no image that can be read: {error}", place=str(path), remedy="give an image file") from error
         mean, std = (torch.tensor(how[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        return (view - mean) / std
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().mul(1.0 / (255.0 * std)).sub_(mean / std)
 
     @torch.no_grad()
     def predict(self, path: str | Path, best: int = 5) -> list[tuple[str, str, float]]:
@@ -51,22 +56,24 @@ class Exported:
 
 
 def load_export(directory: str | Path) -> Exported:
-    """The exported model. Raises CheckpointError when a file is missing."""
+    """The exported model. Raises CheckpointError when a file is missing or damaged."""
     directory = Path(directory)
     try:
         description = json.loads((directory / "model.json").read_text())
-        weights = load_file(directory / "model.safetensors")
-    except OSError as error:
-        raise CheckpointError(f"not an exported model: {error}", place=str(directory), remedy="run the stage 'export'") from error
-    network = make_network(description)
-    network.load_state_dict(weights, strict=True)
+        network = make_network(description)
+        network.load_state_dict(load_file(directory / "model.safetensors"), strict=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        remedy = "run the stage 'export', or copy its folder whole"
+        raise CheckpointError(f"not an exported model: {error}", place=str(directory), remedy=remedy) from error
     return Exported(network.eval(), description)
 
 
 def make_network(description: dict[str, Any]) -> RevCol:
     """The network that ``model.json`` describes, with stored activations and fresh weights."""
-    network = {key: tuple(value) if isinstance(value, list) else value for key, value in description["network"].items()}
-    return RevCol(NetworkSpec(**{**network, "activations": "stored", "drop_path": 0.0}))
+    network: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in description["network"].items()
+    }
+    return RevCol(NetworkSpec(**(network | {"activations": "stored", "drop_path": 0.0})))
 
 
 @torch.no_grad()

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pipeline
@@ -17,9 +19,13 @@ from pipeline.config.schema import Job
 from pipeline.data.device import MEAN, STD
 from pipeline.data.format import open_dataset
 from pipeline.errors import ConfigError, StageError
-from pipeline.evaluate.classify import load_network
+from pipeline.evaluate.network import load_network, preprocessing
 from pipeline.export import official
 from pipeline.files import write_json, write_with
+from pipeline.model import RevCol
+from pipeline.train.build import describe, weights_path
+
+SELF_TEST_SIZE = 224  # pixels, at most: what is compared does not depend on it, the time does
 
 
 def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
@@ -30,34 +36,44 @@ def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
     stage = job.stages.export
     if stage is None:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
-    config = resolve.train_config(job, stage.initial)
-    data = open_dataset(run_dir / "stages" / "prepare" / resolve.dataset_name(job, stage.initial))
-    network = load_network(job, run_dir, stage.initial, len(data.classes))
-    target = run_dir / "export"
-    state = {name: parameter.detach().contiguous() for name, parameter in network.named_parameters()}
-    write_with(target / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    published = {name: value.clone() for name, value in official.to_published(network).items()}
-    write_with(target / "revcol.pth", lambda path: torch.save({"model": published}, path))
+    data = open_dataset(run_dir / "stages" / "prepare" / resolve.dataset_name(job, "export"))
+    image_size, resize = preprocessing(job, run_dir, stage.initial)
+    network = load_network(job, run_dir, stage.initial, data)
     description = {
         "network": asdict(network.spec),
-        "preprocessing": {"image_size": config.image_size, "resize": config.eval_resize, "mean": list(MEAN), "std": list(STD),
-                          "interpolation": "area", "color": "RGB"},
+        "preprocessing": {
+            "image_size": image_size, "resize": resize, "mean": list(MEAN), "std": list(STD), "color": "RGB",
+            "steps": "short side to image_size * resize (area; cubic where that enlarges), centre crop, / 255, - mean, / std",
+        },
         "classes": data.classes,
         "class_names": data.class_names,
-        "trained": json.loads((run_dir / "stages" / stage.initial / "weights.json").read_text())["figures"],
+        "trained": describe(weights_path(run_dir, stage.initial)).get("figures", {}),
         "pipeline": pipeline.__version__,
     }  # fmt: skip
-    write_json(target / "model.json", description)
-    _write_self_test(network, config.image_size, target)
+    target = run_dir / "export"
+    try:
+        _write(network, description, target)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise StageError(f"the export cannot be written: {error}", place=str(target), remedy="make room, then again") from error
     return {
-        "parameters": float(sum(value.numel() for value in state.values())),
+        "parameters": float(sum(parameter.numel() for parameter in network.parameters())),
         "bytes": float((target / "model.safetensors").stat().st_size),
         "reload_difference": _reload(target),
     }
 
 
+def _write(network: RevCol, description: dict[str, Any], target: Path) -> None:
+    # Copies: loaded weights are views of one mapped file, which both formats would take for shared memory.
+    state = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    write_with(target / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+    published = official.to_published(network, state)
+    write_with(target / "revcol.pth", lambda path: torch.save({"model": published}, path))
+    write_json(target / "model.json", description)
+    _write_self_test(network, min(SELF_TEST_SIZE, description["preprocessing"]["image_size"]), target)
+
+
 @torch.no_grad()
-def _write_self_test(network: torch.nn.Module, image_size: int, target: Path) -> None:
+def _write_self_test(network: RevCol, image_size: int, target: Path) -> None:
     """Inputs and the training network's logits on one thread, so that another process gives the same bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from typing import cast
 from pipeline.model.network import Output, RevCol
 from pipeline.model.spec import Activations, Four, NetworkSpec
 
-__all__ = ["NetworkSpec", "Output", "RevCol", "build"]
+__all__ = ["Activations", "NetworkSpec", "Output", "RevCol", "build"]
 
 
 def build(

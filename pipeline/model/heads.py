@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,10 +21,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.cast = CastTo()
         self.norm = LayerNorm(channels)
-        self.linear = Linear(channels, num_classes)
-        with torch.no_grad():
-            self.linear.weight.mul_(init_scale)
-            self.linear.bias.mul_(init_scale)
+        self.linear = Linear(channels, num_classes, init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.linear(self.norm(self.cast(x.mean((1, 2))))))

@@ -28,10 +28,17 @@ class Conv(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """Linear layer over the last dimension, initialised as the paper does."""
+    """Linear layer over the last dimension, initialised as the paper does, times ``init_scale``."""
 
+    def __init__(self, inputs: int, outputs: int, init_scale: float = 1.0) -> None:
+        self.init_scale = init_scale  # first: nn.Linear's constructor calls reset_parameters
+        super().__init__(inputs, outputs)
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
+        # Here, not in a parent's constructor: ZeRO-3 partitions a layer's parameters as soon as the layer is made.
         init_weights(self)
+        self.weight.mul_(self.init_scale)
 
 
 class LayerNorm(nn.LayerNorm):

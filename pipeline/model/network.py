@@ -98,7 +98,7 @@ class RevCol(nn.Module):
         )
         self.mismatched = columns.mismatched
         if self.spec.activations == "exact":
-            return cast(tuple[Tensor, ...], ExactColumns.apply(x, columns))
+            return cast(tuple[Tensor, ...], ExactColumns.apply(x, columns))  # type: ignore[no-untyped-call]
         return stored_columns(columns, x)
 
     def _last_tap(self) -> tuple[int, ...]:

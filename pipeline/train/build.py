@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.reader import RangeReader, WeightsReader
 from pipeline.config.schema import Job, TrainConfig
 from pipeline.errors import CheckpointError
-from pipeline.model import Activations, NetworkSpec
+from pipeline.model import NetworkSpec
+
+Shapes = dict[str, tuple[int, ...]]
 
 
-def network_spec(job: Job, config: TrainConfig, num_classes: int, activations: Activations | None = None) -> NetworkSpec:
-    """The network of a training stage; ``activations`` overrides the model's (evaluation and export use 'stored')."""
+def network_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpec:
+    """The network of a training stage."""
     model = job.model
     return NetworkSpec(
         channels=model.channels,
@@ -21,40 +25,57 @@ def network_spec(job: Job, config: TrainConfig, num_classes: int, activations: A
         huge=model.huge,
         supervised=config.supervision,
         block=model.block,
-        activations=activations or model.activations,
+        activations=model.activations,
         drop_path=model.drop_path if config.drop_path is None else config.drop_path,
         head_init_scale=config.head_init_scale,
     )
 
 
-def initial_weights(run_dir: Path, initial: str) -> WeightsReader:
-    """Weights of the stage (or file) that a stage starts `from`."""
+def weights_path(run_dir: Path, initial: str) -> Path:
+    """Where the weights of the stage (or file) lie that a stage takes `from`. Raises CheckpointError if they do not."""
     path = Path(initial) if initial.endswith(".safetensors") else run_dir / "stages" / initial / "weights.safetensors"
     if not path.is_file():
         raise CheckpointError(
             "weights file is missing", place=str(path), remedy=f"run the stage {initial!r} first, or name a .safetensors file"
         )
-    return WeightsReader(path)
+    return path
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a training stage wrote down beside its weights (`write_weights`); empty for weights from elsewhere."""
+    try:
+        description: dict[str, Any] = json.loads(path.with_name("weights.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot be read ({error})", place=str(path.with_name("weights.json"))) from error
+    return description
+
+
+def initial_weights(run_dir: Path, initial: str) -> WeightsReader:
+    """Weights of the stage (or file) that a stage starts `from`."""
+    return WeightsReader(weights_path(run_dir, initial))
 
 
 def is_head(name: str) -> bool:
-    """Parameters that may differ between the stages: classifiers and decoders."""
+    """Parameters that belong to one stage: classifiers and decoders (their numbers count positions, which differ)."""
     return name.startswith(("classifiers.", "decoders."))
 
 
-def loadable(source: RangeReader, shapes: dict[str, tuple[int, ...]], place: str) -> tuple[list[str], list[str]]:
-    """(names to load, head parameters that stay as initialised). All of the backbone must be there in the same shape."""
-    load, fresh = [], []
+def loadable(source: RangeReader, shapes: Shapes, place: str) -> list[str]:
+    """Names of the backbone's parameters; all of them must be in the source, in the same shape. Raises CheckpointError."""
+    names = [name for name in shapes if not is_head(name)]
+    require_shapes(source, {name: shapes[name] for name in names}, place)
+    return names
+
+
+def require_shapes(source: RangeReader, shapes: Shapes, place: str) -> None:
+    """Raise CheckpointError, naming the first parameter that the source lacks or has in another shape."""
     for name, shape in shapes.items():
-        if list(source.shapes.get(name, ())) == list(shape) and not is_head(name):
-            load.append(name)
-        elif is_head(name):
-            fresh.append(name)
-        else:
-            found = source.shapes.get(name)
+        found = source.shapes.get(name)
+        if found is None or tuple(found) != shape:
             raise CheckpointError(
-                f"parameter {name} of the model has shape {list(shape)}, the weights have {found if found else 'none such'}",
+                f"parameter {name} of the model has shape {list(shape)}, the weights have {found or 'none such'}",
                 place=place,
-                remedy="fine-tune with the same model (channels, depths, columns, huge) as the weights were trained with",
+                remedy="take the model (channels, depths, columns, huge) and the classes that the weights were trained with",
             )
-    return load, fresh

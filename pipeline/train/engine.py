@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from datetime import timedelta
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,40 +15,24 @@ from pipeline.model.column import Level
 from pipeline.train.optim import adamw
 from pipeline.train.world import World
 
-TIMEOUT = timedelta(minutes=30)
 
-
-def setup_process(world: World, use_cuda: bool, threads: int) -> torch.device:
-    """Device, threads and process group of this process. Missing coordinates mean a single process."""
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if world.size == 1 and "MASTER_PORT" not in os.environ:
-        defaults["MASTER_PORT"] = str(_free_port())
+def _deepspeed(world: World, device: torch.device) -> ModuleType:
+    """DeepSpeed, joined to the process group that is there."""
+    defaults = {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank),
+                "LOCAL_SIZE": str(world.size), "DS_BUILD_OPS": "0"}  # fmt: skip
+    if device.type == "cpu":
+        defaults["DS_ACCELERATOR"] = "cpu"
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("DS_BUILD_OPS", "0")
-    if not use_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("LOCAL_SIZE", str(world.size))
-        torch.set_num_threads(threads)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
-    device = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-    deepspeed.init_distributed("nccl" if use_cuda else "gloo", verbose=False)
-    return device
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Of use for inference only, yet compiled at the first start; a process killed meanwhile leaves a lock that all others
+    # would wait for without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    module: ModuleType = deepspeed
+    return module
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, largest_level: int) -> dict[str, Any]:
@@ -84,8 +68,7 @@ def make_engine(
     spec: NetworkSpec, config: TrainConfig, world: World, micro_batch: int, seed: int, device: torch.device
 ) -> Any:
     """A DeepSpeed engine around a freshly initialised network, the same on every rank for the same ``seed``."""
-    import deepspeed
-
+    deepspeed = _deepspeed(world, device)
     torch.manual_seed(seed)
     if config.zero_stage == 3:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

@@ -7,6 +7,7 @@ evaluation with averaged weights need no gathering of parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ class Masters:
     def __init__(self, engine: Any, ema_decay: float) -> None:
         self.engine, self.stage, self.ema_decay = engine, int(engine.zero_optimization_stage()), ema_decay
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}  # whole ones
         self.base: Any = engine.optimizer if self.stage == 0 else engine.optimizer.optimizer
         self.base = getattr(self.base, "optimizer", self.base)
         self.flats = self._find_flats()
@@ -56,10 +58,8 @@ class Masters:
     def _find_fragments(self) -> Iterator[Fragment]:
         where = {flat.untyped_storage().data_ptr(): i for i, flat in enumerate(self.flats)}
         for name, parameter in self.parameters.items():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            total = 1
-            for side in shape:
-                total *= side
+            shape = self.shapes[name]
+            total = math.prod(shape)
             if self.stage == 0:
                 master, offset = parameter.data.view(-1), 0
             elif self.stage == 3:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.config.schema import TrainConfig
 from pipeline.model import RevCol
 from pipeline.model.groups import decays, layer_id, num_layers
+
+
+class FiniteAdamW(torch.optim.AdamW):
+    """AdamW that leaves out a step on gradients that are not finite, for ZeRO 0, whose engine does not look (1 to 3 do)."""
+
+    overflow = False  # DeepSpeed's name for it: the engine then counts the step as skipped
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        gradients: list[Tensor] = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return None if self.overflow else super().step(closure)
 
 
 def parameter_groups(model: RevCol, config: TrainConfig) -> list[dict[str, Any]]:
@@ -33,7 +46,8 @@ def parameter_groups(model: RevCol, config: TrainConfig) -> list[dict[str, Any]]
 
 def adamw(model: RevCol, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW whose rate is 0 until the schedule sets it (DeepSpeed takes a step on zero gradients when it is made)."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps)
+    kind = FiniteAdamW if config.zero_stage == 0 else torch.optim.AdamW
+    return kind(parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps)
 
 
 def set_rate(groups: list[dict[str, Any]], rate: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pipeline.config import resolve
 from pipeline.config.schema import TrainConfig
 
 
@@ -19,11 +20,12 @@ class Schedule:
     total_steps: int
 
     @classmethod
-    def of(cls, config: TrainConfig, steps_per_epoch: int) -> Schedule:
-        """``config`` states rates for ``lr_batch`` images a step; they scale linearly with ``global_batch``."""
+    def of(cls, config: TrainConfig, images: int) -> Schedule:
+        """For a training split of ``images``. ``config`` states rates for ``lr_batch`` images a step; they scale linearly
+        with ``global_batch``."""
         scale = config.global_batch / config.lr_batch
-        total = total_steps(config, steps_per_epoch)
-        warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+        total = resolve.steps(config, images)
+        warmup = min(round(config.warmup_epochs * (images // config.global_batch)), total - 1)
         return cls(config.lr * scale, config.min_lr * scale, config.warmup_lr * scale, warmup, total)
 
     def __call__(self, step: int) -> float:
@@ -32,9 +34,3 @@ class Schedule:
             return self.warmup_start + (self.peak - self.warmup_start) * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def total_steps(config: TrainConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the stage."""
-    steps = config.epochs * steps_per_epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)

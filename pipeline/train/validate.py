@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader
 from pipeline.model import Output
 from pipeline.train.loss import cross_entropy
+
+SAMPLES = 8  # inputs that are shown with their reconstructions: one row of the grid
 
 
 @dataclass
@@ -31,20 +34,16 @@ class Accuracy:
 
 @torch.no_grad()
 def validate(
-    network: Callable[[Tensor], Output], loader: EvalLoader, normalise: DeviceAugment, device: torch.device, forwards: int
+    network: Callable[[Tensor], Output], loader: EvalLoader, normalise: DeviceAugment, device: torch.device, image_size: int
 ) -> Accuracy:
-    """
-    Args:
-        forwards: calls of ``network`` that every rank makes, so that collectives inside it (ZeRO-3) match: a rank that
-            runs out of images goes on with a blank one, which is not counted.
-    """
+    """Collective. Every rank calls ``network`` equally often, so that collectives inside it (ZeRO-3) match: a rank that has
+    no more images takes a blank one of ``image_size`` pixels, which is not counted."""
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     samples: list[Tensor] = []
     batches = iter(loader)
-    image_shape: tuple[int, ...] = (1, loader.image_size, loader.image_size, 3)
-    for _ in range(forwards):
+    for _ in range(loader.max_batches):
         batch = next(batches, None)
-        images = torch.zeros(image_shape, dtype=torch.uint8) if batch is None else batch.images
+        images = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8) if batch is None else batch.images
         labels = torch.zeros(1, dtype=torch.int64) if batch is None else batch.labels
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         prepared = normalise(images, labels, labels, labels, 0)
@@ -52,7 +51,7 @@ def validate(
         if batch is not None:
             counts += _count(out.logits[-1].float(), labels)
         if not samples:
-            samples = [prepared.image01[:8].float(), *(torch.sigmoid(r[:8].float()) for r in out.reconstructions)]
+            samples = [prepared.image01[:SAMPLES].float(), *(torch.sigmoid(r[:SAMPLES].float()) for r in out.reconstructions)]
     dist.all_reduce(counts)
     images_seen, top1, top5, loss = counts.tolist()
     seen = max(images_seen, 1.0)
@@ -68,6 +67,6 @@ def _count(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def picture_rows(samples: list[Tensor]) -> Tensor:
-    """Inputs over their reconstructions: uint8 (rows * n, H, W, 3), row by row."""
-    rows = [(row.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu() for row in samples]
-    return torch.cat(rows)
+    """Inputs over their reconstructions: uint8 (rows * SAMPLES, H, W, 3), row by row, filled up with black."""
+    rows = torch.stack([functional.pad(row, (0, 0, 0, 0, 0, 0, 0, SAMPLES - len(row))) for row in samples])
+    return (rows.clamp(0, 1) * 255).round().to(torch.uint8).flatten(0, 1).permute(0, 2, 3, 1).contiguous().cpu()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+_COORDINATES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
 
 @dataclass(frozen=True)
 class World:
@@ -13,14 +15,14 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    generation: int = 0  # of the group of processes; only the newest may commit results
+    generation: int | None = None  # of a supervised group of processes: only the newest may commit results
 
     @classmethod
     def from_environment(cls) -> World:
         """RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them; PIPELINE_GENERATION by our own supervisor."""
-        get = os.environ.get
-        keys = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "PIPELINE_GENERATION": "0"}
-        return cls(*(int(get(key, default)) for key, default in keys.items()))
+        rank, size, local_rank = (int(os.environ.get(key, default)) for key, default in _COORDINATES.items())
+        generation = os.environ.get("PIPELINE_GENERATION")
+        return cls(rank, size, local_rank, None if generation is None else int(generation))
 
     @property
     def is_main(self) -> bool:

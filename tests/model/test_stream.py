@@ -25,7 +25,7 @@ def test_decode_inverts_encode(alpha: float, values: list[int], f: float) -> Non
     current, remainder = stream.encode(branch, previous, a)
     magnitude = float(stream.split_alpha(a)[0])
     width = stream.remainder_width(magnitude)
-    assert 0 <= int(remainder.min()) and int(remainder.max()) < math.ceil(1 / magnitude)
+    assert int(remainder.min()) >= 0 and int(remainder.max()) < math.ceil(1 / magnitude)
     packed = stream.pack(remainder, width)
     assert packed.numel() * packed.element_size() * 8 <= remainder.numel() * width + 16
     again = stream.unpack(packed, width, remainder.shape)

@@ -1,0 +1,97 @@
+"""A small network under DeepSpeed, stepped by hand in each process of a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config.schema import TrainConfig
+from pipeline.model import Activations, NetworkSpec
+from pipeline.train.engine import make_engine
+from pipeline.train.group import process_group
+from pipeline.train.loss import compound_terms
+from pipeline.train.masters import Masters
+from pipeline.train.optim import set_rate
+from pipeline.train.state import restore, save_checkpoint
+from pipeline.train.world import World
+
+SPEC = NetworkSpec((8, 16, 24, 32), (1, 1, 2, 1), 4, 7, huge=True, supervised=True, activations="stored")
+BATCH, SIZE = 8, 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """``poison``: the step at which rank 0's images are not finite."""
+
+    root: Path
+    stage: int
+    precision: Any = "fp32"
+    activations: Activations = "exact"
+    steps: int = 4
+    accumulation: int = 1
+    poison: int = -1
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.rand(BATCH, 3, SIZE, SIZE, generator=generator)
+    return images * 2 - 1, images, torch.randint(0, 7, (BATCH,), generator=generator)
+
+
+def gathered_now(engine: Any) -> int:
+    return sum(p.ds_numel for p in engine.module.parameters() if p.ds_status.name == "AVAILABLE")
+
+
+def steps(options: Options) -> dict[str, Any]:
+    """From the newest checkpoint to ``options.steps``, then a checkpoint; what happened on the way."""
+    torch.use_deterministic_algorithms(True)
+    world = World.from_environment()
+    config = TrainConfig(
+        epochs=1, lr=1e-3, lr_batch=BATCH, global_batch=BATCH, micro_batch=BATCH // world.size // options.accumulation,
+        precision=options.precision, zero_stage=options.stage, clip_grad=1.0, ema=0.9, weight_decay=0.05,
+    )  # fmt: skip
+    with process_group(world, use_cuda=False, threads=1) as device:
+        assert isinstance(config.micro_batch, int)
+        spec = replace(SPEC, activations=options.activations)
+        engine = make_engine(spec, config, world, config.micro_batch, 3, device)
+        masters = Masters(engine, config.ema)
+        said: list[str] = []
+        manifest = restore(options.root, masters, {"test": 1}, lambda text, level="info": said.append(text))
+        start = manifest.step if manifest else 0
+        result: dict[str, Any] = {"losses": [], "said": said, "mismatched": 0, "gathered_after": 0, "applied": []}
+        for step in range(start, options.steps):
+            result["losses"].append(_step(engine, masters, options, config.micro_batch, step, result))
+        state = {"identity": {"test": 1}, "optimizer_steps": options.steps}
+        assert save_checkpoint(options.root, masters, options.steps, state, 3, lambda: True) is None
+        with torch.no_grad():
+            masters.use_ema()
+            result["averaged"] = float(engine.module(batch(0)[0]).logits[-1].double().sum())
+            masters.use_masters()
+    return result
+
+
+def _step(engine: Any, masters: Masters, options: Options, share: int, step: int, result: dict[str, Any]) -> float:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    set_rate(engine.optimizer.param_groups, 1e-3)
+    total = torch.zeros(())
+    for part in range(options.accumulation):
+        begin = (rank * options.accumulation + part) * share
+        images, pixels, labels = (tensor[begin : begin + share] for tensor in batch(step))
+        if rank == 0 and step == options.poison:
+            images = images / 0
+        loss = compound_terms(engine(images, None), pixels, labels).total
+        engine.backward(loss)
+        result["mismatched"] += sum(int(count) for count in engine.module.mismatched)
+        engine.step()
+        total += loss.detach() / options.accumulation
+    result["applied"].append(bool(engine.was_step_applied()))
+    if result["applied"][-1]:
+        masters.after_step(step)
+    if options.stage == 3:
+        result["gathered_after"] = max(result["gathered_after"], gathered_now(engine))
+    dist.all_reduce(total)
+    return float(total) / world
