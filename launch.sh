@@ -29,7 +29,7 @@ install() {  # a fresh .venv; the stamp is written last, so an install that was 
 }
 
 if [[ -n ${VIRTUAL_ENV:-} && ${VIRTUAL_ENV:-} != "$here/.venv" ]] && has_pins "$VIRTUAL_ENV/bin/python"; then
-    exec "$VIRTUAL_ENV/bin/python" -m pipeline "$@"
+    exec "$VIRTUAL_ENV/bin/python" -P -m pipeline "$@"
 fi
 python="$here/.venv/bin/python"
 digest=$(grep -o '^[^ #]*' "$pins" | cksum)
@@ -39,4 +39,4 @@ if ! current; then
     current || install
     exec 9<&-
 fi
-exec "$python" -m pipeline "$@"
+exec "$python" -P -m pipeline "$@"
