@@ -1,6 +1,6 @@
 """Values written as ``auto`` because they depend on the images: chosen by looking at the source, each with its reason.
 
-    stages.<training>.image_size, .epochs, .global_batch, and data.<name>.validation_fraction
+stages.<training>.image_size, .epochs, .global_batch, and data.<name>.validation_fraction
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def _evaluate(checker: _Checker) -> None:
     if stage is None:
         return
     source = stage.initial
-    if source not in TRAINING or source in stage_names(job):
+    if source.endswith(WEIGHTS) or (source in TRAINING and source in stage_names(job)):
         checker.attempt("evaluate", lambda: evaluate_image_size(job))
     if stage.image_size is not None and stage.image_size % STRIDE:
         cause = f"{stage.image_size} pixels is not a multiple of {STRIDE}"

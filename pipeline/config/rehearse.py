@@ -46,7 +46,6 @@ class _Changes:
         if not isinstance(value, dict):
             self.notes.append(f"rehearsal: {dotted} {before} -> {value}")
 
-
     def job(self) -> Job:
         return Job.model_validate(self.values)
 

@@ -174,9 +174,10 @@ def _syntax(error: yaml.YAMLError, text: str, name: str) -> ConfigError:
     line = mark.line + 1 if mark is not None else text.count("\n", 0, getattr(error, "position", 0)) + 1
     lines = text.splitlines()
     tabbed = [number for number, content in enumerate(lines[:line], 1) if re.match(r" *\t\s*[^\s#]", content)]
-    if tabbed:
-        return ConfigError("indented with a tab", place=_place(name, tabbed[-1]), remedy="YAML is indented with spaces only")
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    if tabbed or "tab character" in problem:
+        place = _place(name, [line, *tabbed][-1])
+        return ConfigError("indented with a tab", place=place, remedy="YAML is indented with spaces only")
     here = lines[line - 1] if line <= len(lines) else ""
     if name == FROM_COMMAND_LINE:
         remedy = "put the value in double quotes inside single ones: --set 'KEY=\"VALUE\"'"

@@ -70,7 +70,7 @@ def _unknown_key(tree: Node, path: list[str], section: describe.Field) -> Proble
     cause = f"unknown key '{key}'" + (f" in {above}" if above else "")
     if key == "base" and "recipe" in section.keys:
         return Problem(_place(tree, path), cause, "did you mean 'recipe'?")
-    if not closest(key, section.keys):
+    if not closest(key, section.keys, likeness=0.8):
         elsewhere = [one.dotted for one in describe.all_fields() if one.path[-1] == key]
         if elsewhere:
             return Problem(_place(tree, path), cause, f"it belongs to {' or '.join(elsewhere)}")

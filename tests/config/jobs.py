@@ -1,0 +1,60 @@
+"""A small job as text, and what loading it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import resolve
+from pipeline.config.load import LoadedJob, load_job
+from pipeline.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "jobs").glob("*.yaml"))
+
+JOB = """\
+name: small
+model: revcol_quickstart
+cluster: local
+data:
+  toy: {root: "/images", layout: class_tars}
+stages:
+  prepare: {}
+  pretrain:
+    recipe: quickstart_pretrain
+    epochs: 3
+  finetune: {recipe: quickstart_finetune, from: pretrain}
+  evaluate: {from: finetune}
+  export: {from: finetune}
+"""
+
+
+def write(folder: Path, text: str | bytes, name: str = "job.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def changed(*replacements: str, text: str = JOB) -> str:
+    """The small job with pieces replaced: old, new, old, new ..."""
+    for old, new in zip(replacements[::2], replacements[1::2], strict=True):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def load_and_check(path: Path, overrides: Sequence[str] = (), world_size: int = 2) -> LoadedJob:
+    loaded = load_job(path, overrides)
+    resolve.check(loaded.job, world_size, loaded.origins)
+    return loaded
+
+
+def complaint(folder: Path, text: str | bytes, *overrides: str, world_size: int = 2) -> str:
+    """The message with which a job is refused; files are named relative to ``folder``."""
+    with pytest.raises(ConfigError) as error:
+        load_and_check(write(folder, text), overrides, world_size)
+    assert error.value.exit_code == 2
+    return error.value.message.replace(f"{folder}/", "")

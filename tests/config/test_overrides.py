@@ -1,0 +1,238 @@
+"""``--set``, references and variables; and whatever is set, the resolved job is a job file that gives the same job."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import describe, render
+from pipeline.config.load import load_job
+from tests.config.jobs import JOB, changed, complaint, write
+
+UNNAMED = JOB.replace('\n  toy: {root: "/images", layout: class_tars}', " {root: /images}")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    return write(tmp_path, JOB)
+
+
+def at(values: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        values = values[key]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=7", "seed", 7),
+        (" seed = 7", "seed", 7),
+        ("name=a=b", "name", "a=b"),
+        ("name=2024", "name", "2024"),
+        ("name=true", "name", "true"),
+        ('name="quoted name"', "name", "quoted name"),
+        ("name=café ☕", "name", "café ☕"),
+        ("data.toy.root=/with: colon #and hash", "data.toy.root", "/with: colon #and hash"),
+        ("data.toy.root=/[brackets", "data.toy.root", "/[brackets"),
+        ("data.root=s3://bucket/x", "data.toy.root", "s3://bucket/x"),
+        ("data.toy.generate.classes=5", "data.toy.generate.classes", 5),
+        ("model=revcol_tiny", "model.channels", [64, 128, 256, 512]),
+        ("model.base=revcol_tiny", "model.columns", 4),
+        ("model.channels=[8, 16, 32, 64]", "model.channels", [8, 16, 32, 64]),
+        ("model={base: revcol_base, columns: 5}", "model.columns", 5),
+        ("stages.pretrain.lr=1e-4", "stages.pretrain.lr", 1e-4),
+        ("stages.pretrain.recipe=pretrain_1k", "stages.pretrain.warmup_epochs", 20),
+        ("stages.pretrain.betas=[0.8, 0.9]", "stages.pretrain.betas", [0.8, 0.9]),
+        ("stages.pretrain.augment.mixup=0", "stages.pretrain.augment.mixup", 0),
+        ("stages.prepare.data=[toy]", "stages.prepare.data", ["toy"]),
+        ("cluster.processes=4", "cluster.processes", 4),
+    ],
+)
+def test_set(job: Path, override: str, key: str, value: Any) -> None:
+    loaded = load_job(job, [override])
+    assert at(loaded.resolved(), key) == value
+    if "{" not in override and override.split("=")[0].strip() == key:
+        assert loaded.origins[key] == "--set"
+
+
+def test_the_rest_of_a_reference_stays(job: Path) -> None:
+    loaded = load_job(job, ["model.drop_path=0.3", "stages.pretrain.augment.mixup=0.1"])
+    assert loaded.job.model.channels == (16, 32, 64, 128)
+    assert loaded.origins["model.drop_path"] == "--set"
+    assert loaded.origins["model.channels"].endswith("configs/model/revcol_quickstart.yaml:2")
+    assert at(loaded.resolved(), "stages.pretrain.augment.cutmix") == 0.2
+
+
+def test_a_later_set_wins_and_null_takes_a_stage_away(job: Path) -> None:
+    loaded = load_job(
+        job, ["seed=1", "seed=2", "stages.finetune=null", "stages.evaluate.from=pretrain", "stages.export.from=pretrain"]
+    )
+    assert loaded.job.seed == 2
+    assert "finetune" not in loaded.resolved()["stages"]
+    assert loaded.notes == ["--set: stages.finetune is empty and left out; write finetune: {} for its defaults"]
+
+
+def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE", "/data")
+    monkeypatch.setenv("EMPTY", "")
+    overrides = ["data.root=${WHERE}/${EMPTY:-x}/${UNSET_ONE:-y z}", "seed=${SEED_UNSET:-11}"]
+    loaded = load_job(job, overrides)
+    assert loaded.job.data["toy"].root == "/data/x/y z"
+    assert loaded.job.seed == 11
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set: 'seed' is not KEY=VALUE\n  -> for example --set stages.pretrain.epochs=10"),
+        ("=1", "is not KEY=VALUE"),
+        ("stages..lr=1", "is not KEY=VALUE"),
+        ("modle=x", "--set: 'modle=x': there is no key 'modle'\n  -> did you mean 'model'?"),
+        ("stages.pretrian.lr=1", "there is no key 'pretrian' in stages\n  -> did you mean 'pretrain'?"),
+        ("stages.pretrain.lrr=1", "there is no key 'lrr' in stages.pretrain\n  -> did you mean 'lr'?"),
+        ("data.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
+        ("data.toy.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
+        (
+            "stages.pretrain.betas.0=1",
+            "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: give it whole",
+        ),
+        ("seed.x=1", "there is no key 'x' in seed\n  -> seed is a whole number, 0 or more and below 4294967296: give it whole"),
+        ("seed=[1", "--set: 'seed=[1': not readable as YAML"),
+        ("seed=!!python/name:os.system 1", "the YAML tag '!!python/name:os.system' is not allowed"),
+        ("seed=", "--set: seed: expected a whole number, 0 or more and below 4294967296, given null"),
+        ("stages.pretrain.lr=fast", '--set: stages.pretrain.lr: expected a number above 0, given "fast"'),
+        ("model=revcol_tny", "--set: model: there is no file configs/model/revcol_tny.yaml\n  -> did you mean 'revcol_tiny'?"),
+        ("cluster=nope", "--set: cluster: there is no file configs/cluster/nope.yaml\n  -> files in configs/cluster: local"),
+        ("data.toy.layout=class_tar", "--set: data.toy.layout: expected one of 'class_tars'"),
+    ],
+)
+def test_what_cannot_be_set(tmp_path: Path, override: str, message: str) -> None:
+    assert message in complaint(tmp_path, JOB, override)
+
+
+def test_which_of_two_datasets(tmp_path: Path) -> None:
+    text = changed("data:\n", "data:\n  more: {root: /more}\n")
+    message = complaint(tmp_path, text, "data.root=/x")
+    assert message == "--set: 'data.root=/x': the job has 2 datasets\n  -> say which: data.more.root, data.toy.root"
+
+
+def test_a_dataset_without_a_name(tmp_path: Path) -> None:
+    path = write(tmp_path, UNNAMED)
+    assert list(load_job(path).job.data) == ["images"]
+    for override in ("data.root=/other", "data.images.root=/other"):
+        assert load_job(path, [override]).job.data["images"].root == "/other"
+    by_name = load_job(path, ["data=imagenet1k", "data.root=/in1k"]).job.data["images"]
+    assert (by_name.layout, by_name.root) == ("imagenet_tars", "/in1k")
+
+
+def test_references_own_folder_first_then_the_shipped_one(tmp_path: Path) -> None:
+    write(tmp_path, "base: revcol_tiny\ncolumns: 6\n", "configs/model/revcol_mine.yaml")
+    write(tmp_path, "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0}\n", "configs/recipe/mine.yaml")
+    write(tmp_path, "b\na\n", "configs/classes/ab.txt")
+    text = changed(
+        "revcol_quickstart",
+        "revcol_mine",
+        "recipe: quickstart_pretrain\n    epochs: 3",
+        "recipe: mine",
+        "layout:",
+        "classes: ab, layout:",
+    )
+    loaded = load_job(write(tmp_path, text))
+    assert (loaded.job.model.columns, loaded.job.model.channels[0]) == (6, 64)
+    assert loaded.job.stages.pretrain is not None
+    assert (loaded.job.stages.pretrain.epochs, loaded.job.stages.pretrain.augment.mixup) == (2, 0)
+    assert loaded.job.stages.pretrain.augment.cutmix == 0.2
+    assert loaded.job.data["toy"].classes == str(tmp_path / "configs/classes/ab.txt")
+    elsewhere = write(tmp_path, render.job_file(loaded), "elsewhere/run.yaml")
+    assert load_job(elsewhere).job == loaded.job
+
+
+def test_a_path_as_a_reference(tmp_path: Path) -> None:
+    write(tmp_path, "base: revcol_tiny\n", "models/one.yaml")
+    assert load_job(write(tmp_path, JOB), ["model=models/one.yaml"]).job.model.channels[0] == 64
+
+
+def test_sources_and_weights_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "", "w.safetensors")
+    job = load_job(write(tmp_path, JOB), ["data.root=images", "stages.pretrain.from=w.safetensors"]).job
+    assert job.data["toy"].root == str(tmp_path / "images")
+    assert job.stages.pretrain is not None
+    assert job.stages.pretrain.initial == str(tmp_path / "w.safetensors")
+    hub = load_job(tmp_path / "job.yaml", ["data.root=user/dataset", "data.layout=huggingface"]).job
+    assert hub.data["toy"].root == "user/dataset"
+
+
+def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Values that a key may have by its JSON Schema."""
+    if "anyOf" in schema:
+        return st.one_of([values(one) for one in schema["anyOf"]])
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum", [schema.get("const")]))
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        low, high = (
+            schema.get("minimum", schema.get("exclusiveMinimum", 0)),
+            schema.get("maximum", schema.get("exclusiveMaximum", 1e6)),
+        )
+        if kind == "integer":
+            return st.integers(low + ("exclusiveMinimum" in schema), int(high) - ("exclusiveMaximum" in schema))
+        return st.floats(
+            low, high, exclude_min="exclusiveMinimum" in schema, exclude_max="exclusiveMaximum" in schema, width=32
+        )
+    if kind == "array":
+        return st.tuples(*map(values, schema["prefixItems"])).map(list)
+    if kind == "boolean":
+        return st.booleans()
+    return st.none()
+
+
+FREE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$'\""), max_size=20).map(str.strip)
+NAMES = st.from_regex(r"[^./\\\x00-\x1f\ud800-\udfff$\s'\"][^/\\\x00-\x1f\ud800-\udfff$\s]{0,20}", fullmatch=True)
+TEXTS = {
+    "name": NAMES,
+    "data.toy.image_column": FREE_TEXT,
+    "data.toy.root": FREE_TEXT.map(lambda text: "/x" + text.replace("://", "")),
+}
+
+
+def settable() -> list[tuple[str, st.SearchStrategy[Any]]]:
+    found: list[tuple[str, st.SearchStrategy[Any]]] = []
+    for one in describe.all_fields():
+        dotted = one.dotted.replace(describe.ANY, "toy")
+        if dotted in TEXTS:
+            found.append((dotted, TEXTS[dotted]))
+        elif not one.keys and not one.section and one.expectation != "text" and not dotted.endswith((".data", "device")):
+            found.append((dotted, values(one.schema)))
+    return found
+
+
+SETTABLE = settable()
+OVERRIDES = st.lists(st.sampled_from(SETTABLE).flatmap(lambda pair: st.tuples(st.just(pair[0]), pair[1])), max_size=8)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(OVERRIDES)
+def test_any_valid_overrides_hold_and_the_resolved_job_gives_the_same_job(
+    tmp_path_factory: pytest.TempPathFactory, overrides: list[tuple[str, Any]]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides]
+    loaded = load_job(write(folder, JOB, "before.yaml"), texts)
+    for key, value in dict(overrides).items():
+        assert at(loaded.resolved(), key) == (os.path.abspath(value) if key.endswith(".root") else value)
+        assert loaded.origins[key] == "--set"
+    again = load_job(write(folder, render.job_file(loaded), "after.yaml"))
+    assert again.job == loaded.job
+    assert again.notes == []
+
+
+def test_every_key_that_can_be_set_is_in_the_property() -> None:
+    assert len(SETTABLE) > 100

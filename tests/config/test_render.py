@@ -1,0 +1,107 @@
+"""What the user is shown: the dry run, and what a key means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import describe, render
+from pipeline.config.load import LoadedJob, load_job
+from pipeline.errors import ConfigError
+from tests.config.jobs import JOB, ROOT, write
+
+
+@pytest.fixture
+def quickstart() -> LoadedJob:
+    return load_job(ROOT / "jobs/quickstart.yaml", ["stages.pretrain.lr=1e-4"])
+
+
+def lines(text: str) -> dict[str, str]:
+    """The lines of a dry run by their first two words."""
+    return {" ".join(line.split()[:2]): line for line in text.splitlines()}
+
+
+def test_dry_run_tells_values_origins_and_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = render.dry_run(load_job(write(tmp_path, JOB), ["seed=5"]), world_size=4)
+    found = lines(text)
+    assert found["name: small"].split("  # ")[1] == "job.yaml:1"
+    assert found["seed: 5"].split("  # ")[1] == "--set"
+    assert found["epochs: 3"].split("  # ")[1] == "job.yaml:10"
+    assert found["columns: 4"].split("  # ")[1].endswith("configs/model/revcol_quickstart.yaml:4")
+    assert found["keep_checkpoints: 2"].split("  # ")[1] == "default"
+    plan = text[text.index("# What would run") :]
+    assert "prepare   toy (/images)" in plan
+    assert "pretrain  toy, from scratch, 64 pixels, 3 epochs; 4 processes on " in plan
+    assert "global batch 64 = 4 x 16 x 1 (processes x micro batch x accumulation)" in plan
+    assert "finetune  toy, from pretrain, 96 pixels" in plan
+    assert "# Notes" not in plan
+
+
+def test_dry_run_counts_steps_where_images_are_known(tmp_path: Path, quickstart: LoadedJob) -> None:
+    assert "8 epochs, about 256 steps" in render.dry_run(quickstart)  # 32 classes x 64 images, 64 a step
+    loaded = load_job(write(tmp_path, JOB))
+    assert "3 epochs, about 45 steps" in render.dry_run(loaded, images={"toy": 1000})
+
+
+def test_job_file_reads_back(tmp_path: Path, quickstart: LoadedJob) -> None:
+    assert load_job(write(tmp_path, render.job_file(quickstart))).job == quickstart.job
+
+
+def test_explain(quickstart: LoadedJob) -> None:
+    text = render.explain("lr")
+    assert text.splitlines()[0] == "stages.pretrain.lr"
+    for part in ("Peak learning rate", "a number above 0", "none: it must be given", "also     stages.finetune.lr"):
+        assert part in text
+    text = render.explain("lr", quickstart)
+    assert "stages.pretrain.lr = 0.0001  (--set)" in text
+    assert "stages.finetune.lr = 0.001  (" in text
+    assert "configs/recipe/quickstart_finetune.yaml:8)" in text
+    text = render.explain("stages.finetune.image_size", quickstart)
+    assert text.startswith("stages.finetune.image_size\n")
+    assert "unit     pixels" in text
+    assert "default  224" in text
+
+
+def test_explain_datasets_by_name_or_without(quickstart: LoadedJob) -> None:
+    for key in ("data.root", "root"):
+        text = render.explain(key, quickstart)
+        assert "data.toy22k.root" in text
+        assert "data.toy1k.root" in text
+    text = render.explain("data.toy1k.generate.classes", quickstart)
+    assert "data.toy1k.generate.classes = 16" in text
+    assert "toy22k" not in text
+    assert "not in the job quickstart" in render.explain("data.nothing.generate.seed", quickstart)
+
+
+def test_explain_a_section(quickstart: LoadedJob) -> None:
+    text = render.explain("model", quickstart)
+    assert "channels" in text
+    assert "Number of columns T." in text
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("stages.pretrain.epoch", "did you mean 'stages.pretrain.epochs'?"),
+        ("epoch", "did you mean 'epochs'?"),
+        ("zzzz", "sections: name, seed"),
+        ("", "sections:"),
+    ],
+)
+def test_explain_an_unknown_key(key: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        render.explain(key)
+    assert f"there is no key '{key}'" in error.value.message
+    assert remedy in error.value.message
+
+
+def test_every_key_explains_itself(quickstart: LoadedJob) -> None:
+    for one in describe.all_fields():
+        if one.path[-1] == describe.ANY:
+            continue
+        assert one.description, one.dotted
+        text = render.explain(one.dotted, quickstart)
+        assert text.startswith(one.dotted)
+        assert one.keys or one.expectation in text
