@@ -31,6 +31,7 @@ class Budget:
 
 
 BUDGETS = {"cpu": Budget(96, 30_000, (4, 60), 128), "cuda": Budget(224, 20_000_000, (20, 300), 1024)}
+SMALL_BATCH = 16  # below it a step is mostly overhead
 UNSEEN = {"image_size": 64, "epochs": 1, "global_batch": 16}  # where the images are not looked at (rehearsals)
 
 
@@ -152,9 +153,9 @@ def _image_size(source: Source, budget: Budget, where: str, later: bool) -> tupl
 
 
 def _global_batch(images: int, budget: Budget, processes: int) -> tuple[int, str]:
-    """Even shares to all processes, doubled as long as an epoch has at least 20 steps."""
+    """Even shares to all processes, doubled while an epoch keeps 20 steps (4 below SMALL_BATCH images)."""
     batch = 2 * processes
-    while 2 * batch <= budget.batch and images // (2 * batch) >= 20:
+    while 2 * batch <= budget.batch and images // (2 * batch) >= (4 if batch < SMALL_BATCH else 20):
         batch *= 2
     if batch > images:
         cause = f"{images} training images are too few for {processes} processes"

@@ -72,7 +72,7 @@ def test_class_tars_with_a_validation_split(tmp_path: Path) -> None:
     )
     pretrain = loaded.job.stages.pretrain
     assert pretrain is not None
-    assert (pretrain.image_size, pretrain.global_batch) == (64, 4)
+    assert (pretrain.image_size, pretrain.global_batch) == (64, 16)
 
 
 def test_more_processes_get_even_shares(tmp_path: Path) -> None:
