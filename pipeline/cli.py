@@ -80,7 +80,7 @@ def run(
         return
     if force and not stage:
         raise ConfigError("--force needs --stage", remedy="name the stage to begin anew, or remove the run's directory")
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     with open_run(loaded, directory.absolute(), console) as under_way:
         for note in loaded.notes:
             under_way.say(note)

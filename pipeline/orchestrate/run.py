@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
-from pipeline.config import resolve
+from pipeline.config import render, resolve
 from pipeline.config.derive import TRAINING
 from pipeline.config.load import LoadedJob
 from pipeline.config.schema import Job
@@ -66,7 +65,7 @@ def open_run(loaded: LoadedJob, run_dir: Path, console: Console) -> Iterator[Run
             display = Display(console, log)
             stop = StopRequest(lambda text: display.say(text, "warning"))
             stop.install()
-            write_text(run_dir / "run.yaml", yaml.safe_dump(loaded.resolved(), sort_keys=False, allow_unicode=True))
+            write_text(run_dir / "run.yaml", render.job_file(loaded))
             ledger = Ledger(run_dir, job.name)
             ledger.declare(resolve.stage_names(job))
             yield Run(loaded, run_dir, ledger, display, stop)
