@@ -21,9 +21,8 @@ from pipeline.data.hashing import key_of
 Floats = NDArray[np.float32]
 Random = np.random.Generator
 
-FAITH = 0.96  # probability that an image takes a cue from its class
-COLOUR_FAITH = 0.8  # the same of a colour, which would tell too much
-COLOURS = ("body", "marking", "ground")
+FAITH = 0.97  # probability that an image takes a cue from its class
+LESS_FAITH = {"body": 0.85, "marking": 0.85, "ground": 0.5}  # the same of colours, which would tell too much
 OUTLINE_POINTS = 96
 SMALLEST_SCALE, LARGEST_SCALE = 0.75, 1.2  # of one thing, relative to its class's usual size
 SUBPIXEL = 4  # bits of a polygon's coordinates behind the point
@@ -63,37 +62,40 @@ def picture(seed: int, wnid: str, split: str, number: int, sizes: tuple[int, int
     random = np.random.default_rng(key_of("picture", seed, wnid, split, number))
     height, width = _shape(random, *sizes)
     look, other = look_of(wnid), _random_look(random)
-    faith = [COLOUR_FAITH if name in COLOURS else FAITH for name in CUES]
-    mixed = Look(*(getattr(look if random.random() < share else other, name) for name, share in zip(CUES, faith, strict=True)))
+    mixed = Look(*(getattr(look if random.random() < LESS_FAITH.get(cue, FAITH) else other, cue) for cue in CUES))
     canvas = _background(random, mixed, height, width)
     side = min(height, width)
-    for _ in range(random.integers(1, 4)):
-        _draw(random, canvas, _random_look(random), side * random.uniform(0.08, 0.2))
+    for _ in range(random.integers(0, 3)):
+        _draw(random, canvas, _random_look(random), side * random.uniform(0.07, 0.16))
     count = max(1, mixed.count + int(random.integers(-1, 2)))
     for x, y in _places(random, count):
         size = side * random.uniform(SMALLEST_SCALE, LARGEST_SCALE) * 0.46 / count**0.4
         _draw(random, canvas, mixed, size, (x * width, y * height))
     for _ in range(random.integers(0, 3)):
-        _draw(random, canvas, _random_look(random), side * random.uniform(0.06, 0.14))
+        _draw(random, canvas, _random_look(random), side * random.uniform(0.05, 0.12))
     return _photograph(random, canvas)
 
 
 def _random_look(random: Random) -> Look:
-    u = random.random(24).tolist()
-    lobes = int(u[0] * 8)  # none, or 2 to 8 of them
-    outline = (lobes + 1.0 if lobes else 0.0, 0.18 + 0.27 * u[1], u[2], 0.45 + 0.55 * u[3])
-    count = (1, 1, 1, 2, 2, 3, 4, 6)[int(u[14] * 8)]
+    """A look from a vocabulary that all classes share: each word of it tells little, several together tell the class."""
+
+    def word(*words: float) -> float:
+        return words[int(random.random() * len(words))]
+
+    def colour(saturation: tuple[float, float], value: tuple[float, float]) -> tuple[float, float, float]:
+        return word(0.02, 0.16, 0.42, 0.68), word(*saturation), word(*value)
+
     return Look(
-        outline=outline,
-        body=(u[4], 0.35 + 0.6 * u[5], 0.4 + 0.5 * u[6]),
-        marking=(u[7], 0.2 + 0.7 * u[8], 0.15 + 0.8 * u[9]),
-        pattern=(int(u[10] * 5), 2.0 + 4.5 * u[11], u[12]),
-        mark=((0, 0, 3, 4, 5, 32)[int(u[13] * 6)], 0.28 + 0.22 * u[15]),
-        count=count,
-        upright=u[16] < 0.75,
-        ground=(u[17], 0.1 + 0.45 * u[18], 0.25 + 0.55 * u[19]),
-        slope=u[20],
-        grain=(3.0 + 16.0 * u[21] ** 2, u[22]),
+        outline=(word(0, 2, 3, 4, 5, 7), word(0.22, 0.4), word(0.1, 0.9), word(0.5, 0.75, 1.0)),
+        body=colour((0.5, 0.85), (0.5, 0.85)),
+        marking=colour((0.25, 0.8), (0.25, 0.9)),
+        pattern=(int(word(0, 1, 2, 3, 4)), word(2.4, 4.8), word(0.0, 0.25, 0.5, 0.75)),
+        mark=(int(word(0, 0, 3, 4, 5, 32)), word(0.3, 0.45)),
+        count=int(word(1, 1, 2, 3, 5)),
+        upright=bool(word(0, 1, 1)),
+        ground=colour((0.15, 0.5), (0.3, 0.75)),
+        slope=word(0.0, 0.25, 0.5, 0.75),
+        grain=(word(3.0, 7.0, 14.0), word(0.0, 0.25, 0.5, 0.75)),
     )
 
 
@@ -105,12 +107,12 @@ def _shape(random: Random, least: int, most: int) -> tuple[int, int]:
 
 
 def _rgb(random: Random, colour: tuple[float, float, float], spread: float = 1.0) -> Floats:
-    """RGB in [0, 1], shape (3, 1, 1), of a colour that strays from the given one, the hue by 0.04 turns in the mean square."""
+    """RGB in [0, 1], shape (3, 1, 1), of a colour that strays from the given one, the hue by 0.03 turns in the mean square."""
     h, s, v = colour
     jitter = random.standard_normal(3).tolist()
-    h = (h + 0.04 * spread * jitter[0]) % 1.0 * 6.0
+    h = (h + 0.03 * spread * jitter[0]) % 1.0 * 6.0
     s = min(max(s + 0.12 * spread * jitter[1], 0.0), 1.0)
-    v = min(max(v + 0.1 * spread * jitter[2], 0.05), 1.0)
+    v = min(max(v + 0.13 * spread * jitter[2], 0.05), 1.0)
     red, green, blue = (v - v * s * max(0.0, min(k, 4.0 - k, 1.0)) for k in ((n + h) % 6.0 for n in (5, 3, 1)))
     return np.array([[[red]], [[green]], [[blue]]], np.float32)
 
@@ -150,7 +152,7 @@ def _background(random: Random, look: Look, height: int, width: int) -> Floats:
     near = _rgb(random, (random.random(), 0.1 + 0.4 * random.random(), 0.2 + 0.6 * random.random()))
     turn = math.pi * (look.grain[1] + 0.05 * random.standard_normal())
     waves = look.grain[0] * math.exp(0.15 * random.standard_normal()) * 2.0 * math.pi
-    strength = random.uniform(0.1, 0.25)
+    strength = random.uniform(0.08, 0.22)
     shade = 1.0 + strength * np.sin((x * math.cos(turn) + y * math.sin(turn)) * waves + 1.6 * swell) + 0.1 * clouds
     return np.asarray((near + (far - near) * ramp) * shade, np.float32)
 
