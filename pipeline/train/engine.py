@@ -8,12 +8,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.config.schema import TrainConfig
 from pipeline.model import NetworkSpec, RevCol
 from pipeline.model.column import Level
 from pipeline.train.optim import adamw
 from pipeline.train.world import World
+
+REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default, made anew each step
 
 
 def _deepspeed(world: World, device: torch.device) -> ModuleType:
@@ -35,10 +38,17 @@ def _deepspeed(world: World, device: torch.device) -> ModuleType:
     return module
 
 
-def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, largest_level: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration. ``largest_level``: parameters of the largest level of a column (ZeRO-3's grain:
-    what the recompute gathers is used by the same level's backward at once, so it is not gathered a third time)."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+def deepspeed_config(
+    config: TrainConfig, world_size: int, micro_batch: int, parameters: int, largest_level: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration.
+
+    Args:
+        parameters: of the whole network; no buffer need hold more.
+        largest_level: parameters of the largest level of a column (ZeRO-3's grain: what the recompute gathers is used by the
+            same level's backward at once, so it is not gathered a third time).
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, REDUCE_BUCKET)}
     if config.zero_stage == 3:
         zero |= {
             "stage3_max_reuse_distance": largest_level + 1,
@@ -59,9 +69,8 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, lar
     }
 
 
-def _largest_level(model: RevCol) -> int:
-    levels = [module for module in model.modules() if isinstance(module, Level)]
-    return max(sum(getattr(p, "ds_numel", p.numel()) for p in level.parameters()) for level in levels)
+def _size(module: nn.Module) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def make_engine(
@@ -72,15 +81,16 @@ def make_engine(
     torch.manual_seed(seed)
     if config.zero_stage == 3:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        draft = deepspeed_config(config, world.size, micro_batch, 1)
+        draft = deepspeed_config(config, world.size, micro_batch, 1, 1)
         with deepspeed.zero.Init(config_dict_or_path=draft, dtype=dtype):
             model = RevCol(spec)
     else:
         model = RevCol(spec).to(device)
     model.compute_in(torch.bfloat16 if config.precision == "bf16" else None)
+    largest = max(_size(module) for module in model.modules() if isinstance(module, Level))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=adamw(model, config),
-        config=deepspeed_config(config, world.size, micro_batch, _largest_level(model)),
+        config=deepspeed_config(config, world.size, micro_batch, _size(model), largest),
     )
     return engine
