@@ -40,8 +40,9 @@ def save(
     Raises:
         StageError: on rank 0, when this group of processes has been replaced by a newer one and may not commit.
     """
-    target = directory_of(root, step)
-    temporary = target.with_name(f".{target.name}.tmp")
+    target, writer = directory_of(root, step), [os.getpid()]
+    dist.broadcast_object_list(writer, src=0)  # a replaced group that lives on for a while writes elsewhere
+    temporary = target.with_name(f".{target.name}.{writer[0]}.tmp")
     failure = _on_main(lambda: _make_empty(temporary))
     if failure is not None:
         return failure
@@ -108,6 +109,7 @@ def _commit(
     _check_complete(shapes, pieces)
     write_json(temporary / "manifest.json", Manifest(step, shapes, kinds, pieces, files, state).to_json())
     if not may_commit():
+        shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(
             "a newer group of processes has taken over; this one ends without a checkpoint",
             place=str(target),
