@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint.reader import WeightsReader
 from pipeline.config import resolve
 from pipeline.config.schema import Job, TrainConfig
 from pipeline.data.format import PreparedDataset
 from pipeline.errors import CheckpointError
 from pipeline.model import NetworkSpec, RevCol
-from pipeline.train.build import describe, require_shapes, weights_path
+from pipeline.train.build import describe, initial_weights, require_shapes, weights_path
 
 
 def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -> RevCol:
@@ -22,7 +21,7 @@ def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -
         CheckpointError: weights missing, of another model, or trained on other classes than those of ``data``.
     """
     path, model = weights_path(run_dir, initial), job.model
-    reader = WeightsReader(path)
+    reader = initial_weights(run_dir, initial)
     trained_on = describe(path).get("classes", data.classes)
     if trained_on != data.classes:
         raise CheckpointError(

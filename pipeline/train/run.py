@@ -155,9 +155,9 @@ def _finish(run: Run, spec: NetworkSpec) -> dict[str, float]:
     }  # fmt: skip
     write_weights(run.run_dir / "stages" / run.stage, directory_of(run.checkpoints, run.total_steps), spec, facts)
     if run.recorder is not None:
-        settings = {key: getattr(config, key) for key in HPARAMS}
-        network = {"channels": str(spec.channels), "columns": spec.columns, "drop_path": spec.drop_path}
-        run.recorder.hparams(network | settings, {key: figures[key] for key in ("top1", "loss")})
+        settings: dict[str, str | float | bool] = {key: getattr(config, key) for key in HPARAMS}
+        settings |= {"channels": str(spec.channels), "columns": spec.columns, "drop_path": spec.drop_path}
+        run.recorder.hparams(settings, {key: figures[key] for key in ("top1", "loss")})
     return figures
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import resource
 import subprocess
@@ -32,7 +31,8 @@ FIGURES = {"loss", "top1", "top5", "images_per_s", "data_wait_share", "steps"}
 def train(run_dir: Path, world: int, job: Job, stage: str = "pretrain", **options: Any) -> dict[str, float]:
     figures, *others = processes.run(run_dir / "logs" / stage, world, staging.train, job, stage, run_dir, *options.values())
     assert isinstance(figures, dict), figures
-    assert all(other == pytest.approx(figures, rel=0.9) for other in others)
+    agreed = ("loss", "top1", "top5", "steps")  # rates are each rank's own
+    assert all([other[key] for key in agreed] == [figures[key] for key in agreed] for other in others)
     return figures
 
 
@@ -50,7 +50,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("world", "zero"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("world", "zero"), [(1, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_pretraining_then_fine_tuning(world: int, zero: int, tmp_path: Path) -> None:
     run_dir, job = staging.prepared(tmp_path), staging.job(pretrain={"zero_stage": zero}, finetune={"zero_stage": zero})
     figures = train(run_dir, world, job)
@@ -94,10 +94,10 @@ def test_killed_at_random_moments(undisturbed: Path, tmp_path: Path) -> None:
     checkpoints = run_dir / "checkpoints" / "pretrain"
     for kill in range(3):
         group = processes.start(run_dir / "logs", 2, staging.train, job, "pretrain", run_dir)
-        newest, deadline = len(os.listdir(checkpoints)) if checkpoints.exists() else 0, time.monotonic() + 60
-        while kill == 0 and len(list_checkpoints(checkpoints)) <= newest and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0, 2.5))
+        deadline = time.monotonic() + 60
+        while kill == 0 and not list_checkpoints(checkpoints) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the first time between checkpoints, then anywhere
+        time.sleep(moments.uniform(0, 0.3 if kill == 0 else 2.5))
         group.kill()
     train(run_dir, 2, job)
     assert_same(undisturbed, run_dir)
