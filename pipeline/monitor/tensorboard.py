@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _LAYOUT = {
     "Loss": {
         "total": ["Multiline", ["loss/total"]],
+        "validation": ["Multiline", ["loss/validation"]],
         "classification by position": ["Multiline", [r"loss/position_\d+/classification"]],
         "reconstruction by position": ["Multiline", [r"loss/position_\d+/reconstruction"]],
     },

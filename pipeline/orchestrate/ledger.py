@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +94,8 @@ class Ledger:
 
     def finish(self, name: str, seconds: float, outputs: dict[str, Artifact], figures: dict[str, float]) -> None:
         record = self._record.stages[name]
-        record.state, record.outputs, record.figures, record.error = "done", outputs, figures, ""
+        finite = {key: value for key, value in figures.items() if math.isfinite(value)}  # JSON knows no others
+        record.state, record.outputs, record.figures, record.error = "done", outputs, finite, ""
         record.seconds = round(record.seconds + seconds, 3)
         self._save()
 

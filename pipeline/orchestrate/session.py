@@ -44,6 +44,7 @@ def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[N
             RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
             RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES="1",  # LOCAL_RANK chooses the device, as everywhere
             RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="3",
+            RAY_worker_niceness="0",  # of 15 unless told: anything else on the machine would starve the training
         )
         import ray
 
