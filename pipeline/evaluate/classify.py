@@ -14,18 +14,18 @@ from pipeline.data.device import DeviceAugment
 from pipeline.data.format import open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import ConfigError
-from pipeline.model import RevCol
+from pipeline.model import Network
 from pipeline.train.build import initial_weights, network_spec
 from pipeline.train.engine import setup_process
 from pipeline.train.validate import validate
 from pipeline.train.world import World
 
 
-def load_network(job: Job, run_dir: Path, stage: str, num_classes: int) -> RevCol:
+def load_network(job: Job, run_dir: Path, stage: str, num_classes: int) -> Network:
     """The plain fp32 network (stored activations) of a training stage, with its weights (the EMA where there is one)."""
     reader = initial_weights(run_dir, stage)
     with torch.device("meta"):
-        network = RevCol(network_spec(job, resolve.train_config(job, stage), num_classes, "stored"))
+        network = Network(network_spec(job, resolve.train_config(job, stage), num_classes, "stored"))
     network.load_state_dict({name: reader.full(name) for name in reader.shapes}, strict=True, assign=True)
     return network.eval()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.blocks import ConvNeXtBlock
+from pipeline.model.blocks.convnext import ConvNeXtBlock
 from pipeline.model.layers import CastTo, LayerNorm, Linear
 from pipeline.model.spec import Four
 

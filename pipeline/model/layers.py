@@ -41,6 +41,11 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
 
+def drop_samples(branch: Tensor, keep: Tensor | None) -> Tensor:
+    """Stochastic depth as an input: ``branch`` (N, H, W, C) times ``keep`` (N,), or unchanged."""
+    return branch if keep is None else branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+
+
 class CastTo(nn.Module):
     """Casts to the dtype in which the network computes; ``None`` leaves tensors as they come.
 

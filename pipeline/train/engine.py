@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config.schema import TrainConfig
-from pipeline.model import NetworkSpec, RevCol
+from pipeline.model import Network, NetworkSpec
 from pipeline.model.column import Level
 from pipeline.train.optim import adamw
 from pipeline.train.world import World
@@ -75,7 +75,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, lar
     }
 
 
-def _largest_level(model: RevCol) -> int:
+def _largest_level(model: Network) -> int:
     levels = [module for module in model.modules() if isinstance(module, Level)]
     return max(sum(getattr(p, "ds_numel", p.numel()) for p in level.parameters()) for level in levels)
 
@@ -91,9 +91,9 @@ def make_engine(
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         draft = deepspeed_config(config, world.size, micro_batch, 1)
         with deepspeed.zero.Init(config_dict_or_path=draft, dtype=dtype):
-            model = RevCol(spec)
+            model = Network(spec)
     else:
-        model = RevCol(spec).to(device)
+        model = Network(spec).to(device)
     model.compute_in(torch.bfloat16 if config.precision == "bf16" else None)
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -65,7 +65,7 @@ def main(options: dict[str, Any]) -> None:
             out = engine(images, None)
             loss = compound_terms(out, pixels, labels).total
             engine.backward(loss)
-            mismatched += sum(int(count) for count in engine.module.mismatched)
+            mismatched += int(engine.module.health.mismatched_elements)
             engine.step()
             total += loss.detach() / accumulation
         masters.after_step(step)
