@@ -12,16 +12,24 @@ from pipeline.model.blocks.kind import BlockKind
 from pipeline.model.layers import CastTo, init_weights
 
 
+class Conv(nn.Conv2d):
+    """Convolution without bias on (N, C, H, W), initialised like all others."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__(inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, bias=False)
+
+    def reset_parameters(self) -> None:
+        init_weights(self)
+
+
 class ConvNorm(nn.Module):
     """(N, H, W, C) -> (N, H', W', C'): convolution without bias, BatchNorm, SiLU unless ``linear``."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False) -> None:
         super().__init__()
-        padding = kernel // 2 if stride == 1 else 0
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+        self.conv = Conv(inputs, outputs, kernel, stride)
         self.norm = nn.BatchNorm2d(outputs)
         self.linear = linear
-        init_weights(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
