@@ -10,21 +10,24 @@ from torch import Tensor
 
 from pipeline.model.stream import fingerprint
 
-ELSEWHERE = ("the stem's output", "the stochastic-depth factors", "a tensor kept for the stem or a head")
+KEPT = (
+    *(f"level {i} of the kept column of the stream" for i in range(4)),
+    "the stem's output", "a tensor kept for the stem or a head", "the stochastic-depth factors",
+)  # fmt: skip
 
 
 class Health:
     """Findings of one forward and backward pass.
 
     ``mismatched`` (columns, 4), int64: elements that the inversion of this column and level proves wrong, plus one where
-    the map that it recovers is not the one of the forward pass. ``elsewhere`` (3,): kept tensors that changed, as named
-    in ``ELSEWHERE``. ``largest`` (columns, 4), float64: largest |value| of the stream (NaN where F was).
+    the map that it recovers is not the one of the forward pass. ``kept`` (7,): kept tensors that changed, as named in
+    ``KEPT``. ``largest`` (columns, 4), float64: largest |value| of the stream (NaN where F was).
     ``narrow`` (columns, 4): remainders that did not fit the width they were given. ``limit``: range of the stream.
     """
 
     def __init__(self, columns: int, device: torch.device, fraction_bits: int) -> None:
         self.mismatched = torch.zeros(columns, 4, dtype=torch.int64, device=device)
-        self.elsewhere = torch.zeros(len(ELSEWHERE), dtype=torch.int64, device=device)
+        self.kept = torch.zeros(len(KEPT), dtype=torch.int64, device=device)
         self.largest = torch.zeros(columns, 4, dtype=torch.float64, device=device)
         self.narrow = torch.zeros(columns, 4, dtype=torch.bool, device=device)
         self.fraction_bits = fraction_bits
@@ -33,7 +36,7 @@ class Health:
     @property
     def mismatched_elements(self) -> Tensor:
         """Everything that was found to differ (int64 scalar)."""
-        return self.mismatched.sum() + self.elsewhere.sum()
+        return self.mismatched.sum() + self.kept.sum()
 
     @property
     def overflowed(self) -> Tensor:
@@ -52,7 +55,8 @@ class Health:
     def report(self) -> list[str]:
         """One line a finding, where it began first (synchronises). The inversion goes from the last column and level to the
         first, so the first line names the origin and later ones its consequences."""
-        lines = [f"{name} changed between forward and backward" for name, n in zip(ELSEWHERE, self.elsewhere.tolist(), strict=True) if n]
+        changed = zip(KEPT, self.kept.tolist(), strict=True)
+        lines = [f"{name} changed between forward and backward" for name, n in changed if n]
         mismatched, largest = self.mismatched.tolist(), self.largest.tolist()
         overflowed, narrow = self.overflowed.tolist(), self.narrow.tolist()
         columns = range(len(mismatched))
@@ -88,7 +92,7 @@ def guarded(health: Health, part: torch.nn.Module) -> Iterator[None]:
         if expected is None:
             return kept
         changed = fingerprint(kept) != expected
-        health.elsewhere[2] += changed
+        health.kept[5] += changed
         return torch.where(changed, torch.nan, kept) if kept.is_floating_point() else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -116,10 +116,10 @@ class Inversion:
     def begin(self, kept_fingerprints: Tensor) -> None:
         """Count what changed since the forward pass, and make the last column's values (level 3's is not needed)."""
         health, keep, step = self.exact.health, self.columns.keep, self.exact.units[1]
-        found = torch.stack([stream.fingerprint(kept) for kept in (self.x, keep) if kept is not None])
-        health.elsewhere[: len(found)] += found != kept_fingerprints
-        sums = torch.stack([stream.fingerprint(current) for current in self.maps])
-        health.mismatched[self.columns.count - 1] += sums != self.fingerprints[-1]
+        found = [*(m.sum(dtype=torch.int64) for m in self.maps), stream.fingerprint(self.x)]
+        health.kept[:5] += torch.stack(found) != torch.cat([self.fingerprints[-1], kept_fingerprints[:1]])
+        if keep is not None:
+            health.kept[6] += stream.fingerprint(keep) != kept_fingerprints[1]
         floats = [(m.double() * step).to(self.x.dtype).view(shape) for m, shape in zip(self.maps[:3], self.shapes, strict=False)]
         self.values, self.before = [*floats, None], [None] * 4
 
