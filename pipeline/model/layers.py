@@ -50,7 +50,8 @@ class CastTo(nn.Module):
     """Casts to the dtype in which the network computes; ``None`` leaves tensors as they come.
 
     An attribute rather than the dtype of a weight: reading a child's weight in a parent's forward would make ZeRO-3 keep
-    it gathered to the end of the backward pass.
+    it gathered to the end of the backward pass. Always a node of the graph, so that what a part sends back through its
+    input is summed before it joins the gradients of other parts: the same order, hence the same bits, in every mode.
     """
 
     def __init__(self) -> None:
@@ -58,4 +59,4 @@ class CastTo(nn.Module):
         self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.dtype is None else x.to(self.dtype)
+        return x.view_as(x) if self.dtype is None else x.to(self.dtype)
