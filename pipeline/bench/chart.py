@@ -49,8 +49,9 @@ def chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:
         parts.append(f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts += [f'<text x="{px(x):.1f}" y="{bottom + 20}" text-anchor="middle">{x:g}</text>' for x in xs]
     parts.append(f'<text x="{(LEFT + right) / 2}" y="{bottom + 42}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<text transform="translate(18 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
-    lowest = HEIGHT
+    turned = f'transform="translate(18 {(TOP + bottom) / 2}) rotate(-90)"'
+    parts.append(f'<text {turned} text-anchor="middle">{escape(y_label)}</text>')
+    lowest = float(HEIGHT)
     for i, line in sorted(enumerate(lines), key=lambda pair: pair[1].points[-1][1]):
         colour, points = COLOURS[i % len(COLOURS)], [(px(x), py(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -67,7 +67,7 @@ class Measurement:
     def step(self) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
             loss = functional.cross_entropy(self.network(self.images).logits[-1].float(), self.labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def gradient(self) -> torch.Tensor:
         """All gradients of one step, flat."""
@@ -132,7 +132,9 @@ def slopes(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
     """The figures and, where stored and checkpointed were measured too, the ratios of times to them."""
-    lines = ["mode          columns  peak MiB  process MiB    step s  images/s  gradient error  mismatched  x stored  x checkpointed"]
+    lines = [
+        "mode          columns  peak MiB  process MiB    step s  images/s  gradient error  mismatched  x stored  x checkpointed"
+    ]
     times = {(case["mode"], case["columns"]): case["step_s"] for case in cases}
     for case in cases:
         ratios = [case["step_s"] / times.get((mode, case["columns"]), float("nan")) for mode in ("stored", "checkpointed")]
@@ -161,7 +163,8 @@ def main(
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             cases.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{mode} {count}: {cases[-1]['peak_mb']:.1f} MiB, {cases[-1]['step_s']:.3f} s", file=sys.stderr, flush=True)
-    result = {"cases": cases, "slope_mb_per_column": slopes(cases), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"cases": cases, "slope_mb_per_column": slopes(cases), **machine}
     print(table(cases))
     if json_path is not None:
         write_json(json_path, result)

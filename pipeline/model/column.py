@@ -66,7 +66,7 @@ class Level(nn.Module):
 
     def branch(self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None) -> Tensor:
         """F: the fused inputs through the blocks, (N, H, W, C)."""
-        h = self.cast(lower)
+        h: Tensor = self.cast(lower)
         if self.down is not None:
             h = self.down(h)
         if self.up is not None:

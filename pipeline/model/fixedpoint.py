@@ -101,7 +101,7 @@ class FixedResidual:
     advance: Residual
 
     def __call__(self, f: Tensor, alpha: Tensor) -> Tensor:
-        return cast(Tensor, StraightThrough.apply(f, alpha, self.previous, self.advance))
+        return cast(Tensor, StraightThrough.apply(f, alpha, self.previous, self.advance))  # type: ignore[no-untyped-call]
 
 
 def fixed_column(columns: Columns, x: Tensor, through: Stream, t: int, previous: Sequence[Tensor]) -> list[Tensor]:

@@ -67,7 +67,7 @@ class Health:
                     f"set model.fraction_bits below {self.fraction_bits} (wider, coarser), or lower the learning rate"
                 )
             if narrow[t][i]:
-                lines.append(f"column {t}, level {i}: alpha became too small for the remainder's width; widths are set too rarely")
+                lines.append(f"column {t}, level {i}: alpha became too small for the remainder's width: set widths more often")
         for t, i in ((t, i) for t in reversed(columns) for i in (3, 2, 1, 0)):
             if mismatched[t][i]:
                 lines.append(f"column {t}, level {i}: {mismatched[t][i]} elements differ from the forward pass")

@@ -35,7 +35,7 @@ class FloatResidual:
 
     def __call__(self, f: Tensor, alpha: Tensor) -> Tensor:
         if self.previous is None:
-            return cast(Tensor, AlphaGradient.apply(f, alpha, torch.zeros_like(alpha)))
+            return cast(Tensor, AlphaGradient.apply(f, alpha, torch.zeros_like(alpha)))  # type: ignore[no-untyped-call]
         return f + alpha.to(f.dtype) * self.previous
 
 

@@ -35,7 +35,8 @@ def exact_columns(columns: Columns, x: Tensor, exact: Exactness, stored: int) ->
     if first:
         taps = tuple(t for t in columns.taps if t < first)
         inverted = replace(columns, levels=columns.levels[:first], taps=taps, leaves=exact.compiled)
-        head = cast(tuple[Tensor, ...], ExactColumns.apply(x, inverted, exact, tail if stored else None))
+        passed = x, inverted, exact, tail if stored else None
+        head = cast(tuple[Tensor, ...], ExactColumns.apply(*passed))  # type: ignore[no-untyped-call]
     if not stored:
         return head
     outputs = run(columns, partial(fixed_column, columns, x, tail), head[-4:], first)
@@ -120,7 +121,8 @@ class Inversion:
         health.kept[:5] += torch.stack(found) != torch.cat([self.fingerprints[-1], kept_fingerprints[:1]])
         if keep is not None:
             health.kept[6] += stream.fingerprint(keep) != kept_fingerprints[1]
-        floats = [(m.double() * step).to(self.x.dtype).view(shape) for m, shape in zip(self.maps[:3], self.shapes, strict=False)]
+        pairs = zip(self.maps[:3], self.shapes, strict=False)
+        floats = [(m.double() * step).to(self.x.dtype).view(shape) for m, shape in pairs]
         self.values, self.before = [*floats, None], [None] * 4
 
     def column(self, t: int, outgoing: list[Tensor | None], tapped: Tensor | None) -> list[Tensor | None]:
@@ -136,11 +138,12 @@ class Inversion:
             upstream = upstream.contiguous()
             with buffers_restored(level):
                 with torch.enable_grad():
-                    output = level(lower, upper, top, self.columns.keep_of(t, i), partial(self.recover, t, i, upstream))
+                    keep, recover = self.columns.keep_of(t, i), partial(self.recover, t, i, upstream)
+                    output = level(lower, upper, top, keep, recover)
                 if t == i == 0 and self.exact.withhold:
                     upstream = upstream + self.exact.health.poison().to(upstream.dtype)
                 torch.autograd.backward(output, upstream)
-            del output, upstream
+            del output, upstream, recover
             incoming[i], self.share = _add(incoming[i], self.share), None
             if i:
                 outgoing[i - 1] = _add(outgoing[i - 1], lower.grad)
@@ -168,7 +171,7 @@ class Inversion:
                 self.before[i], self.share = value.view(f.shape), share.view(f.shape)
                 gradient = alpha_gradient(upstream, value.view(f.shape)).to(alpha.dtype)
             self.exact.health.mismatched[t, i] += wrong
-        return cast(Tensor, AlphaGradient.apply(f, alpha, gradient))
+        return cast(Tensor, AlphaGradient.apply(f, alpha, gradient))  # type: ignore[no-untyped-call]
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

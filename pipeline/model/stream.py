@@ -37,8 +37,8 @@ def units_of(fraction_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def split_alpha(alpha: Tensor) -> tuple[Tensor, Tensor]:
     """alpha (C,) -> (magnitude on the grid, at least 1e-3; sign, +1 at 0), both float64."""
     a = alpha.detach().double()
-    magnitude = (torch.floor(a.abs() * ALPHA_SCALE + 0.5) / ALPHA_SCALE).clamp(min=math.ceil(ALPHA_LIMIT * ALPHA_SCALE) / ALPHA_SCALE)
-    return magnitude, torch.where(a < 0, -1.0, 1.0).to(a.dtype)
+    steps = torch.floor(a.abs() * ALPHA_SCALE + 0.5).clamp(min=math.ceil(ALPHA_LIMIT * ALPHA_SCALE))
+    return steps / ALPHA_SCALE, torch.where(a < 0, -1.0, 1.0).to(a.dtype)
 
 
 def remainder_width(smallest: float) -> int:

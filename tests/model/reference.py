@@ -5,6 +5,7 @@ Written apart from the model's own passes, so that the two can be compared.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ class FixedPoint:
         return (total / SCALE).to(f.dtype) + (plain - plain.detach())
 
 
-def features(backbone: Backbone, images: Tensor, uniforms: Tensor | None = None, taps: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+def features(
+    backbone: Backbone, images: Tensor, uniforms: Tensor | None = None, taps: tuple[int, ...] = ()
+) -> tuple[Tensor, ...]:
     """What ``Backbone.features`` gives, with everything stored."""
     x = backbone.stem(images)
     x = x.float() if x.dtype == torch.bfloat16 else x  # the stream is never narrower
@@ -60,5 +63,5 @@ def features(backbone: Backbone, images: Tensor, uniforms: Tensor | None = None,
 
 def as_reference(network: Network) -> Network:
     """The network, computing its features as above."""
-    network.features = lambda images, uniforms=None, taps=(): features(network, images, uniforms, taps)  # type: ignore[method-assign]
+    network.features = partial(features, network)  # type: ignore[method-assign]
     return network

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -44,7 +45,8 @@ def backward(network: Network, images: torch.Tensor, precision: str = "fp32", un
         loss = sum((value.float() ** 2).mean() for value in (*out.logits, *out.reconstructions))
     assert isinstance(loss, torch.Tensor)
     loss.backward()  # type: ignore[no-untyped-call]
-    return (*out.logits, *out.reconstructions), {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    return (*out.logits, *out.reconstructions), gradients
 
 
 def compare(network: Network, images: torch.Tensor, precision: str = "fp32", uniforms: torch.Tensor | None = None) -> None:
@@ -76,7 +78,8 @@ def test_equals_the_stored_evaluation_everywhere(case: Any) -> None:
 @settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 5), st.integers(32, 75), st.integers(32, 75), st.lists(st.integers(2, 11), min_size=4, max_size=4),
-    st.integers(1, 6), st.booleans(), st.sampled_from(["convnext", "transformer", ("convnext", "convnext", "transformer", "c2f")]),
+    st.integers(1, 6), st.booleans(),
+    st.sampled_from(["convnext", "transformer", ("convnext", "convnext", "transformer", "c2f")]),
 )  # fmt: skip
 def test_any_shape(batch: int, height: int, width: int, channels: list[int], columns: int, huge: bool, block: Any) -> None:
     batch += block[-1] == "c2f"  # BatchNorm needs more than one value a channel
@@ -87,7 +90,22 @@ def test_any_shape(batch: int, height: int, width: int, channels: list[int], col
 @pytest.mark.parametrize("stored", [1, 3, 6])
 @pytest.mark.parametrize("block", ["convnext", "c2f"])
 def test_stored_columns_change_nothing(stored: int, block: str) -> None:
-    compare(network_with("wide", columns=6, huge=True, supervised=True, block=block, stored_columns=stored), torch.randn(3, 3, 64, 64))
+    options = {"columns": 6, "huge": True, "supervised": True, "block": block, "stored_columns": stored}
+    compare(network_with("wide", **options), torch.randn(3, 3, 64, 64))
+
+
+def test_weights_in_bf16_as_under_deepspeed_give_the_same_bits() -> None:
+    network = network_with("wide", columns=6, huge=True, supervised=True).bfloat16()
+    network.compute_in(torch.bfloat16)
+    images = torch.randn(2, 3, 64, 64)
+    outputs, gradients = backward(network, images)
+    for same in (as_reference(deepcopy(network)), network_with("wide", **{**asdict(network.spec), "stored_columns": 6})):
+        same.load_state_dict(network.state_dict())
+        same.bfloat16().compute_in(torch.bfloat16)
+        expected, reference = backward(same, images)
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert all(torch.equal(gradients[name], reference[name]) for name in reference)
+    assert network.health.report() == []
 
 
 def test_stochastic_depth_is_an_input() -> None:

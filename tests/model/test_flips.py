@@ -115,7 +115,8 @@ def test_leaving_the_range_is_reported_and_withheld() -> None:
     with torch.no_grad():
         network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(9000)
     _, found = backward(network, torch.randn(2, 3, 32, 32))
-    assert network.health.report()[0].startswith("column 1, level 2: |value| 9") and "fraction_bits" in network.health.report()[0]
+    first = network.health.report()[0]
+    assert first.startswith("column 1, level 2: |value| 9") and "fraction_bits" in first
     assert not all(g.isfinite().all() for g in found.values())
     with torch.no_grad():
         network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(torch.nan)

@@ -98,7 +98,8 @@ def test_the_detection_backbone_as_users_write_it() -> None:
 @pytest.mark.parametrize("kernel", ["ConvNeXt", "C2f", ["ConvNeXt", "ConvNeXt", "Transformer", "Transformer"]])
 @pytest.mark.parametrize("size", [(96, 64), (70, 107)])
 def test_pyramids_of_any_size(kernel: Any, size: tuple[int, int]) -> None:
-    options: dict[str, Any] = {"kernel": kernel, "channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1], "num_subnet": 4, "huge": True}
+    options: dict[str, Any] = {"kernel": kernel, "channels": [8, 16, 24, 32], "layers": [1, 1, 1, 1], "num_subnet": 4}
+    options["huge"] = True
     exact = RevCol(**options)
     stored = RevCol(**options, save_memory=False)
     stored.load_state_dict(exact.state_dict())
