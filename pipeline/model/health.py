@@ -21,7 +21,7 @@ class Health:
 
     ``mismatched`` (columns, 4), int64: elements that the inversion of this column and level proves wrong, plus one where
     the map that it recovers is not the one of the forward pass. ``kept`` (7,): kept tensors that changed, as named in
-    ``KEPT``. ``largest`` (columns, 4), float64: largest |value| of the stream (NaN where F was).
+    ``KEPT``. ``largest`` (columns, 4), float64: largest |value| of the stream; at ``limit`` where it, or F, went beyond.
     ``narrow`` (columns, 4): remainders that did not fit the width they were given. ``limit``: range of the stream.
     """
 
@@ -40,8 +40,8 @@ class Health:
 
     @property
     def overflowed(self) -> Tensor:
-        """(columns, 4) bool: the stream left its range, or F was not finite."""
-        return ~(self.largest < self.limit * (1 - 2.0**-30))
+        """(columns, 4) bool: the stream reached the end of its range, or F was not finite."""
+        return self.largest > self.limit * (1 - 2.0**-30)
 
     @property
     def wrong(self) -> Tensor:
@@ -63,7 +63,7 @@ class Health:
         for t, i in ((t, i) for t in columns for i in range(4)):
             if overflowed[t][i]:
                 lines.append(
-                    f"column {t}, level {i}: |value| {largest[t][i]:.6g} is outside the stream's range of {self.limit:g}; "
+                    f"column {t}, level {i}: |value| is {largest[t][i]:.6g} or more (or not finite), the end of the range; "
                     f"set model.fraction_bits below {self.fraction_bits} (wider, coarser), or lower the learning rate"
                 )
             if narrow[t][i]:

@@ -122,7 +122,7 @@ class Inversion:
         if keep is not None:
             health.kept[6] += stream.fingerprint(keep) != kept_fingerprints[1]
         pairs = zip(self.maps[:3], self.shapes, strict=False)
-        floats = [(m.double() * step).to(self.x.dtype).view(shape) for m, shape in pairs]
+        floats = [m.to(self.x.dtype).mul_(step).view(shape) for m, shape in pairs]  # a power of two: rounded once, too
         self.values, self.before = [*floats, None], [None] * 4
 
     def column(self, t: int, outgoing: list[Tensor | None], tapped: Tensor | None) -> list[Tensor | None]:

@@ -63,20 +63,28 @@ def fingerprint(kept: Tensor) -> Tensor:
     return kept.detach().view(integers).sum(dtype=torch.int64)
 
 
+def saturated(total: Tensor) -> Tensor:
+    """Whole float64 numbers as int32: beyond the range, and for NaN, its end."""
+    return torch.where(total == total, total, LAST).clamp(-LAST, LAST).to(torch.int32)
+
+
+def seen(stream: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest |value|, fingerprint): of the integers, so that one loop makes them with the rest."""
+    return torch.maximum(stream.amax(), -stream.amin()) * step, stream.sum(dtype=torch.int64)
+
+
 def start(f: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """F of column 0 -> (stream, its value in F's dtype, largest |value|, fingerprint of the stream)."""
-    total = quantize(f, scale)
-    current = total.clamp(-LAST, LAST).to(torch.int32)
-    return current, (current.double() * step).to(f.dtype), total.abs().amax() * step, current.sum(dtype=torch.int64)
+    current = saturated(quantize(f, scale))
+    return current, (current.double() * step).to(f.dtype), *seen(current, step)
 
 
 def add(
     f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``stream`` becomes quantize(F) + alpha * stream -> (value, largest, fingerprint); what that loses is not kept."""
-    total = quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5)
-    stream.copy_(total.clamp(-LAST, LAST).to(torch.int32))
-    return (stream.double() * step).to(f.dtype), total.abs().amax() * step, stream.sum(dtype=torch.int64)
+    stream.copy_(saturated(quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5)))
+    return (stream.double() * step).to(f.dtype), *seen(stream, step)
 
 
 def encode(
@@ -86,15 +94,13 @@ def encode(
     previous = stream.double()
     p = torch.floor(magnitude * previous + 0.5)
     remainder = (previous - torch.ceil((p - 0.5) / magnitude)).to(dtype)
-    total = quantize(f, scale) + sign * p
-    stream.copy_(total.clamp(-LAST, LAST).to(torch.int32))
-    value = (stream.double() * step).to(f.dtype)
-    return value, remainder, total.abs().amax() * step, stream.sum(dtype=torch.int64)
+    stream.copy_(saturated(quantize(f, scale) + sign * p))
+    return (stream.double() * step).to(f.dtype), remainder, *seen(stream, step)
 
 
 def check(f: Tensor, stream: Tensor, scale: Tensor) -> Tensor:
     """Elements in which column 0's stream is not quantize(F)."""
-    return (stream.double() != quantize(f, scale).clamp(-LAST, LAST)).sum()
+    return (stream != saturated(quantize(f, scale))).sum()
 
 
 def decode(
@@ -105,7 +111,7 @@ def decode(
     p = sign * (stream.double() - quantize(f, scale))
     previous = torch.ceil((p - 0.5) / magnitude) + remainder
     wrong = (torch.floor(magnitude * previous + 0.5) != p).sum()
-    stream.copy_(previous.clamp(-LAST, LAST).to(torch.int32))
+    stream.copy_(saturated(previous))
     value = (stream.double() * step).to(f.dtype)
     return value, gradient * (magnitude * sign).to(gradient.dtype), wrong, stream.sum(dtype=torch.int64)
 

@@ -45,9 +45,10 @@ def test_decode_inverts_encode(alpha: float, values: list[int], f: float) -> Non
 def test_the_stream_stays_at_the_end_of_its_range() -> None:
     f = torch.tensor([[9000.0], [-9000.0], [1.0]])
     current, _, largest, _ = stream.start(f, *UNITS)
-    assert current.flatten().tolist() == [2**31 - 1, -(2**31 - 1), 2**18] and float(largest) == 9000
+    assert current.flatten().tolist() == [2**31 - 1, -(2**31 - 1), 2**18] and float(largest) == 8192 - 2**-18
     value, largest, _ = stream.add(f, current, *stream.split_alpha(torch.tensor([1.0])), *UNITS)
-    assert float(largest) > 17000 and float(value.max()) == 8192
+    assert float(largest) == 8192 - 2**-18 and float(value.max()) == 8192
+    assert stream.start(torch.tensor([[torch.nan]]), *UNITS)[0].item() == 2**31 - 1
 
 
 def test_any_flipped_bit_changes_the_fingerprint() -> None:
