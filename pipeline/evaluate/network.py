@@ -10,11 +10,11 @@ from pipeline.config import resolve
 from pipeline.config.schema import Job, TrainConfig
 from pipeline.data.format import PreparedDataset
 from pipeline.errors import CheckpointError
-from pipeline.model import NetworkSpec, RevCol
+from pipeline.model import Network, NetworkSpec
 from pipeline.train.build import describe, initial_weights, require_shapes, weights_path
 
 
-def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -> RevCol:
+def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -> Network:
     """The plain fp32 network (stored activations) in evaluation mode, with the weights of ``initial`` (stage or file).
 
     Raises:
@@ -34,7 +34,7 @@ def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -
         supervised="classifiers.1.linear.weight" in reader.shapes,
     )  # fmt: skip
     with torch.device("meta"):
-        network = RevCol(spec)
+        network = Network(spec)
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     require_shapes(reader, shapes, str(path))
     network.load_state_dict({name: reader.full(name) for name in shapes}, strict=True, assign=True)

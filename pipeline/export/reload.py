@@ -25,14 +25,14 @@ from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
-from pipeline.model import NetworkSpec, RevCol
+from pipeline.model import Network, NetworkSpec
 
 
 @dataclass
 class Exported:
     """A network in evaluation mode with its preprocessing and class names."""
 
-    network: RevCol
+    network: Network
     description: dict[str, Any]
 
     def prepare(self, path: str | Path) -> Tensor:
@@ -68,12 +68,12 @@ def load_export(directory: str | Path) -> Exported:
     return Exported(network.eval(), description)
 
 
-def make_network(description: dict[str, Any]) -> RevCol:
+def make_network(description: dict[str, Any]) -> Network:
     """The network that ``model.json`` describes, with stored activations and fresh weights."""
     network: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description["network"].items()
     }
-    return RevCol(NetworkSpec(**(network | {"activations": "stored", "drop_path": 0.0})))
+    return Network(NetworkSpec(**(network | {"activations": "stored", "drop_path": 0.0})))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing
 from pipeline.export import official
 from pipeline.files import write_json, write_with
-from pipeline.model import RevCol
+from pipeline.model import Network
 from pipeline.train.build import describe, weights_path
 
 SELF_TEST_SIZE = 224  # pixels, at most: what is compared does not depend on it, the time does
@@ -62,7 +62,7 @@ def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
     }
 
 
-def _write(network: RevCol, description: dict[str, Any], target: Path) -> None:
+def _write(network: Network, description: dict[str, Any], target: Path) -> None:
     # Copies: loaded weights are views of one mapped file, which both formats would take for shared memory.
     state = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     write_with(target / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
@@ -73,7 +73,7 @@ def _write(network: RevCol, description: dict[str, Any], target: Path) -> None:
 
 
 @torch.no_grad()
-def _write_self_test(network: RevCol, image_size: int, target: Path) -> None:
+def _write_self_test(network: Network, image_size: int, target: Path) -> None:
     """Inputs and the training network's logits on one thread, so that another process gives the same bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -5,14 +5,17 @@ c[t][l] = F[t][l](lower, upper) + alpha[t][l] * c[t-1][l]      (paper, equation 
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.model.blocks import BLOCKS
-from pipeline.model.layers import CastTo, Conv, LayerNorm, Linear
+from pipeline.model.layers import CastTo
 from pipeline.model.spec import NetworkSpec
 
 
@@ -20,30 +23,6 @@ class Residual(Protocol):
     """How a level's F and alpha become its output. An object, so that ZeRO's hooks do not walk the tensors it holds."""
 
     def __call__(self, f: Tensor, alpha: Tensor) -> Tensor: ...
-
-
-class Down(nn.Module):
-    """(N, H, W, C) of the finer level -> (N, H/2, W/2, C'): convolution 2x2 stride 2, norm."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.conv = Conv(inputs, outputs, 2, stride=2)
-        self.norm = LayerNorm(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(self.conv(x)))
-
-
-class Up(nn.Module):
-    """(N, H, W, C) of a coarser level -> (N, H, W, C'), to be added ``scale`` times larger: linear, norm."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = Linear(inputs, outputs)
-        self.norm = LayerNorm(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.norm(self.linear(x)))
 
 
 def add_upsampled(x: Tensor, coarse: Tensor) -> Tensor:
@@ -62,13 +41,14 @@ class Level(nn.Module):
 
     def __init__(self, spec: NetworkSpec, column: int, level: int) -> None:
         super().__init__()
-        width, first = spec.channels[level], column == 0
+        width, first, kind = spec.channels[level], column == 0, BLOCKS[spec.blocks[level]]
         self.cast = CastTo()
-        self.down = Down(spec.channels[level - 1], width) if level > 0 else None
-        self.up = Up(spec.channels[level + 1], width) if level < 3 and not first else None
-        self.up_top = Up(spec.channels[3], width) if spec.huge and level == 0 and not first else None
-        self.blocks = nn.ModuleList(BLOCKS[spec.block](width) for _ in range(spec.depths[level]))
+        self.down = kind.down(spec.channels[level - 1], width) if level > 0 else None
+        self.up = kind.up(spec.channels[level + 1], width) if level < 3 and not first else None
+        self.up_top = kind.up(spec.channels[3], width) if spec.huge and level == 0 and not first else None
+        self.blocks = nn.ModuleList(kind.block(width) for _ in range(spec.depths[level]))
         self.alpha = nn.Parameter(torch.full((width,), 0.5))
+        self.evaluate = torch.compile(self.branch, dynamic=False) if spec.compile else self.branch
 
     def forward(
         self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None, residual: Residual
@@ -81,7 +61,12 @@ class Level(nn.Module):
             keep: (blocks of this level, N) stochastic-depth factors, or None.
             residual: what to make of F and alpha.
         """
-        h = self.cast(lower)
+        f = self.evaluate(lower, upper, top, keep)
+        return residual(f.to(lower.dtype) if f.dtype != lower.dtype else f, self.alpha)
+
+    def branch(self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None) -> Tensor:
+        """F: the fused inputs through the blocks, (N, H, W, C)."""
+        h: Tensor = self.cast(lower)
         if self.down is not None:
             h = self.down(h)
         if self.up is not None:
@@ -92,15 +77,64 @@ class Level(nn.Module):
             h = add_upsampled(h, self.up_top(self.cast(top)))
         for i, block in enumerate(self.blocks):
             h = block(h, None if keep is None else keep[i])
-        f = h.to(lower.dtype) if h.dtype != lower.dtype else h
-        return residual(f, self.alpha)
+        return h
 
 
-def inputs_of(level: int, x: Tensor, maps: list[Tensor], previous: list[Tensor] | None, huge: bool) -> tuple[
-    Tensor, Tensor | None, Tensor | None
-]:
-    """(lower, upper, top) of a level: ``x`` the stem's output, ``maps`` of this column so far, ``previous`` column's maps."""
-    lower = maps[level - 1] if level else x
-    upper = previous[level + 1] if previous is not None and level < 3 else None
-    top = previous[3] if previous is not None and level == 0 and huge else None
-    return lower, upper, top
+def leaf(value: Tensor) -> Tensor:
+    """The value as an input of a graph of its own."""
+    return value.detach().requires_grad_()
+
+
+@contextmanager
+def buffers_restored(*modules: nn.Module) -> Iterator[None]:
+    """Buffers (BatchNorm's running statistics) are afterwards what they were before: for a recompute, which runs the same
+    kernels as the forward pass but must not count the batch again."""
+    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one network and the inputs of one pass through them besides the stem's output. Opaque to ZeRO's hooks."""
+
+    levels: list[list[Level]]  # [column][level]
+    huge: bool
+    taps: tuple[int, ...]  # columns whose level 3 is returned, besides the last column's four maps
+    keep: Tensor | None  # (columns, blocks of a column, N) stochastic-depth factors
+    leaves: bool = False  # give every level inputs that are leaves of a graph of its own
+
+    @property
+    def count(self) -> int:
+        return len(self.levels)
+
+    def keep_of(self, t: int, i: int) -> Tensor | None:
+        """(blocks, N) factors of one level."""
+        if self.keep is None:
+            return None
+        begin = sum(len(level.blocks) for level in self.levels[t][:i])
+        return self.keep[t, begin : begin + len(self.levels[t][i].blocks)]
+
+    def inputs_of(
+        self, t: int, i: int, x: Tensor, maps: Sequence[Tensor | None], previous: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(lower, upper, top) of a level: ``x`` the stem's output, ``maps`` of its column, ``previous`` column's maps."""
+        lower = maps[i - 1] if i else x
+        upper = previous[i + 1] if t > 0 and i < 3 else None
+        top = previous[3] if t > 0 and i == 0 and self.huge else None
+        assert lower is not None
+        if not self.leaves:
+            return lower, upper, top
+        return leaf(lower), None if upper is None else leaf(upper), None if top is None else leaf(top)
+
+    def run_column(
+        self, t: int, x: Tensor, previous: Sequence[Tensor], residual: Callable[[int, int], Residual]
+    ) -> list[Tensor]:
+        """The four maps of column ``t``; ``residual``: (column, level) -> what makes the output of F and alpha."""
+        maps: list[Tensor] = []
+        for i, level in enumerate(self.levels[t]):
+            maps.append(level(*self.inputs_of(t, i, x, maps, previous), self.keep_of(t, i), residual(t, i)))
+        return maps

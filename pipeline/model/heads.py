@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.blocks import ConvNeXtBlock
+from pipeline.model.blocks.convnext import ConvNeXtBlock
 from pipeline.model.layers import CastTo, LayerNorm, Linear
 from pipeline.model.spec import Four
 

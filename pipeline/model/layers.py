@@ -48,11 +48,17 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
 
+def drop_samples(branch: Tensor, keep: Tensor | None) -> Tensor:
+    """Stochastic depth as an input: ``branch`` (N, H, W, C) times ``keep`` (N,), or unchanged."""
+    return branch if keep is None else branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+
+
 class CastTo(nn.Module):
     """Casts to the dtype in which the network computes; ``None`` leaves tensors as they come.
 
     An attribute rather than the dtype of a weight: reading a child's weight in a parent's forward would make ZeRO-3 keep
-    it gathered to the end of the backward pass.
+    it gathered to the end of the backward pass. Always a node of the graph, so that what a part sends back through its
+    input is summed before it joins the gradients of other parts: the same order, hence the same bits, in every mode.
     """
 
     def __init__(self) -> None:
@@ -60,4 +66,4 @@ class CastTo(nn.Module):
         self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.dtype is None else x.to(self.dtype)
+        return x.view_as(x) if self.dtype is None else x.to(self.dtype)

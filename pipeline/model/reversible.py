@@ -1,203 +1,180 @@
-"""The columns as one function: with stored activations, or exactly reversible with O(1) activations in columns.
+"""Exactly reversible columns: one function over all of them that keeps the last column and the packed remainders.
 
-The reversible backward pass makes parameter gradients by a nested ``backward`` per level, so that DeepSpeed's hooks fire
-level by level (returning them as the function's outputs breaks ZeRO-3 and holds all of them under ZeRO-2).
+Its backward pass makes parameter gradients by a nested ``backward`` per level, so that DeepSpeed's hooks fire level by
+level (returning them as the function's outputs breaks ZeRO-3 and holds all of them under ZeRO-2), and each level's graph is
+freed as it goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pipeline.model import stream
-from pipeline.model.column import Level, inputs_of
+from pipeline.model.column import Columns, Residual, buffers_restored, leaf
+from pipeline.model.fixedpoint import Exactness, Stream, alpha_gradient, fixed_column
+from pipeline.model.plain import AlphaGradient, run
 
 
-@dataclass
-class Columns:
-    """The columns of one network and what one pass through them needs besides its input. Opaque to ZeRO's hooks."""
-
-    levels: list[list[Level]]  # [column][level]
-    huge: bool
-    taps: tuple[int, ...]  # columns whose level 3 is returned, besides the last column's four maps
-    keep: list[list[Tensor | None]]  # [column][level] stochastic-depth factors
-    widths: list[list[int]] | None  # bits of the remainders; None: measured, which synchronises
-    mismatched: list[Tensor] = field(default_factory=list)  # one count of wrong elements a level, filled by the backward pass
-
-
-class ZeroGradient(torch.autograd.Function):
-    """F unchanged, a zero gradient for alpha: column 0 has no previous column, yet its alpha is a parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, f: Tensor, alpha: Tensor) -> Tensor:
-        ctx.save_for_backward(alpha)
-        return f.view_as(f)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], torch.zeros_like(ctx.saved_tensors[0])
-
-
-@dataclass
-class Stored:
-    """Plain floating-point residual."""
-
-    previous: Tensor | None
-
-    def __call__(self, f: Tensor, alpha: Tensor) -> Tensor:
-        if self.previous is None:
-            return cast(Tensor, ZeroGradient.apply(f, alpha))
-        return f + alpha.to(f.dtype) * self.previous
-
-
-@dataclass
-class Encode:
-    """Fixed-point residual of the forward pass; keeps the packed remainder."""
-
-    previous: Tensor | None
-    width: int | None
-    packed: Tensor | None = None
-
-    def __call__(self, f: Tensor, alpha: Tensor) -> Tensor:
-        if self.previous is None:
-            return stream.quantize(f).to(torch.int32)
-        if self.width is None:
-            self.width = stream.remainder_width(float(stream.split_alpha(alpha)[0].min()))
-        current, remainder = stream.encode(f, self.previous, alpha)
-        self.packed = stream.pack(remainder, self.width)
-        return current
-
-
-@dataclass
-class Decode:
-    """Recovers the previous column's map, and gives the differentiable output ``F + alpha * c_prev``."""
-
-    current: Tensor
-    packed: Tensor | None
-    width: int | None
-    previous: Tensor | None = None
-    value: Tensor | None = None  # the recovered map as a float leaf
-    mismatched: Tensor | None = None
-
-    def __call__(self, f: Tensor, alpha: Tensor) -> Tensor:
-        if self.packed is None:
-            self.mismatched = (self.current != stream.quantize(f.detach()).to(torch.int32)).sum()
-            return cast(Tensor, ZeroGradient.apply(f, alpha))
-        assert self.width is not None
+def exact_columns(columns: Columns, x: Tensor, exact: Exactness, stored: int) -> tuple[Tensor, ...]:
+    """(level 3 at each tap ..., the last column's four maps); the last ``stored`` columns keep their graphs."""
+    trained = any(p.requires_grad for levels in columns.levels for level in levels for p in level.parameters())
+    tail = Stream(exact, keeping=False)
+    if not torch.is_grad_enabled() or not (x.requires_grad or trained):
         with torch.no_grad():
-            remainder = stream.unpack(self.packed, self.width, self.current.shape)
-            self.previous = stream.decode(f, self.current, remainder, alpha)
-            magnitude, sign = stream.split_alpha(alpha)
-            rounding = (magnitude * sign).to(f.dtype) - alpha.to(f.dtype)
-        self.value = stream.to_float(self.previous, f.dtype).requires_grad_()
-        return f + (alpha.to(f.dtype) + rounding) * self.value
+            outputs = run(columns, partial(fixed_column, columns, x, tail))
+        tail.note(0)
+        return outputs
+    x, first = x if x.requires_grad else leaf(x), columns.count - stored  # x is a leaf where the stem is frozen
+    head: tuple[Tensor, ...] = ()
+    if first:
+        taps = tuple(t for t in columns.taps if t < first)
+        inverted = replace(columns, levels=columns.levels[:first], taps=taps, leaves=exact.compiled)
+        passed = x, inverted, exact, tail if stored else None
+        head = cast(tuple[Tensor, ...], ExactColumns.apply(*passed))  # type: ignore[no-untyped-call]
+    if not stored:
+        return head
+    outputs = run(columns, partial(fixed_column, columns, x, tail), head[-4:], first)
+    tail.note(first)
+    return (*head[:-4], *outputs)
 
 
-def stored_columns(columns: Columns, x: Tensor) -> tuple[Tensor, ...]:
-    """All columns under plain autograd: (level 3 at each tap ..., the last column's four maps)."""
-    previous: list[Tensor] | None = None
-    tapped = []
-    for t, levels in enumerate(columns.levels):
-        maps: list[Tensor] = []
-        for i, level in enumerate(levels):
-            residual = Stored(previous[i] if previous is not None else None)
-            maps.append(level(*inputs_of(i, x, maps, previous, columns.huge), columns.keep[t][i], residual))
-        previous = maps
-        if t in columns.taps:
-            tapped.append(maps[3])
-    assert previous is not None
-    return (*tapped, *previous)
+def autocast_of(device_type: str, state: tuple[bool, torch.dtype]) -> torch.autocast:
+    """Autocast (on, dtype) without its cache: a level uses a weight once, and the cache would hold copies of them all."""
+    return torch.autocast(device_type, dtype=state[1], enabled=state[0], cache_enabled=False)
+
+
+class ExactColumns(torch.autograd.Function):
+    """The columns as one function. Kept: the stem's output, the last column of the stream, the packed remainders."""
+
+    clear_saved_tensors_on_access = True
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, columns: Columns, exact: Exactness, tail: Stream | None) -> tuple[Tensor, ...]:
+        """``tail``: a stream that is to go on from the last column."""
+        ctx.set_materialize_grads(False)
+        through, device = Stream(exact, keeping=True), x.device.type
+
+        def column(t: int, previous: Sequence[Tensor]) -> list[Tensor]:
+            def residual(t: int, i: int) -> Residual:
+                return partial(through.advance, t, i)
+
+            return columns.run_column(t, x, previous, residual)
+
+        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        with autocast_of(device, ctx.autocast), torch.set_grad_enabled(exact.compiled):
+            outputs = run(columns, column)
+        through.note(0)
+        if tail is not None:
+            tail.maps = [current.clone() for current in through.maps]
+        ctx.columns, ctx.exact, ctx.widths = columns, exact, through.widths
+        ctx.shapes = [value.shape for value in outputs[-4:]]
+        ctx.fingerprints = torch.stack(through.fingerprints).view(-1, 4)
+        ctx.kept_fingerprints = torch.stack([stream.fingerprint(v) for v in (x, columns.keep) if v is not None])
+        ctx.save_for_backward(x, *through.maps, *through.remainders)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        x, *kept = ctx.saved_tensors
+        columns: Columns = replace(ctx.columns, leaves=True)
+        inversion = Inversion(columns, x.detach(), ctx.exact, kept[:4], kept[4:], ctx.widths, ctx.shapes, ctx.fingerprints)
+        del kept
+        inversion.begin(ctx.kept_fingerprints)
+        outgoing = list(gradients[len(columns.taps) :])
+        tapped = dict(zip(columns.taps, gradients, strict=False))
+        if columns.count - 1 in tapped:
+            outgoing[3] = _add(tapped[columns.count - 1], outgoing[3])
+        with autocast_of(x.device.type, ctx.autocast):
+            for t in reversed(range(columns.count)):
+                outgoing = inversion.column(t, outgoing, tapped.get(t - 1))
+        return inversion.x_gradient, None, None, None
+
+
+@dataclass
+class Inversion:
+    """The way back through the columns. Sums are made in the order of plain autograd, so that rounding is the same."""
+
+    columns: Columns
+    x: Tensor
+    exact: Exactness
+    maps: list[Tensor]  # the stream, moved back in place
+    remainders: list[Tensor]
+    widths: list[int]
+    shapes: list[torch.Size]  # of the four maps, (N, H, W, C)
+    fingerprints: Tensor  # (columns, 4), of the forward pass
+    x_gradient: Tensor | None = None
+
+    values: list[Tensor | None] = field(default_factory=list)  # of the column being inverted, until no longer needed
+    before: list[Tensor | None] = field(default_factory=list)  # of the column before it, as far as recovered
+    share: Tensor | None = None  # of the upstream gradient that goes to the recovered map
+
+    def begin(self, kept_fingerprints: Tensor) -> None:
+        """Count what changed since the forward pass, and make the last column's values (level 3's is not needed)."""
+        health, keep, step = self.exact.health, self.columns.keep, self.exact.units[1]
+        found = [*(m.sum(dtype=torch.int64) for m in self.maps), stream.fingerprint(self.x)]
+        health.kept[:5] += torch.stack(found) != torch.cat([self.fingerprints[-1], kept_fingerprints[:1]])
+        if keep is not None:
+            health.kept[6] += stream.fingerprint(keep) != kept_fingerprints[1]
+        pairs = zip(self.maps[:3], self.shapes, strict=False)
+        floats = [m.to(self.x.dtype).mul_(step).view(shape) for m, shape in pairs]  # a power of two: rounded once, too
+        self.values, self.before = [*floats, None], [None] * 4
+
+    def column(self, t: int, outgoing: list[Tensor | None], tapped: Tensor | None) -> list[Tensor | None]:
+        """Invert column ``t`` and send ``outgoing`` through it -> the gradients of column t - 1. ``tapped``: its tap's."""
+        incoming: list[Tensor | None] = [None, None, None, tapped]
+        for i in (3, 2, 1, 0):
+            level, upstream = self.columns.levels[t][i], outgoing[i]
+            outgoing[i] = None
+            if upstream is None:
+                upstream = self.x.new_zeros(self.shapes[i])
+            lower, upper, top = self.columns.inputs_of(t, i, self.x, self.values, self.before)
+            self.values[i] = None
+            upstream = upstream.contiguous()
+            with buffers_restored(level):
+                with torch.enable_grad():
+                    keep, recover = self.columns.keep_of(t, i), partial(self.recover, t, i, upstream)
+                    output = level(lower, upper, top, keep, recover)
+                if t == i == 0 and self.exact.withhold:
+                    upstream = upstream + self.exact.health.poison().to(upstream.dtype)
+                torch.autograd.backward(output, upstream)
+            del output, upstream, recover
+            incoming[i], self.share = _add(incoming[i], self.share), None
+            if i:
+                outgoing[i - 1] = _add(outgoing[i - 1], lower.grad)
+            else:
+                self.x_gradient = _add(self.x_gradient, lower.grad)
+            if upper is not None:
+                incoming[i + 1] = _add(incoming[i + 1], upper.grad)
+            if top is not None:
+                incoming[3] = _add(incoming[3], top.grad)
+        self.values, self.before = self.before, [None] * 4
+        return incoming
+
+    def recover(self, t: int, i: int, upstream: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
+        """The residual of the way back: level ``i`` of the stream to column t - 1, and F with a gradient for alpha."""
+        passes, flat, current = self.exact.passes, f.detach().flatten(0, -2), self.maps[i]
+        with torch.no_grad():
+            if t == 0:
+                wrong, gradient = passes.check(flat, current, self.exact.units[0]), torch.zeros_like(alpha)
+            else:
+                remainder = stream.unpack(self.remainders.pop(), self.widths.pop(), current.shape)
+                value, share, wrong, fingerprint = passes.decode(
+                    flat, current, remainder, *stream.split_alpha(alpha), upstream.flatten(0, -2), *self.exact.units
+                )
+                wrong = wrong + (fingerprint != self.fingerprints[t - 1, i])
+                self.before[i], self.share = value.view(f.shape), share.view(f.shape)
+                gradient = alpha_gradient(upstream, value.view(f.shape)).to(alpha.dtype)
+            self.exact.health.mismatched[t, i] += wrong
+        return cast(Tensor, AlphaGradient.apply(f, alpha, gradient))  # type: ignore[no-untyped-call]
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return a if b is None else b
     return a + b
-
-
-class ExactColumns(torch.autograd.Function):
-    """All columns as one function that keeps only the stem's output, the last column and the packed remainders."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: Columns) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        integers: list[Tensor] | None = None
-        previous: list[Tensor] | None = None
-        tapped: list[Tensor] = []
-        kept: list[list[tuple[Tensor | None, int | None]]] = []
-        for t, levels in enumerate(columns.levels):
-            now: list[Tensor] = []
-            maps: list[Tensor] = []
-            kept.append([])
-            for i, level in enumerate(levels):
-                width = None if columns.widths is None else columns.widths[t][i]
-                encode = Encode(integers[i] if integers is not None else None, width)
-                now.append(level(*inputs_of(i, x, maps, previous, columns.huge), columns.keep[t][i], encode))
-                maps.append(stream.to_float(now[i], x.dtype))
-                kept[t].append((encode.packed, encode.width))
-            integers, previous = now, maps
-            if t in columns.taps:
-                tapped.append(maps[3])
-        assert integers is not None and previous is not None
-        ctx.columns, ctx.x, ctx.integers, ctx.kept = columns, x.detach(), integers, kept
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        return (*tapped, *previous)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        columns, integers, kept = ctx.columns, ctx.integers, ctx.kept
-        ctx.integers = ctx.kept = None
-        at_tap = dict(zip(columns.taps, gradients[: len(columns.taps)], strict=True))
-        outgoing: list[Tensor | None] = list(gradients[len(columns.taps) :])
-        x_gradient: Tensor | None = None
-        enabled, dtype = ctx.autocast
-        with torch.autocast(ctx.x.device.type, dtype, enabled=enabled):
-            for t in reversed(range(len(columns.levels))):
-                outgoing[3] = _add(outgoing[3], at_tap.get(t))
-                integers, outgoing, from_column = _column_backward(columns, t, ctx.x, integers, kept.pop(), outgoing)
-                x_gradient = _add(x_gradient, from_column)
-        return x_gradient, None
-
-
-def _column_backward(
-    columns: Columns,
-    t: int,
-    x: Tensor,
-    integers: list[Tensor],
-    kept: Sequence[tuple[Tensor | None, int | None]],
-    outgoing: list[Tensor | None],
-) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
-    """Inverts column ``t`` and sends gradients through it, from level 3 down to 0: (c[t-1], its gradients, the stem's)."""
-    first = t == 0
-    recovered: list[Tensor] = [torch.empty(0)] * 4
-    values: list[Tensor] = [torch.empty(0)] * 4
-    gradients: list[Tensor | None] = [None] * 4
-    x_gradient: Tensor | None = None
-    for i in (3, 2, 1, 0):
-        lower = (stream.to_float(integers[i - 1], x.dtype) if i else x.detach()).requires_grad_()
-        upper = values[i + 1].detach().requires_grad_() if not first and i < 3 else None
-        top = values[3].detach().requires_grad_() if not first and i == 0 and columns.huge else None
-        decode = Decode(integers[i], *kept[i])
-        with torch.enable_grad():
-            output = columns.levels[t][i](lower, upper, top, columns.keep[t][i], decode)
-        upstream = outgoing[i]
-        torch.autograd.backward(output, torch.zeros_like(output) if upstream is None else upstream)
-        outgoing[i] = None
-        if decode.mismatched is not None:
-            columns.mismatched.append(decode.mismatched)
-        if decode.previous is not None and decode.value is not None:
-            recovered[i], values[i] = decode.previous, decode.value
-            gradients[i] = _add(gradients[i], decode.value.grad)
-        if i:
-            outgoing[i - 1] = _add(outgoing[i - 1], lower.grad)
-        else:
-            x_gradient = lower.grad
-        if upper is not None:
-            gradients[i + 1] = _add(gradients[i + 1], upper.grad)
-        if top is not None:
-            gradients[3] = _add(gradients[3], top.grad)
-    return recovered, gradients, x_gradient

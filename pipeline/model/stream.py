@@ -1,13 +1,17 @@
 """The fixed-point residual stream: exact sums, and a product with alpha whose lost bits are kept.
 
-A value is an int32 multiple of 2**-18 (range +-8192). With a = |alpha| on a grid of 2**-18, everything in float64, where
-product and quotient are exact to the last integer:
+A value is an int32 multiple of 2**-bits (2**-18 by default: range +-8192). With a = |alpha| on a grid of 2**-18,
+everything in float64, where product and quotient are exact to the last integer:
 
     forward   p = floor(a * c_prev + 1/2)          added (with alpha's sign) to quantize(F)
               r = c_prev - ceil((p - 1/2) / a)     0 <= r < ceil(1/a): which of the integers that give this p
     backward  c_prev = ceil((p - 1/2) / a) + r
 
 so r takes ceil(log2(ceil(1/a))) bits: none for a >= 1, one at the initial 0.5.
+
+``start``, ``add``, ``encode``, ``check`` and ``decode`` are the element-wise passes (see ``passes.py``). They see a map as
+(positions, channels), move the stream in place, and never wrap: what leaves the range stays at its end, ``largest`` tells.
+Every product and quotient in them is exact or rounded once, so operations and compiled code give the same bits.
 """
 
 from __future__ import annotations
@@ -17,27 +21,24 @@ import math
 import torch
 from torch import Tensor
 
-FRACTION_BITS = 18
-SCALE = float(1 << FRACTION_BITS)
+ALPHA_SCALE = float(1 << 18)
 ALPHA_LIMIT = 1e-3
 WIDTHS = (0, 1, 2, 4, 8, 16)
+LAST = float(2**31 - 1)  # the stream's largest integer
 
 
-def quantize(f: Tensor) -> Tensor:
-    """Nearest multiple of 2**-18, as a whole float64."""
-    return torch.floor(f.double() * SCALE + 0.5)
-
-
-def to_float(c: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stream (int32) -> value."""
-    return (c.double() * (1.0 / SCALE)).to(dtype)
+def units_of(fraction_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(integers a unit, unit an integer) as float64 scalars on the device, made there."""
+    exponents = (fraction_bits, -fraction_bits)
+    scale, step = (torch.full((), 2.0**e, dtype=torch.float64, device=device) for e in exponents)
+    return scale, step
 
 
 def split_alpha(alpha: Tensor) -> tuple[Tensor, Tensor]:
     """alpha (C,) -> (magnitude on the grid, at least 1e-3; sign, +1 at 0), both float64."""
     a = alpha.detach().double()
-    magnitude = (torch.floor(a.abs() * SCALE + 0.5) / SCALE).clamp(min=math.ceil(ALPHA_LIMIT * SCALE) / SCALE)
-    return magnitude, torch.where(a < 0, -1.0, 1.0).to(a.dtype)
+    steps = torch.floor(a.abs() * ALPHA_SCALE + 0.5).clamp(min=math.ceil(ALPHA_LIMIT * ALPHA_SCALE))
+    return steps / ALPHA_SCALE, torch.where(a < 0, -1.0, 1.0).to(a.dtype)
 
 
 def remainder_width(smallest: float) -> int:
@@ -46,31 +47,84 @@ def remainder_width(smallest: float) -> int:
     return next(width for width in WIDTHS if values <= 1 << width)
 
 
-def encode(f: Tensor, previous: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """F (float) and c_prev (int32) -> (c int32, remainder int32)."""
-    a, sign = split_alpha(alpha)
-    c = previous.double()
-    p = torch.floor(a * c + 0.5)
-    remainder = (c - torch.ceil((p - 0.5) / a)).to(torch.int32)
-    return (quantize(f) + sign * p).to(torch.int32), remainder
+def remainder_dtype(width: int | None) -> torch.dtype:
+    """What a remainder is made in before it is packed."""
+    return torch.int16 if width is None or width > 8 else torch.uint8
 
 
-def decode(f: Tensor, current: Tensor, remainder: Tensor, alpha: Tensor) -> Tensor:
-    """F, c (int32) and the remainder -> c_prev (int32)."""
-    a, sign = split_alpha(alpha)
-    p = sign * (current.double() - quantize(f))
-    return torch.ceil((p - 0.5) / a).to(torch.int32) + remainder
+def quantize(f: Tensor, scale: Tensor) -> Tensor:
+    """Nearest integer of the stream, as a whole float64."""
+    return torch.floor(f.double() * scale + 0.5)
+
+
+def fingerprint(kept: Tensor) -> Tensor:
+    """Sum of a tensor's bits read as integers (int64, wrapping): any one flipped bit changes it."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[kept.element_size()]
+    return kept.detach().view(integers).sum(dtype=torch.int64)
+
+
+def saturated(total: Tensor) -> Tensor:
+    """Whole float64 numbers as int32: beyond the range, and for NaN, its end."""
+    return torch.where(total == total, total, LAST).clamp(-LAST, LAST).to(torch.int32)
+
+
+def seen(stream: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest |value|, fingerprint): of the integers, so that one loop makes them with the rest."""
+    return torch.maximum(stream.amax(), -stream.amin()) * step, stream.sum(dtype=torch.int64)
+
+
+def start(f: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """F of column 0 -> (stream, its value in F's dtype, largest |value|, fingerprint of the stream)."""
+    current = saturated(quantize(f, scale))
+    return current, (current.double() * step).to(f.dtype), *seen(current, step)
+
+
+def add(
+    f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``stream`` becomes quantize(F) + alpha * stream -> (value, largest, fingerprint); what that loses is not kept."""
+    stream.copy_(saturated(quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5)))
+    return (stream.double() * step).to(f.dtype), *seen(stream, step)
+
+
+def encode(
+    f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``add``, and what ``decode`` needs to undo it -> (value, remainder in ``dtype``, largest, fingerprint)."""
+    previous = stream.double()
+    p = torch.floor(magnitude * previous + 0.5)
+    remainder = (previous - torch.ceil((p - 0.5) / magnitude)).to(dtype)
+    stream.copy_(saturated(quantize(f, scale) + sign * p))
+    return (stream.double() * step).to(f.dtype), remainder, *seen(stream, step)
+
+
+def check(f: Tensor, stream: Tensor, scale: Tensor) -> Tensor:
+    """Elements in which column 0's stream is not quantize(F)."""
+    return (stream != saturated(quantize(f, scale))).sum()
+
+
+def decode(
+    f: Tensor, stream: Tensor, remainder: Tensor, magnitude: Tensor, sign: Tensor, gradient: Tensor, scale: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``stream`` becomes the previous column's -> (its value, its share of ``gradient``, elements that cannot be right,
+    fingerprint). Where |alpha| > 1 not every p occurs, so a wrong one may round to a right stream: it is counted here."""
+    p = sign * (stream.double() - quantize(f, scale))
+    previous = torch.ceil((p - 0.5) / magnitude) + remainder
+    wrong = (torch.floor(magnitude * previous + 0.5) != p).sum()
+    stream.copy_(saturated(previous))
+    value = (stream.double() * step).to(f.dtype)
+    return value, gradient * (magnitude * sign).to(gradient.dtype), wrong, stream.sum(dtype=torch.int64)
 
 
 def pack(remainder: Tensor, width: int) -> Tensor:
-    """Non-negative integers of ``width`` bits -> the smallest tensor of bytes that holds them."""
+    """Non-negative integers of ``width`` bits -> the smallest tensor that holds them (uint8; int16 for 16 bits)."""
     if width == 0:
         return remainder.new_empty(0, dtype=torch.uint8)
     if width == 16:
-        return (remainder - 32768).to(torch.int16).flatten()
+        return remainder.to(torch.int16).flatten()
     per_byte = 8 // width
     flat = remainder.flatten().to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(per_byte, -1)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(per_byte, -1)  # contiguous rows, not strides
     packed = flat[0].clone()
     for i in range(1, per_byte):
         packed |= flat[i] << (i * width)
@@ -78,11 +132,11 @@ def pack(remainder: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int, shape: torch.Size) -> Tensor:
-    """Inverse of ``pack``: int32 of ``shape``."""
+    """Inverse of ``pack``: uint8 (int16 for 16 bits) of ``shape``, or a single 0 for no bits at all."""
     if width == 0:
-        return torch.zeros((), dtype=torch.int32, device=packed.device)
-    if width == 16:
-        return (packed.to(torch.int32) + 32768).view(shape)
+        return torch.zeros((), dtype=torch.uint8, device=packed.device)
+    if width >= 8:
+        return packed.view(shape)
     mask = (1 << width) - 1
-    parts = [(packed >> (i * width)) & mask for i in range(8 // width)]
-    return torch.cat(parts)[: shape.numel()].view(shape).to(torch.int32)
+    parts = torch.cat([(packed >> (i * width)) & mask for i in range(8 // width)])
+    return parts[: shape.numel()].view(shape)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.config.schema import TrainConfig
-from pipeline.model import NetworkSpec, RevCol
+from pipeline.model import Network, NetworkSpec
 from pipeline.model.column import Level
 from pipeline.train.optim import adamw
 from pipeline.train.world import World
@@ -83,9 +83,9 @@ def make_engine(
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         draft = deepspeed_config(config, world.size, micro_batch, 1, 1)
         with deepspeed.zero.Init(config_dict_or_path=draft, dtype=dtype):
-            model = RevCol(spec)
+            model = Network(spec)
     else:
-        model = RevCol(spec).to(device)
+        model = Network(spec).to(device)
     model.compute_in(torch.bfloat16 if config.precision == "bf16" else None)
     largest = max(_size(module) for module in model.modules() if isinstance(module, Level))
     engine, *_ = deepspeed.initialize(

@@ -30,11 +30,10 @@ class Metrics:
         self.count = 0
 
     @torch.no_grad()
-    def add(self, loss: Loss, out: Output, targets: Tensor, mismatched: list[Tensor]) -> None:
+    def add(self, loss: Loss, out: Output, targets: Tensor, mismatched: Tensor) -> None:
         """One micro-batch; nothing is read from the device."""
         correct = (out.logits[-1].argmax(1) == targets.argmax(1)).float().mean()
-        wrong = torch.stack(mismatched).sum() if mismatched else torch.zeros((), device=self.sums.device)
-        entries = [loss.total, *loss.classification, *loss.reconstruction, correct, wrong]
+        entries = [loss.total, *loss.classification, *loss.reconstruction, correct, mismatched]
         self.sums += torch.stack([entry.detach().double() for entry in entries])
         self.count += 1
 

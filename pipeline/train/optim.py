@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import TrainConfig
-from pipeline.model import RevCol
+from pipeline.model import Network
 from pipeline.model.groups import decays, layer_id, num_layers
 
 
@@ -24,7 +24,7 @@ class FiniteAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def parameter_groups(model: RevCol, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: Network, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups with ``lr_scale`` = layer_decay ** (depth of the heads - depth of the parameter), and their weight decay."""
     deepest = num_layers(model.spec)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -44,7 +44,7 @@ def parameter_groups(model: RevCol, config: TrainConfig) -> list[dict[str, Any]]
     return [groups[key] for key in sorted(groups)]
 
 
-def adamw(model: RevCol, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(model: Network, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW whose rate is 0 until the schedule sets it (DeepSpeed takes a step on zero gradients when it is made)."""
     kind = FiniteAdamW if config.zero_stage == 0 else torch.optim.AdamW
     return kind(parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps)

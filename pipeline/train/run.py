@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,8 @@ class Run:
 
     def identity(self, spec: NetworkSpec) -> dict[str, Any]:
         """What a checkpoint must agree with."""
-        network = {key: value for key, value in asdict(spec).items() if key not in ("activations", "drop_path")}
         return {
-            "network": network,
+            "network": spec.architecture,
             "data": self.data.fingerprint,
             "seed": self.job.seed,
             "global_batch": self.config.global_batch,

@@ -47,7 +47,7 @@ class Stepper:
             out = self.engine(prepared.images, draws)
             loss = compound_terms(out, prepared.image01, prepared.targets)
             self.engine.backward(loss.total)
-            self.metrics.add(loss, out, prepared.targets, network.mismatched)
+            self.metrics.add(loss, out, prepared.targets, network.health.mismatched_elements)
             self.engine.step()
         if self.engine.was_step_applied():
             self.applied += 1

@@ -15,7 +15,7 @@ from pipeline.config.load import load_job
 from pipeline.data.device import MEAN, STD
 from pipeline.errors import CheckpointError
 from pipeline.export import official
-from pipeline.model import RevCol, build
+from pipeline.model import Network, build
 from pipeline.train.loss import compound_terms
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load_golden(name: str, activations: str) -> tuple[RevCol, dict[str, torch.Tensor]]:
+def load_golden(name: str, activations: str) -> tuple[Network, dict[str, torch.Tensor]]:
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         meta, values = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     model = build(
@@ -67,7 +67,7 @@ def test_outputs_losses_and_gradients(name: str, activations: str) -> None:
         gradient = model.get_parameter(ours).grad
         assert gradient is not None, ours
         assert relative(gradient, golden[f"grad.{published}"]) < tolerance, ours
-    assert sum(int(count) for count in model.mismatched) == 0
+    assert int(model.health.mismatched_elements) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)

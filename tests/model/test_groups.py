@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.model import RevCol, build
+from pipeline.model import Network, build
 from pipeline.model.groups import decays, layer_id, num_layers
 
 
-def model() -> RevCol:
+def model() -> Network:
     with torch.device("meta"):
         return build([8, 16, 24, 32], [1, 2, 6, 2], 8, 10, huge=True, supervised=True)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.model import stream
+from pipeline.model import passes, stream
 
 LIMIT = 2**31 - 1
+
+
+UNITS = stream.units_of(18, torch.device("cpu"))
 
 
 @settings(max_examples=150, deadline=None)
@@ -20,16 +24,77 @@ LIMIT = 2**31 - 1
     st.floats(-1000, 1000, width=32),
 )
 def test_decode_inverts_encode(alpha: float, values: list[int], f: float) -> None:
-    a, previous = torch.tensor([alpha]), torch.tensor(values, dtype=torch.int32).view(-1, 1)
-    branch = torch.full_like(previous, 1).float() * f
-    current, remainder = stream.encode(branch, previous, a)
-    magnitude = float(stream.split_alpha(a)[0])
-    width = stream.remainder_width(magnitude)
-    assert int(remainder.min()) >= 0 and int(remainder.max()) < math.ceil(1 / magnitude)
+    previous = torch.tensor(values, dtype=torch.int32).view(-1, 1)
+    moved, branch = previous.clone(), torch.full((len(values), 1), f)
+    magnitude, sign = stream.split_alpha(torch.tensor([alpha]))
+    width = stream.remainder_width(float(magnitude))
+    value, remainder, largest, total = stream.encode(branch, moved, magnitude, sign, *UNITS, stream.remainder_dtype(width))
+    assert float(largest) == float((moved.double() / 2**18).abs().max()) and int(total) == int(moved.long().sum())
+    assert torch.equal(value, (moved.double() / 2**18).float())
+    assert int(remainder.min()) >= 0 and int(remainder.max()) < math.ceil(1 / float(magnitude))
     packed = stream.pack(remainder, width)
     assert packed.numel() * packed.element_size() * 8 <= remainder.numel() * width + 16
     again = stream.unpack(packed, width, remainder.shape)
-    assert torch.equal(stream.decode(branch, current, again, a), previous)
+    gradient = torch.randn(len(values), 1)
+    value, share, wrong, total = stream.decode(branch, moved, again, magnitude, sign, gradient, *UNITS)
+    assert torch.equal(moved, previous) and torch.equal(value, (previous.double() / 2**18).float())
+    assert int(wrong) == 0 and int(total) == sum(values)
+    assert torch.equal(share, gradient * (magnitude * sign).float())
+
+
+def test_the_stream_stays_at_the_end_of_its_range() -> None:
+    f = torch.tensor([[9000.0], [-9000.0], [1.0]])
+    current, _, largest, _ = stream.start(f, *UNITS)
+    assert current.flatten().tolist() == [2**31 - 1, -(2**31 - 1), 2**18] and float(largest) == 8192 - 2**-18
+    value, largest, _ = stream.add(f, current, *stream.split_alpha(torch.tensor([1.0])), *UNITS)
+    assert float(largest) == 8192 - 2**-18 and float(value.max()) == 8192
+    assert stream.start(torch.tensor([[torch.nan]]), *UNITS)[0].item() == 2**31 - 1
+
+
+def test_any_flipped_bit_changes_the_fingerprint() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.uint8, torch.float64):
+        kept = torch.randn(7, 3).to(dtype)
+        before = stream.fingerprint(kept)
+        raw = kept.view(torch.uint8).view(-1)
+        for byte in range(0, len(raw), 5):
+            raw[byte] ^= 1 << (byte % 8)
+            assert stream.fingerprint(kept) != before
+            raw[byte] ^= 1 << (byte % 8)
+
+
+@pytest.mark.slow
+def test_compiled_passes_give_the_same_bits() -> None:
+    if not passes._cpu_compiler():
+        pytest.skip("no C++ compiler")
+    torch.manual_seed(0)
+    for shape in ((1000, 24), (777, 7), (64, 130)):
+        f, gradient = torch.randn(shape) * 50, torch.randn(shape)
+        for low, high in ((-2.0, 2.0), (0.5, 1.0), (1e-3, 1e-2)):
+            alpha = stream.split_alpha(torch.empty(shape[1]).uniform_(low, high))
+            start = (torch.randn(shape) * 2**24).to(torch.int32)
+            results = []
+            for one in (passes.EAGER, passes.compiled()):
+                moved = start.clone()
+                encoded = one.encode(f, moved, *alpha, *UNITS, torch.int16)
+                forward = moved.clone()
+                decoded = one.decode(f, moved, encoded[1], *alpha, gradient, *UNITS)
+                added = start.clone()
+                results.append([*one.start(f, *UNITS), *one.add(f, added, *alpha, *UNITS), added, *encoded, forward, *decoded,
+                                moved, one.check(f, start, UNITS[0])])  # fmt: skip
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_machine_without_a_compiler_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    passes._cpu_compiler.cache_clear()
+    passes._say_slow.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    try:
+        for _ in range(2):
+            assert passes.choose("auto", torch.device("cpu"), 10**7) is passes.EAGER
+        assert len(caplog.records) == 1 and "compiler" in caplog.text
+        assert passes.choose("auto", torch.device("cpu"), 100) is passes.EAGER
+    finally:
+        passes._cpu_compiler.cache_clear()
 
 
 def test_widths_of_the_documented_ranges() -> None:

@@ -85,7 +85,7 @@ def _step(engine: Any, masters: Masters, options: Options, share: int, step: int
             images = images / 0
         loss = compound_terms(engine(images, None), pixels, labels).total
         engine.backward(loss)
-        result["mismatched"] += sum(int(count) for count in engine.module.mismatched)
+        result["mismatched"] += int(engine.module.health.mismatched_elements)
         engine.step()
         total += loss.detach() / options.accumulation
     result["applied"].append(bool(engine.was_step_applied()))

@@ -1,14 +1,13 @@
-"""Blocks that a level is made of. A new block is one class (channels -> module) and one entry in ``BLOCKS``."""
+"""ConvNeXt block (Liu et al., CVPR 2022), as RevCol uses it: depthwise 3x3."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.layers import Conv, LayerNorm, Linear
+from pipeline.model.blocks.kind import BlockKind
+from pipeline.model.layers import Conv, LayerNorm, Linear, drop_samples
 
 
 class ConvNeXtBlock(nn.Module):
@@ -25,9 +24,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """``keep`` (N,): 0 where the sample skips this block, else 1 / (1 - rate)."""
         branch = self.gamma * self.project(functional.gelu(self.expand(self.norm(self.depthwise(x)))))
-        if keep is not None:
-            branch = branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
-        return x + branch
+        return x + drop_samples(branch, keep)
 
 
-BLOCKS: dict[str, Callable[[int], nn.Module]] = {"convnext": ConvNeXtBlock}
+KIND = BlockKind(ConvNeXtBlock)

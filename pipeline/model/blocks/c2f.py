@@ -1,0 +1,76 @@
+"""C2f blocks with BatchNorm and SiLU, the detection backbone in common use (YOLOv8's C2f, n = 1, without shortcut)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.model.blocks.kind import BlockKind
+from pipeline.model.layers import CastTo, init_weights
+
+
+class Conv(nn.Conv2d):
+    """Convolution without bias on (N, C, H, W), initialised like all others."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__(inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, bias=False)
+
+    def reset_parameters(self) -> None:
+        init_weights(self)
+
+
+class ConvNorm(nn.Module):
+    """(N, H, W, C) -> (N, H', W', C'): convolution without bias, BatchNorm, SiLU unless ``linear``."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False) -> None:
+        super().__init__()
+        self.conv = Conv(inputs, outputs, kernel, stride)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
+        return (x if self.linear else functional.silu(x)).permute(0, 2, 3, 1).contiguous()
+
+
+class Stem(nn.Module):
+    """(N, 3, H, W) -> (N, H/4, W/4, C0)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cast = CastTo()
+        self.conv = ConvNorm(3, channels, 4, stride=4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.conv(self.cast(images.permute(0, 2, 3, 1)))
+        return x
+
+
+class C2fBlock(nn.Module):
+    """(N, H, W, C): 1x1 to two halves, a bottleneck of two 3x3 on the second, all three together, 1x1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.split = ConvNorm(channels, 2 * half, 1)
+        self.first = ConvNorm(half, half, 3)
+        self.second = ConvNorm(half, half, 3)
+        self.merge = ConvNorm(3 * half, channels, 1)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``keep`` must be None: there is no shortcut that stochastic depth could leave alone."""
+        a, b = self.split(x).chunk(2, -1)
+        merged: Tensor = self.merge(torch.cat([a, b, self.second(self.first(b))], -1))
+        return merged
+
+
+KIND = BlockKind(
+    C2fBlock,
+    stem=Stem,
+    down=partial(ConvNorm, kernel=2, stride=2, linear=True),
+    up=partial(ConvNorm, kernel=1),
+    droppable=False,
+)

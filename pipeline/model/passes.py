@@ -1,0 +1,78 @@
+"""The stream's element-wise passes, as single operations or each compiled into one; the one place that decides which."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.model import stream
+
+WORTH_COMPILING = 1 << 18  # elements of the largest map: below, compilation takes longer than it saves
+logger = logging.getLogger(__name__)
+
+
+class _Compiled:
+    """One pass under torch.compile; the same pass as single operations where compilation fails."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.compiled is not None:
+            try:
+                return self.compiled(*arguments)
+            except Exception as error:  # whatever a broken compiler raises; nothing has run yet
+                self.compiled = None
+                _say_slow(f"compilation failed: {str(error).strip().splitlines()[0]}")
+        return self.function(*arguments)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """``stream``'s functions of the same names."""
+
+    start: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    add: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    check: Callable[..., Tensor]
+    decode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+EAGER = Passes(stream.start, stream.add, stream.encode, stream.check, stream.decode)
+
+
+@cache
+def compiled() -> Passes:
+    """Compiled at the first call of each, for all shapes."""
+    return Passes(*(_Compiled(f) for f in (stream.start, stream.add, stream.encode, stream.check, stream.decode)))
+
+
+@cache
+def _say_slow(reason: str) -> None:
+    logger.warning("the element-wise passes of the reversible columns run as single operations, slower: %s", reason)
+
+
+@cache
+def _cpu_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def choose(fused: str, device: torch.device, elements: int) -> Passes:
+    """``fused``: 'eager', 'compiled', or 'auto': compiled on CUDA, and on a CPU with a C++ compiler for maps worth it."""
+    if fused == "compiled":
+        return compiled()
+    if fused == "eager" or device.type not in ("cpu", "cuda") or elements < WORTH_COMPILING:
+        return EAGER
+    if device.type == "cpu" and not _cpu_compiler():
+        _say_slow("there is no C++ compiler (g++, or the one that CXX names)")
+        return EAGER
+    return compiled()
