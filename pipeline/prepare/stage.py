@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import resolve
-from pipeline.config.schema import Job
+from pipeline.config.schema import DatasetConfig, Job
+from pipeline.files import json_digest
 from pipeline.prepare import generate
 from pipeline.prepare.dataset import MapTasks, Progress, Say, prepare_dataset
 
@@ -24,7 +25,7 @@ def prepare_stage(
     for name in resolve.prepared_names(job):
         config, target = job.data[name], directory(name)
         if config.generate is not None:
-            source = target.with_name(f"{name}.source")  # no dataset's name has a dot
+            source = target.with_name(f"{name}.source-{_made_from(config)}")  # no dataset's name has a dot
             pieces = generate.pieces(config, source)
             for done, _ in enumerate(tasks(generate.make, pieces), 1):
                 progress(f"{name}: making images up", done, len(pieces), "")
@@ -34,6 +35,11 @@ def prepare_stage(
         figures |= {f"{name}/{key}": value for key, value in found.items()}
         say(f"{name}: {_summary(found)}", "info")
     return figures | {key: sum(figures[f"{name}/{key}"] for name in resolve.prepared_names(job)) for key in TOTALS}
+
+
+def _made_from(config: DatasetConfig) -> str:
+    """A short digest of what made-up images depend on: other settings, another folder."""
+    return json_digest(config.model_dump(mode="json", include={"generate", "classes", "layout", "min_side"}))[:8]
 
 
 def _summary(found: dict[str, float]) -> str:
