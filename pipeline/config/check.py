@@ -65,6 +65,7 @@ def check(job: Job, world_size: int, origins: Mapping[str, str] | None = None, r
     checker = _Checker(job, origins or {}, run_dir)
     if not stage_names(job):
         checker.say("stages", "the job has no stage", f"write one of {', '.join(ORDER)}")
+    _model(checker)
     for name, dataset in job.data.items():
         _dataset(checker, f"data.{name}", dataset)
     _prepare(checker)
@@ -75,6 +76,13 @@ def check(job: Job, world_size: int, origins: Mapping[str, str] | None = None, r
     _used_data(checker)
     _evaluate(checker)
     refuse(checker.problems)
+
+
+def _model(checker: _Checker) -> None:
+    model = checker.job.model
+    if model.stored_columns and model.activations != "exact":
+        cause = f"only columns under activations 'exact' can be stored, not under '{model.activations}'"
+        checker.say("model.stored_columns", cause, "activations: exact, or stored_columns: 0")
 
 
 def _dataset(checker: _Checker, key: str, dataset: DatasetConfig) -> None:

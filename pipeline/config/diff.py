@@ -17,7 +17,7 @@ TRAIN_ALLOWED = {
     "log_steps", "eval_epochs", "eval_resize", "keep_checkpoints", "checkpoint_steps", "micro_batch", "zero_stage", "recipe",
 }  # fmt: skip
 EVALUATE_ALLOWED = {"batch"}
-MODEL_ALLOWED = {"activations"}
+MODEL_ALLOWED = {"activations", "stored_columns"}
 DATA_ALLOWED_LATER = {"root"}  # once prepared, the shards are what is read
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # also the name of a folder
+Block = Literal["convnext", "transformer"]
 Levels = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 
@@ -29,14 +30,20 @@ class ModelConfig(Section):
     depths: Levels = Field(description="Blocks at each of the four levels of one column.")
     columns: PositiveInt = Field(description="Number of columns T.")
     huge: bool = Field(False, description="RevCol-H wiring: level 0 also takes the previous column's level 3.")
-    block: Literal["convnext"] = Field("convnext", description="Kind of block at every level.")
+    block: Block | tuple[Block, Block, Block, Block] = Field("convnext", description="Kind of block, for all levels or each.")
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Stochastic depth: rate of the last block of a column; earlier blocks scale linearly from 0."
     )
-    activations: Literal["exact", "stored"] = Field(
+    activations: Literal["exact", "stored", "checkpointed"] = Field(
         "exact",
-        description="How the backward pass gets its activations: 'exact' inverts the columns (O(1) memory in columns), "
-        "'stored' keeps them (plain autograd).",
+        description="How the backward pass gets its activations: 'exact' inverts the columns bit for bit (O(1) memory in "
+        "columns), 'stored' keeps them (plain autograd), 'checkpointed' keeps each column's maps and computes the rest again.",
+    )
+    stored_columns: NonNegativeInt | Literal["auto"] = Field(
+        0, description="With 'exact': the last columns that keep their graphs (saves time); 'auto': as many as fit the memory."
+    )
+    fraction_bits: Annotated[int, Field(ge=8, le=24)] = Field(
+        18, description="With 'exact': resolution 2^-bits and range 2^(31-bits) of the residual stream (bits)."
     )
 
 

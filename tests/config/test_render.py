@@ -40,7 +40,7 @@ def test_dry_run_tells_values_origins_and_plan(tmp_path: Path, monkeypatch: pyte
 
 
 def test_dry_run_counts_steps_where_images_are_known(tmp_path: Path, quickstart: LoadedJob) -> None:
-    assert "8 epochs, about 256 steps" in render.dry_run(quickstart)  # 32 classes x 64 images, 64 a step
+    assert "12 epochs, about 384 steps" in render.dry_run(quickstart)  # 32 classes x 64 images, 64 a step
     loaded = load_job(write(tmp_path, JOB))
     assert "3 epochs, about 45 steps" in render.dry_run(loaded, images={"toy": 1000})
 
@@ -56,7 +56,7 @@ def test_explain(quickstart: LoadedJob) -> None:
         assert part in text
     text = render.explain("lr", quickstart)
     assert "stages.pretrain.lr = 0.0001  (--set)" in text
-    assert "stages.finetune.lr = 0.001  (" in text
+    assert "stages.finetune.lr = 0.002  (" in text
     assert "configs/recipe/quickstart_finetune.yaml:8)" in text
     text = render.explain("stages.finetune.image_size", quickstart)
     assert text.startswith("stages.finetune.image_size\n")
