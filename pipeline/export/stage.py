@@ -21,10 +21,11 @@ from pipeline.data.format import open_dataset
 from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing
 from pipeline.export import official
-from pipeline.files import write_json, write_with
+from pipeline.files import atomic, write_json, write_with
 from pipeline.model import Network
 from pipeline.train.build import describe, weights_path
 
+RESULTS = ("loss", "top1", "top5", "steps")  # of the training; its speed is the machine's
 SELF_TEST_SIZE = 224  # pixels, at most: what is compared does not depend on it, the time does
 
 
@@ -39,6 +40,7 @@ def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
     data = open_dataset(run_dir / "stages" / "prepare" / resolve.dataset_name(job, "export"))
     image_size, resize = preprocessing(job, run_dir, stage.initial)
     network = load_network(job, run_dir, stage.initial, data)
+    trained = describe(weights_path(run_dir, stage.initial)).get("figures", {})
     description = {
         "network": asdict(network.spec),
         "preprocessing": {
@@ -47,7 +49,7 @@ def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
         },
         "classes": data.classes,
         "class_names": data.class_names,
-        "trained": describe(weights_path(run_dir, stage.initial)).get("figures", {}),
+        "trained": {name: value for name, value in trained.items() if name in RESULTS},
         "pipeline": pipeline.__version__,
     }  # fmt: skip
     target = run_dir / "export"
@@ -67,7 +69,8 @@ def _write(network: Network, description: dict[str, Any], target: Path) -> None:
     state = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     write_with(target / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
     published = official.to_published(network, state)
-    write_with(target / "revcol.pth", lambda path: torch.save({"model": published}, path))
+    with atomic(target / "revcol.pth") as file:  # a file, not its name: that would be kept in it
+        torch.save({"model": published}, file)
     write_json(target / "model.json", description)
     _write_self_test(network, min(SELF_TEST_SIZE, description["preprocessing"]["image_size"]), target)
 

@@ -5,25 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DataError, StageError
-from pipeline.orchestrate.session import ray_session
 from pipeline.orchestrate.tasks import map_tasks
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    with ray_session(cpus=2, gpus=0, started=lambda: None):
-        import ray
-
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        yield
 
 
 def _square(number: int) -> int:

@@ -8,26 +8,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DataError, Interrupted, StageError
-from pipeline.orchestrate.session import ray_session
 from pipeline.orchestrate.workers import Placement, run_supervised
 from pipeline.train.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def session() -> Iterator[None]:
-    with ray_session(cpus=3, gpus=0, started=lambda: None):
-        import ray
-
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        yield
 
 
 def _never() -> bool:
