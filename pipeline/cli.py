@@ -27,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="Measurements: ratios side by side in one run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 JobFile = Annotated[Path, typer.Argument(help="The job file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job; repeatable.")]
 RunDirectory = Annotated[Path | None, typer.Option("--run-dir", help="The run's directory; default: runs/<name of the job>.")]
@@ -190,6 +193,21 @@ def tensorboard(
     print(f"TensorBoard of {logs}: http://{host}:{port}/ (figures by group: tab Custom Scalars); Ctrl-C ends it", flush=True)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", host, "--port", str(port)]
     os.execv(sys.executable, command)
+
+
+@bench.command("reversible")
+def bench_reversible(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw memory against columns here (SVG).")] = None,
+    columns: Annotated[str, typer.Option(help="Numbers of columns.")] = "4,8,16,32",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    batch: Annotated[int, typer.Option(help="Images.")] = 8,
+) -> None:
+    """Reversible columns: memory, time and gradients of every mode, side by side, one process a case."""
+    from pipeline.bench import reversible
+
+    counts = [int(count) for count in columns.split(",")]
+    reversible.main(counts, json_path=json_file, plot_path=plot, precision=precision, batch=batch)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
