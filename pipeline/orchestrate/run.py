@@ -88,10 +88,9 @@ def run_stages(run: Run, only: Sequence[str] = (), *, force: bool = False) -> No
             record, begun_with = run.ledger.stage(stage), stages.settings_of(run.run_dir, stage)
             resolved = run.loaded.resolved()
             decision = stages.decide(stage, record, begun_with, resolved, inputs, run.run_dir, force=force)
-            if decision.action == "skip":
-                run.say(f"{stage}: {decision.reason}")
-                continue
             run.say(f"{stage}: {decision.reason}")
+            if decision.action == "skip":
+                continue
             if decision.action == "anew":
                 _clear(run, stage, keep_what_fits=not force)
             if not run.ran:

@@ -131,23 +131,21 @@ def _begin(place: Place, found: Survey) -> None:
 
 def _spill(name: str, place: Place, found: Survey, tasks: MapTasks, progress: Progress) -> list[UnitRecord]:
     records: dict[int, UnitRecord] = {}
+    kept = bad = 0
     for unit, record in tasks(partial(spill_unit, place), found.units):
         records[unit.number] = record
-        kept, bad = sum(one.images for one in records.values()), sum(len(one.rejected) for one in records.values())
+        kept, bad = kept + record.images, bad + len(record.rejected)
         progress(f"{name}: reading", len(records), len(found.units), f"{kept} images, {bad} rejected")
-        if kept + bad >= ENOUGH or len(records) == len(found.units):
-            _refuse_bad(place, list(records.values()))
+        enough = kept + bad >= ENOUGH or len(records) == len(found.units)
+        if enough and bad > place.config.max_rejected * (kept + bad):
+            raise _too_many_bad(place, [entry for one in records.values() for entry in one.rejected], kept + bad)
     return [records[number] for number in sorted(records)]
 
 
-def _refuse_bad(place: Place, records: list[UnitRecord]) -> None:
-    bad = [entry for record in records for entry in record.rejected]
-    total = len(bad) + sum(record.images for record in records)
-    if len(bad) <= place.config.max_rejected * total:
-        return
+def _too_many_bad(place: Place, bad: list[dict[str, str]], total: int) -> DataError:
     causes = Counter(entry["reason"] for entry in bad).most_common(10)
     listed = "\n".join(f"    {count} x {reason}, such as {_example(bad, reason)}" for reason, count in causes)
-    raise DataError(
+    return DataError(
         f"{len(bad)} of {total} images are unusable ({len(bad) / total:.1%}):\n{listed}",
         place=place.config.root,
         remedy=f"look at {place.quarantine}; then mend the source, or raise max_rejected (now {place.config.max_rejected:g})",
@@ -177,9 +175,10 @@ def _mix(name: str, place: Place, plan: Plan, tasks: MapTasks, progress: Progres
     for shard in plan.shards:
         keep_plan(place, shard)
     shards: dict[str, ShardInfo] = {}
+    rows = 0
     for file, info in tasks(partial(mix_shard, place), [shard.file for shard in plan.shards]):
         shards[file] = info
-        rows = sum(one.rows for one in shards.values())
+        rows += info.rows
         progress(f"{name}: mixing", len(shards), len(plan.shards), f"{rows} images")
     return shards
 
@@ -209,8 +208,7 @@ def _describe(
     rejected = Counter(entry["reason"] for record in records for entry in record.rejected)
     duplicates = {reason: int(where.shape[1]) for reason, where in plan.dropped.items()}
     images = sum(record.images for record in records)
-    mean = np.sum([record.moments for record in records], axis=0)[:3] / images
-    square = np.sum([record.moments for record in records], axis=0)[3:] / images
+    mean, square = np.split(np.sum([record.moments for record in records], axis=0) / images, 2)
     sides: Counter[str] = Counter()
     changed: Counter[str] = Counter()
     for record in records:
