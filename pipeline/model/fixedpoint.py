@@ -38,7 +38,7 @@ class Stream:
     remainders: list[Tensor] = field(default_factory=list)  # packed, four a column from column 1 on
     widths: list[int] = field(default_factory=list)  # of the remainders, bits
     fingerprints: list[Tensor] = field(default_factory=list)  # four a column, as the next two
-    largest: list[Tensor] = field(default_factory=list)
+    extremes: list[Tensor] = field(default_factory=list)  # smallest, largest integer
     narrow: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
@@ -46,26 +46,28 @@ class Stream:
         """Level ``i`` of the stream to column ``t``; its value in F's dtype."""
         passes, units, flat = self.exact.passes, self.exact.units, f.detach().flatten(0, -2)
         if t == 0:
-            current, value, largest, fingerprint = passes.start(flat, *units)
+            current, value = passes.start(flat, *units)
             self.maps.append(current)
         elif not self.keeping:
-            value, largest, fingerprint = passes.add(flat, self.maps[i], *stream.split_alpha(alpha), *units)
+            value = passes.add(flat, self.maps[i], *stream.split_alpha(alpha), *units)
         else:
             magnitude, sign = stream.split_alpha(alpha)
             width = self.exact.widths[t][i] if self.exact.widths else stream.remainder_width(float(magnitude.min()))
             dtype = stream.remainder_dtype(width)
-            value, remainder, largest, fingerprint = passes.encode(flat, self.maps[i], magnitude, sign, *units, dtype)
+            value, remainder = passes.encode(flat, self.maps[i], magnitude, sign, *units, dtype)
             self.remainders.append(stream.pack(remainder, width))
             self.widths.append(width)
             self.narrow.append(magnitude.min() < 2.0**-width)
-        self.largest.append(largest)
-        self.fingerprints.append(fingerprint)
+        self.extremes.append(torch.stack(torch.aminmax(self.maps[i])))
+        if self.keeping:
+            self.fingerprints.append(stream.fingerprint(self.maps[i]))
         return value.view(f.shape)
 
     def note(self, first: int) -> None:
         """To the health: what was seen from column ``first`` on."""
-        health, last = self.exact.health, first + len(self.largest) // 4
-        health.largest[first:last] = torch.stack(self.largest).view(-1, 4)
+        health, last = self.exact.health, first + len(self.extremes) // 4
+        extremes = torch.stack(self.extremes).double().abs().amax(1)
+        health.largest[first:last] = extremes.view(-1, 4) * self.exact.units[1]
         if self.narrow:
             health.narrow[1:last] = torch.stack(self.narrow).view(-1, 4)
 

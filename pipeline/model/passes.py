@@ -16,6 +16,9 @@ from torch import Tensor
 from pipeline.model import stream
 
 WORTH_COMPILING = 1 << 18  # elements of the largest map: below, compilation takes longer than it saves
+# On a CPU plain loops, which the C++ compiler vectorises: inductor's own vector code converts float64 by way of memory,
+# which takes twice as long.
+OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"cpp.simdlen": 1}
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +27,7 @@ class _Compiled:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True)
+        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, options=OPTIONS)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.compiled is not None:
@@ -40,11 +43,11 @@ class _Compiled:
 class Passes:
     """``stream``'s functions of the same names."""
 
-    start: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
-    add: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    encode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    start: Callable[..., tuple[Tensor, Tensor]]
+    add: Callable[..., Tensor]
+    encode: Callable[..., tuple[Tensor, Tensor]]
     check: Callable[..., Tensor]
-    decode: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    decode: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 EAGER = Passes(stream.start, stream.add, stream.encode, stream.check, stream.decode)

@@ -117,7 +117,7 @@ class Inversion:
     def begin(self, kept_fingerprints: Tensor) -> None:
         """Count what changed since the forward pass, and make the last column's values (level 3's is not needed)."""
         health, keep, step = self.exact.health, self.columns.keep, self.exact.units[1]
-        found = [*(m.sum(dtype=torch.int64) for m in self.maps), stream.fingerprint(self.x)]
+        found = [stream.fingerprint(kept) for kept in (*self.maps, self.x)]
         health.kept[:5] += torch.stack(found) != torch.cat([self.fingerprints[-1], kept_fingerprints[:1]])
         if keep is not None:
             health.kept[6] += stream.fingerprint(keep) != kept_fingerprints[1]
@@ -161,13 +161,13 @@ class Inversion:
         passes, flat, current = self.exact.passes, f.detach().flatten(0, -2), self.maps[i]
         with torch.no_grad():
             if t == 0:
-                wrong, gradient = passes.check(flat, current, self.exact.units[0]), torch.zeros_like(alpha)
+                wrong, gradient = passes.check(flat, current, self.exact.units[0]).count_nonzero(), torch.zeros_like(alpha)
             else:
                 remainder = stream.unpack(self.remainders.pop(), self.widths.pop(), current.shape)
-                value, share, wrong, fingerprint = passes.decode(
+                value, share, differs = passes.decode(
                     flat, current, remainder, *stream.split_alpha(alpha), upstream.flatten(0, -2), *self.exact.units
                 )
-                wrong = wrong + (fingerprint != self.fingerprints[t - 1, i])
+                wrong = differs.count_nonzero() + (stream.fingerprint(current) != self.fingerprints[t - 1, i])
                 self.before[i], self.share = value.view(f.shape), share.view(f.shape)
                 gradient = alpha_gradient(upstream, value.view(f.shape)).to(alpha.dtype)
             self.exact.health.mismatched[t, i] += wrong

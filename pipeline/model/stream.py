@@ -10,8 +10,9 @@ everything in float64, where product and quotient are exact to the last integer:
 so r takes ceil(log2(ceil(1/a))) bits: none for a >= 1, one at the initial 0.5.
 
 ``start``, ``add``, ``encode``, ``check`` and ``decode`` are the element-wise passes (see ``passes.py``). They see a map as
-(positions, channels), move the stream in place, and never wrap: what leaves the range stays at its end, ``largest`` tells.
-Every product and quotient in them is exact or rounded once, so operations and compiled code give the same bits.
+(positions, channels), move the stream in place, and never wrap: what leaves the range stays at its end.
+Every product and quotient in them is exact or rounded once, so operations and compiled code give the same bits. Sums and
+extremes are taken apart from them: a reduction in the same loop would keep compilers from vectorising it.
 """
 
 from __future__ import annotations
@@ -58,62 +59,59 @@ def quantize(f: Tensor, scale: Tensor) -> Tensor:
 
 
 def fingerprint(kept: Tensor) -> Tensor:
-    """Sum of a tensor's bits read as integers (int64, wrapping): any one flipped bit changes it."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[kept.element_size()]
-    return kept.detach().view(integers).sum(dtype=torch.int64)
+    """Sum of a tensor's bits read as integers (int32, wrapping): any one flipped bit changes it."""
+    flat = kept.detach().contiguous().view(-1).view(torch.uint8)
+    place = flat.storage_offset()
+    size = next(size for size in (4, 2, 1) if flat.numel() % size == 0 and place % size == 0)
+    return flat.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[size]).sum(dtype=torch.int32)
 
 
-def saturated(total: Tensor) -> Tensor:
-    """Whole float64 numbers as int32: beyond the range, and for NaN, its end."""
-    return torch.where(total == total, total, LAST).clamp(-LAST, LAST).to(torch.int32)
+def bounded(total: Tensor) -> Tensor:
+    """Whole float64 numbers within the stream's range: beyond it, and for NaN, its end."""
+    return torch.where(total == total, total, LAST).clamp(-LAST, LAST)
 
 
-def seen(stream: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest |value|, fingerprint): of the integers, so that one loop makes them with the rest."""
-    return torch.maximum(stream.amax(), -stream.amin()) * step, stream.sum(dtype=torch.int64)
+def start(f: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """F of column 0 -> (stream, its value in F's dtype)."""
+    current = bounded(quantize(f, scale))
+    return current.to(torch.int32), (current * step).to(f.dtype)
 
 
-def start(f: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """F of column 0 -> (stream, its value in F's dtype, largest |value|, fingerprint of the stream)."""
-    current = saturated(quantize(f, scale))
-    return current, (current.double() * step).to(f.dtype), *seen(current, step)
-
-
-def add(
-    f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``stream`` becomes quantize(F) + alpha * stream -> (value, largest, fingerprint); what that loses is not kept."""
-    stream.copy_(saturated(quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5)))
-    return (stream.double() * step).to(f.dtype), *seen(stream, step)
+def add(f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor) -> Tensor:
+    """``stream`` becomes quantize(F) + alpha * stream -> its value in F's dtype; what that loses is not kept."""
+    current = bounded(quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5))
+    stream.copy_(current.to(torch.int32))
+    return (current * step).to(f.dtype)
 
 
 def encode(
     f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As ``add``, and what ``decode`` needs to undo it -> (value, remainder in ``dtype``, largest, fingerprint)."""
+) -> tuple[Tensor, Tensor]:
+    """As ``add``, and what ``decode`` needs to undo it -> (value, remainder in ``dtype``)."""
     previous = stream.double()
     p = torch.floor(magnitude * previous + 0.5)
     remainder = (previous - torch.ceil((p - 0.5) / magnitude)).to(dtype)
-    stream.copy_(saturated(quantize(f, scale) + sign * p))
-    return (stream.double() * step).to(f.dtype), remainder, *seen(stream, step)
+    current = bounded(quantize(f, scale) + sign * p)
+    stream.copy_(current.to(torch.int32))
+    return (current * step).to(f.dtype), remainder
 
 
 def check(f: Tensor, stream: Tensor, scale: Tensor) -> Tensor:
-    """Elements in which column 0's stream is not quantize(F)."""
-    return (stream != saturated(quantize(f, scale))).sum()
+    """Where column 0's stream is not quantize(F) (bool)."""
+    return stream.double() != bounded(quantize(f, scale))
 
 
 def decode(
     f: Tensor, stream: Tensor, remainder: Tensor, magnitude: Tensor, sign: Tensor, gradient: Tensor, scale: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``stream`` becomes the previous column's -> (its value, its share of ``gradient``, elements that cannot be right,
-    fingerprint). Where |alpha| > 1 not every p occurs, so a wrong one may round to a right stream: it is counted here."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``stream`` becomes the previous column's -> (its value, its share of ``gradient``, where it cannot be right: bool).
+    Where |alpha| > 1 not every p occurs, so a wrong one may round to a right stream: it is found here."""
     p = sign * (stream.double() - quantize(f, scale))
-    previous = torch.ceil((p - 0.5) / magnitude) + remainder
-    wrong = (torch.floor(magnitude * previous + 0.5) != p).sum()
-    stream.copy_(saturated(previous))
-    value = (stream.double() * step).to(f.dtype)
-    return value, gradient * (magnitude * sign).to(gradient.dtype), wrong, stream.sum(dtype=torch.int64)
+    exact = torch.ceil((p - 0.5) / magnitude) + remainder
+    wrong = torch.floor(magnitude * exact + 0.5) != p
+    previous = bounded(exact)
+    stream.copy_(previous.to(torch.int32))
+    return (previous * step).to(f.dtype), gradient * (magnitude * sign).to(gradient.dtype), wrong
 
 
 def pack(remainder: Tensor, width: int) -> Tensor:
