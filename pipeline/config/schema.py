@@ -153,6 +153,10 @@ class TrainConfig(Section):
     head_init_scale: PositiveFloat = Field(1.0, description="Factor on the classifier's initial weights.")
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Decay of the weights' moving average (0: none).")
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
+    on_mismatch: Literal["redo", "warn", "stop"] = Field(
+        "redo",
+        description="When reversal proves a step's arithmetic wrong: repeat the step, only report it, or stop the stage.",
+    )
     eval_epochs: PositiveFloat = Field(1.0, description="Evaluate every so many epochs, and at the end.")
     eval_resize: PositiveFloat = Field(1.143, description="Evaluation scales the short side to this times image_size.")
     log_steps: PositiveInt = Field(10, description="Metrics every so many steps.")

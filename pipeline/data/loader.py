@@ -89,17 +89,22 @@ class TrainLoader(_Loader):
             )
         self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
         self.steps_per_epoch = len(split) // global_batch
-        self._split, self._order, self._start_step = split, Order(len(split), seed), start_step
+        self._split, self._order = split, Order(len(split), seed)
         self._transform = TrainTransform(image_size, augment, seed)
         self._ring = Ring(split, micro_batch, image_size, threads, prefetch)
-        self._batches = self._ring.run(self._plans())
+        self._batches = self._ring.run(self._plans(start_step))
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
 
-    def _plans(self) -> Iterator[Plan]:
+    def rewind(self, step: int) -> Iterator[Batch]:
+        """Begin anew at a global optimizer step; the iteration that was under way is over."""
+        self._batches = self._ring.run(self._plans(step))
+        return self._batches
+
+    def _plans(self, start_step: int) -> Iterator[Plan]:
         share = self.global_batch // self.world_size
-        for step in count(self._start_step):
+        for step in count(start_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
             first = batch * self.global_batch + self.rank * share
             for start in range(first, first + share, self.micro_batch):

@@ -24,7 +24,7 @@ class Exactness:
     health: Health
     units: tuple[Tensor, Tensor]  # of the stream, as ``stream.units_of`` makes them
     widths: list[list[int]] | None  # [column][level], bits of the remainders; None: measured, which synchronises
-    withhold: bool  # make the gradients non-finite when they are known to be wrong
+    withhold: bool  # make the gradients non-finite where elements differ
     compiled: bool  # levels are compiled: the forward pass must run the graph of the recompute
 
 
@@ -38,7 +38,7 @@ class Stream:
     remainders: list[Tensor] = field(default_factory=list)  # packed, four a column from column 1 on
     widths: list[int] = field(default_factory=list)  # of the remainders, bits
     fingerprints: list[Tensor] = field(default_factory=list)  # four a column, as the next two
-    extremes: list[Tensor] = field(default_factory=list)  # smallest, largest integer
+    extremes: list[Tensor] = field(default_factory=list)  # smallest, largest value
     narrow: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class Stream:
             self.remainders.append(stream.pack(remainder, width))
             self.widths.append(width)
             self.narrow.append(magnitude.min() < 2.0**-width)
-        self.extremes.append(torch.stack(torch.aminmax(self.maps[i])))
+        self.extremes.append(torch.stack(torch.aminmax(value)))
         if self.keeping:
             self.fingerprints.append(stream.fingerprint(self.maps[i]))
         return value.view(f.shape)
@@ -66,8 +66,7 @@ class Stream:
     def note(self, first: int) -> None:
         """To the health: what was seen from column ``first`` on."""
         health, last = self.exact.health, first + len(self.extremes) // 4
-        extremes = torch.stack(self.extremes).double().abs().amax(1)
-        health.largest[first:last] = extremes.view(-1, 4) * self.exact.units[1]
+        health.largest[first:last] = torch.stack(self.extremes).abs().amax(1).view(-1, 4)
         if self.narrow:
             health.narrow[1:last] = torch.stack(self.narrow).view(-1, 4)
 

@@ -21,7 +21,7 @@ class Health:
 
     ``mismatched`` (columns, 4), int64: elements that the inversion of this column and level proves wrong, plus one where
     the map that it recovers is not the one of the forward pass. ``kept`` (7,): kept tensors that changed, as named in
-    ``KEPT``. ``largest`` (columns, 4), float64: largest |value| of the stream; at ``limit`` where it, or F, went beyond.
+    ``KEPT``. ``largest`` (columns, 4), float64: largest |value|; where it is beyond ``limit``, or NaN, the stream is not.
     ``narrow`` (columns, 4): remainders that did not fit the width they were given. ``limit``: range of the stream.
     """
 
@@ -40,17 +40,21 @@ class Health:
 
     @property
     def overflowed(self) -> Tensor:
-        """(columns, 4) bool: the stream reached the end of its range, or F was not finite."""
-        return self.largest > self.limit * (1 - 2.0**-30)
+        """(columns, 4) bool: the stream is at the end of its range, or F was not finite."""
+        return ~(self.largest < self.limit * (1 - 2.0**-30))
 
-    @property
-    def wrong(self) -> Tensor:
-        """Whether the gradients of this pass must not be used (bool scalar)."""
-        return (self.mismatched_elements > 0) | self.overflowed.any() | self.narrow.any()
+    def poison(self, mismatches: bool) -> Tensor:
+        """inf where the gradients must not be used: after an overflow, after a narrow remainder and, if ``mismatches``, where
+        elements differ; else 0. Added to a gradient, it makes every engine skip the step without a synchronisation."""
+        wrong = self.overflowed.any() | self.narrow.any()
+        return torch.where(wrong | (self.mismatched_elements > 0) if mismatches else wrong, torch.inf, 0.0)
 
-    def poison(self) -> Tensor:
-        """inf if ``wrong``, else 0: added to a gradient, it makes every engine skip the step without a synchronisation."""
-        return torch.where(self.wrong, torch.inf, 0.0)
+    def add(self, other: Health) -> None:
+        """Take in what another pass (of the same network) found."""
+        self.mismatched += other.mismatched
+        self.kept += other.kept
+        self.largest = torch.maximum(self.largest, other.largest)
+        self.narrow = self.narrow | other.narrow
 
     def report(self) -> list[str]:
         """One line a finding, where it began first (synchronises). The inversion goes from the last column and level to the
@@ -63,7 +67,7 @@ class Health:
         for t, i in ((t, i) for t in columns for i in range(4)):
             if overflowed[t][i]:
                 lines.append(
-                    f"column {t}, level {i}: |value| is {largest[t][i]:.6g} or more (or not finite), the end of the range; "
+                    f"column {t}, level {i}: |value| is {largest[t][i]:.6g}, the stream ends at {self.limit:g}; "
                     f"set model.fraction_bits below {self.fraction_bits} (wider, coarser), or lower the learning rate"
                 )
             if narrow[t][i]:
@@ -75,10 +79,10 @@ class Health:
 
 
 @contextmanager
-def guarded(health: Health, part: torch.nn.Module) -> Iterator[None]:
+def guarded(health: Health, part: torch.nn.Module, withhold: bool) -> Iterator[None]:
     """Tensors that autograd keeps of ``part``, run inside, are compared with themselves when the backward pass asks for
-    them; one that changed is counted and made non-finite, so that the step is skipped. Its parameters and buffers (which
-    BatchNorm updates) are not among them."""
+    them; one that changed is counted and, if ``withhold``, made non-finite, so that the step is skipped. Its parameters and
+    buffers (which BatchNorm updates) are not among them."""
     own = {buffer.untyped_storage().data_ptr() for buffer in part.buffers()}
 
     def pack(kept: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -93,7 +97,7 @@ def guarded(health: Health, part: torch.nn.Module) -> Iterator[None]:
             return kept
         changed = fingerprint(kept) != expected
         health.kept[5] += changed
-        return torch.where(changed, torch.nan, kept) if kept.is_floating_point() else kept
+        return torch.where(changed, torch.nan, kept) if withhold and kept.is_floating_point() else kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

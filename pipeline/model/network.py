@@ -46,7 +46,8 @@ class Backbone(nn.Module):
 
     ``health`` tells what the last training pass found (exact mode only). ``remainder_widths`` [column][level] (bits) are
     to be set outside the step where reading alpha would synchronise; None: measured in every forward pass. ``withhold``:
-    make the gradients non-finite when health says that they are wrong, so that the engine skips the step.
+    make the gradients non-finite where elements differ, so that the engine skips the step (as it always does where the
+    stream left its range).
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
     def checked(self, part: nn.Module) -> AbstractContextManager[None]:
         """Around a part that autograd differentiates as usual: what it keeps is checked with the rest."""
         checking = self.spec.activations == "exact" and torch.is_grad_enabled()
-        return guarded(self.health, part) if checking else nullcontext()
+        return guarded(self.health, part, self.withhold) if checking else nullcontext()
 
     def _exact(self, columns: Columns, x: Tensor, images: Tensor) -> tuple[Tensor, ...]:
         exact = Exactness(

@@ -140,8 +140,8 @@ class Inversion:
                 with torch.enable_grad():
                     keep, recover = self.columns.keep_of(t, i), partial(self.recover, t, i, upstream)
                     output = level(lower, upper, top, keep, recover)
-                if t == i == 0 and self.exact.withhold:
-                    upstream = upstream + self.exact.health.poison().to(upstream.dtype)
+                if t == i == 0:
+                    upstream = upstream + self.exact.health.poison(self.exact.withhold).to(upstream.dtype)
                 torch.autograd.backward(output, upstream)
             del output, upstream, recover
             incoming[i], self.share = _add(incoming[i], self.share), None

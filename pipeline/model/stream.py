@@ -10,7 +10,8 @@ everything in float64, where product and quotient are exact to the last integer:
 so r takes ceil(log2(ceil(1/a))) bits: none for a >= 1, one at the initial 0.5.
 
 ``start``, ``add``, ``encode``, ``check`` and ``decode`` are the element-wise passes (see ``passes.py``). They see a map as
-(positions, channels), move the stream in place, and never wrap: what leaves the range stays at its end.
+(positions, channels), move the stream in place, and never wrap: what leaves the range stays at its end, while the value
+that they return goes on, so that its size tells how far it is.
 Every product and quotient in them is exact or rounded once, so operations and compiled code give the same bits. Sums and
 extremes are taken apart from them: a reduction in the same loop would keep compilers from vectorising it.
 """
@@ -73,15 +74,15 @@ def bounded(total: Tensor) -> Tensor:
 
 def start(f: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """F of column 0 -> (stream, its value in F's dtype)."""
-    current = bounded(quantize(f, scale))
-    return current.to(torch.int32), (current * step).to(f.dtype)
+    total = quantize(f, scale)
+    return bounded(total).to(torch.int32), (total * step).to(f.dtype)
 
 
 def add(f: Tensor, stream: Tensor, magnitude: Tensor, sign: Tensor, scale: Tensor, step: Tensor) -> Tensor:
     """``stream`` becomes quantize(F) + alpha * stream -> its value in F's dtype; what that loses is not kept."""
-    current = bounded(quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5))
-    stream.copy_(current.to(torch.int32))
-    return (current * step).to(f.dtype)
+    total = quantize(f, scale) + sign * torch.floor(magnitude * stream.double() + 0.5)
+    stream.copy_(bounded(total).to(torch.int32))
+    return (total * step).to(f.dtype)
 
 
 def encode(
@@ -91,9 +92,9 @@ def encode(
     previous = stream.double()
     p = torch.floor(magnitude * previous + 0.5)
     remainder = (previous - torch.ceil((p - 0.5) / magnitude)).to(dtype)
-    current = bounded(quantize(f, scale) + sign * p)
-    stream.copy_(current.to(torch.int32))
-    return (current * step).to(f.dtype), remainder
+    total = quantize(f, scale) + sign * p
+    stream.copy_(bounded(total).to(torch.int32))
+    return (total * step).to(f.dtype), remainder
 
 
 def check(f: Tensor, stream: Tensor, scale: Tensor) -> Tensor:

@@ -38,6 +38,8 @@ _LAYOUT = {
     },
     "Reversible columns": {
         "mismatched elements": ["Multiline", ["reversible/mismatched_elements"]],
+        "repeated steps": ["Multiline", ["reversible/repeated_steps"]],
+        "largest value of the stream": ["Multiline", ["reversible/largest_value"]],
     },
 }
 

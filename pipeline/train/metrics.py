@@ -29,6 +29,15 @@ class Metrics:
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.count = 0
 
+    def mark(self) -> tuple[Tensor, int]:
+        """For ``rollback``."""
+        return self.sums.clone(), self.count
+
+    def rollback(self, mark: tuple[Tensor, int]) -> None:
+        """Forget what was added since ``mark``, but not the mismatched elements."""
+        sums, self.count = mark
+        self.sums[:-1] = sums[:-1]
+
     @torch.no_grad()
     def add(self, loss: Loss, out: Output, targets: Tensor, mismatched: Tensor) -> None:
         """One micro-batch; nothing is read from the device."""

@@ -18,12 +18,12 @@ from pipeline.data.format import PreparedDataset, open_dataset
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.model import NetworkSpec
-from pipeline.model.stream import ALPHA_LIMIT, remainder_width
 from pipeline.monitor.recorder import Recorder
 from pipeline.train.build import initial_weights, network_spec
 from pipeline.train.clock import Clock
 from pipeline.train.engine import make_engine
 from pipeline.train.group import process_group
+from pipeline.train.integrity import Integrity
 from pipeline.train.masters import Masters
 from pipeline.train.metrics import Metrics
 from pipeline.train.schedule import Schedule
@@ -132,8 +132,11 @@ def _train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
         metrics.restore(**manifest.state["metrics"])
     augment = DeviceAugment(config.augment, len(run.data.classes), job.seed, train=True)
     schedule = Schedule.of(config, len(run.data.split("train")))
-    applied = manifest.state["optimizer_steps"] if manifest else 0
-    stepper = Stepper(engine, masters, schedule, augment, metrics, job.seed, accumulation, device, applied)
+    counts = {"applied": manifest.state["optimizer_steps"], "repeated": manifest.state["repeated_steps"]} if manifest else {}
+    stepper = Stepper(
+        engine, masters, schedule, augment, metrics, Integrity(engine.module, config.on_mismatch), job.seed, accumulation,
+        device, config.log_steps, run.say, **counts,
+    )  # fmt: skip
     if start < run.total_steps:
         with TrainLoader(
             run.data.split("train"), seed=job.seed, image_size=config.image_size, augment=config.augment,
@@ -164,15 +167,15 @@ def _loop(run: Run, stepper: Stepper, loader: TrainLoader, start: int, agreement
     config, total, per_epoch = run.config, run.total_steps, loader.steps_per_epoch
     evaluate_every = max(1, round(config.eval_epochs * per_epoch))
     checkpoint_every = config.checkpoint_steps or per_epoch
-    batches, clock = iter(loader), Clock(loader, start)
-    _set_widths(stepper, config.log_steps)
+    clock = Clock(loader, start)
+    stepper.set_widths()
     for step in range(start, total):
         stepper.engine.train()
-        stepper.run(step, batches)
+        stepper.run(step, loader)
         done, last = step + 1, step + 1 == total
         if done % config.log_steps == 0 or last:
             _log(run, stepper, clock, done, per_epoch)
-            _set_widths(stepper, config.log_steps)
+            stepper.set_widths()
         if done % evaluate_every == 0 or last:
             with clock.paused():
                 run.history.append(_evaluate(run, stepper, done))
@@ -186,22 +189,16 @@ def _loop(run: Run, stepper: Stepper, loader: TrainLoader, start: int, agreement
     agreement.close()
 
 
-def _set_widths(stepper: Stepper, log_steps: int) -> None:
-    """Bits of the remainders until the next time: alpha moves at most by about 3 rates a step under Adam."""
-    network = stepper.engine.module
-    if network.spec.activations == "exact":
-        drift = 4 * stepper.schedule.peak * log_steps
-        network.remainder_widths = [
-            [remainder_width(max(smallest - drift, ALPHA_LIMIT / 2)) for smallest in column]
-            for column in stepper.masters.smallest_alpha()
-        ]
-
-
 def _log(run: Run, stepper: Stepper, clock: Clock, done: int, per_epoch: int) -> None:
     scalars = stepper.metrics.read()
+    largest, findings = stepper.integrity.summary(scalars["reversible/mismatched_elements"] > 0)
+    for finding in findings:
+        run.say(f"up to step {done}, trained regardless (on_mismatch: warn): {finding}", "warning")
     scalars |= {
         "optim/lr": stepper.schedule(done - 1),
         "optim/skipped_steps": float(done - stepper.applied),
+        "reversible/repeated_steps": float(stepper.repeated),
+        "reversible/largest_value": largest,
         "memory/rss_mib": psutil.Process().memory_info().rss / 2**20,
         **clock.rates(done),
     }
@@ -242,6 +239,7 @@ def _checkpoint(run: Run, stepper: Stepper, done: int, last: bool) -> None:
     state = {
         "identity": run.identity(stepper.engine.module.spec),
         "optimizer_steps": stepper.applied,
+        "repeated_steps": stepper.repeated,
         "metrics": stepper.metrics.state(),
         "history": run.history,
         "figures": run.figures,

@@ -116,12 +116,12 @@ def test_leaving_the_range_is_reported_and_withheld() -> None:
         network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(9000)
     _, found = backward(network, torch.randn(2, 3, 32, 32))
     first = network.health.report()[0]
-    assert first.startswith("column 1, level 2: |value| is 8192") and "fraction_bits" in first
+    assert first.startswith("column 1, level 2: |value| is 90") and "ends at 8192" in first and "fraction_bits" in first
     assert not all(g.isfinite().all() for g in found.values())
     with torch.no_grad():
         network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(torch.nan)
     backward(network, torch.randn(2, 3, 32, 32))
-    assert network.health.report()[0].startswith("column 1, level 2: |value| is 8192")
+    assert network.health.report()[0].startswith("column 1, level 2: |value| is nan")
 
 
 def test_a_remainder_that_does_not_fit_is_reported_and_withheld() -> None:
