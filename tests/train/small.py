@@ -18,6 +18,7 @@ from pipeline.train.masters import Masters
 from pipeline.train.optim import set_rate
 from pipeline.train.state import restore, save_checkpoint
 from pipeline.train.world import World
+from tests.model.reference import as_reference
 
 SPEC = NetworkSpec((8, 16, 24, 32), (1, 1, 2, 1), 4, 7, huge=True, supervised=True, activations="stored")
 BATCH, SIZE = 8, 32
@@ -25,7 +26,8 @@ BATCH, SIZE = 8, 32
 
 @dataclass(frozen=True)
 class Options:
-    """``poison``: the step at which rank 0's images are not finite."""
+    """``poison``: the step at which rank 0's images are not finite. ``reference``: the stored evaluation of the exact
+    columns' arithmetic instead of the model's own."""
 
     root: Path
     stage: int
@@ -34,6 +36,7 @@ class Options:
     steps: int = 4
     accumulation: int = 1
     poison: int = -1
+    reference: bool = False
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,6 +47,29 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def gathered_now(engine: Any) -> int:
     return sum(p.ds_numel for p in engine.module.parameters() if p.ds_status.name == "AVAILABLE")
+
+
+def count_gathered(engine: Any, result: dict[str, Any]) -> None:
+    """Elements that ZeRO-3 gathers a step, as multiples of all parameters, to ``result["gathered"]``; and how many of later
+    columns' are there when column 0 is computed again to ``result["gathered_late"]``."""
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    gather, total = getattr(coordinator, name), sum(p.ds_numel for p in engine.module.parameters())
+
+    def counting(params: Any, *arguments: Any, **options: Any) -> Any:
+        fetched = sum(p.ds_numel for p in params if p.ds_status.name == "NOT_AVAILABLE")
+        result["gathered"][-1] += fetched / total
+        return gather(params, *arguments, **options)
+
+    setattr(coordinator, name, counting)
+    later = [p for column in engine.module.columns[1:] for p in column.parameters()]
+
+    def look(module: Any, inputs: Any) -> None:
+        if torch.is_grad_enabled():  # the recompute
+            late = sum(p.ds_numel for p in later if p.ds_status.name == "AVAILABLE")
+            result["gathered_late"] = max(result["gathered_late"], late)
+
+    engine.module.columns[0].levels[0].register_forward_pre_hook(look)
 
 
 def steps(options: Options) -> dict[str, Any]:
@@ -58,11 +84,16 @@ def steps(options: Options) -> dict[str, Any]:
         assert isinstance(config.micro_batch, int)
         spec = replace(SPEC, activations=options.activations)
         engine = make_engine(spec, config, world, config.micro_batch, 3, device)
+        if options.reference:
+            as_reference(engine.module)
         masters = Masters(engine, config.ema)
         said: list[str] = []
         manifest = restore(options.root, masters, {"test": 1}, lambda text, level="info": said.append(text))
         start = manifest.step if manifest else 0
-        result: dict[str, Any] = {"losses": [], "said": said, "mismatched": 0, "gathered_after": 0, "applied": []}
+        result: dict[str, Any] = {"losses": [], "said": said, "mismatched": 0, "gathered_after": 0, "gathered_late": 0,
+                                  "gathered": [], "applied": []}  # fmt: skip
+        if options.stage == 3 and options.activations == "exact":
+            count_gathered(engine, result)
         for step in range(start, options.steps):
             result["losses"].append(_step(engine, masters, options, config.micro_batch, step, result))
         state = {"identity": {"test": 1}, "optimizer_steps": options.steps}
@@ -77,6 +108,7 @@ def steps(options: Options) -> dict[str, Any]:
 def _step(engine: Any, masters: Masters, options: Options, share: int, step: int, result: dict[str, Any]) -> float:
     rank, world = dist.get_rank(), dist.get_world_size()
     set_rate(engine.optimizer.param_groups, 1e-3)
+    result["gathered"].append(0.0)
     total = torch.zeros(())
     for part in range(options.accumulation):
         begin = (rank * options.accumulation + part) * share
