@@ -130,6 +130,9 @@ def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int
         checker.say(f"{key}.supervision", cause, "supervision: false, or a model of more columns")
     if train.zero_stage == 0 and train.precision == "bf16":
         checker.say(f"{key}.zero_stage", "ZeRO stage 0 with bf16 keeps no fp32 masters", "take 1")
+    if train.zero_stage == 3 and checker.job.model.compile:
+        cause = "levels whose parameters ZeRO-3 gathers cannot be compiled"
+        checker.say("model.compile", cause, f"{key}.zero_stage: 2, or compile: false")
     if train.warmup_epochs > train.epochs:
         cause = f"{train.warmup_epochs:g} epochs of warm-up in a stage of {train.epochs}"
         checker.say(f"{key}.warmup_epochs", cause, f"take at most {train.epochs}")

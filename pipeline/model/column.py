@@ -48,7 +48,7 @@ class Level(nn.Module):
         self.up_top = kind.up(spec.channels[3], width) if spec.huge and level == 0 and not first else None
         self.blocks = nn.ModuleList(kind.block(width) for _ in range(spec.depths[level]))
         self.alpha = nn.Parameter(torch.full((width,), 0.5))
-        self.evaluate = torch.compile(self.branch, dynamic=False) if spec.compile else self.branch
+        self.compiled = torch.compile(self.branch, dynamic=False) if spec.compile else None
 
     def forward(
         self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None, residual: Residual
@@ -61,7 +61,9 @@ class Level(nn.Module):
             keep: (blocks of this level, N) stochastic-depth factors, or None.
             residual: what to make of F and alpha.
         """
-        f = self.evaluate(lower, upper, top, keep)
+        # Without gradients (other shapes, once in a while) a graph of its own is not worth its compilation.
+        branch = self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.branch
+        f = branch(lower, upper, top, keep)
         return residual(f.to(lower.dtype) if f.dtype != lower.dtype else f, self.alpha)
 
     def branch(self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ def network_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpec
         drop_path=model.drop_path if config.drop_path is None else config.drop_path,
         head_init_scale=config.head_init_scale,
         stored_columns=model.stored_columns,
+        compile=model.compile,
         fraction_bits=model.fraction_bits,
     )
 

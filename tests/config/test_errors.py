@@ -158,6 +158,11 @@ def test_missing_keys(tmp_path: Path) -> None:
             "\n  -> supervision: false, or a model of more columns",
         ),
         (
+            ["stages.pretrain.zero_stage=3", "model.compile=true"],
+            "--set: model.compile: levels whose parameters ZeRO-3 gathers cannot be compiled"
+            "\n  -> stages.pretrain.zero_stage: 2, or compile: false",
+        ),
+        (
             ["stages.pretrain.zero_stage=0", "stages.pretrain.precision=bf16"],
             "--set: stages.pretrain.zero_stage: ZeRO stage 0 with bf16",
         ),

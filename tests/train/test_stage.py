@@ -159,6 +159,15 @@ def test_a_finished_stage_gives_its_figures_again_without_a_step(tmp_path: Path)
         train(run_dir, 1, staging.job())
 
 
+@pytest.mark.slow
+def test_compiled_levels_train_like_the_others(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir, job = staging.prepared(tmp_path), staging.job(pretrain={"max_steps": 2, "warmup_epochs": 0}, compile=True)
+    train(run_dir, 1, job)
+    first, _ = staging.events(run_dir, "step")
+    assert first.scalars["loss/total"] == pytest.approx(staging.losses(undisturbed)[1], rel=1e-4)
+    assert all(event.scalars["reversible/mismatched_elements"] == 0 for event in staging.events(run_dir, "step"))
+
+
 def test_a_stage_of_one_step(tmp_path: Path) -> None:
     run_dir = staging.prepared(tmp_path, train=16, validation=1)
     assert train(run_dir, 1, staging.job(pretrain={"max_steps": 1}))["steps"] == 1
