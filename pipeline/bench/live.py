@@ -22,6 +22,11 @@ class LiveBytes(TorchDispatchMode):
         self.current = self.peak = 0
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled functions run as they are, inside and afterwards (else they run as single operations from then on)."""
+        return True
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         for argument in args:
             self._count(argument)
