@@ -130,6 +130,11 @@ def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int
         checker.say(f"{key}.supervision", cause, "supervision: false, or a model of more columns")
     if train.zero_stage == 0 and train.precision == "bf16":
         checker.say(f"{key}.zero_stage", "ZeRO stage 0 with bf16 keeps no fp32 masters", "take 1")
+    blocks = checker.job.model.block
+    drop_path = checker.job.model.drop_path if train.drop_path is None else train.drop_path
+    if drop_path and "c2f" in ((blocks,) if isinstance(blocks, str) else blocks):
+        owner = "model" if train.drop_path is None else key
+        checker.say(f"{owner}.drop_path", "C2f blocks have no shortcut that stochastic depth could leave alone", "take 0")
     if train.zero_stage == 3 and checker.job.model.compile:
         cause = "levels whose parameters ZeRO-3 gathers cannot be compiled"
         checker.say("model.compile", cause, f"{key}.zero_stage: 2, or compile: false")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]  # also the name of a folder
-Block = Literal["convnext", "transformer"]
+Block = Literal["convnext", "transformer", "c2f"]
 Levels = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 

@@ -35,7 +35,7 @@ def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -
     )  # fmt: skip
     with torch.device("meta"):
         network = Network(spec)
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items() if value.is_floating_point()}
     require_shapes(reader, shapes, str(path))
     network.load_state_dict({name: reader.full(name) for name in shapes}, strict=True, assign=True)
     return network.eval()

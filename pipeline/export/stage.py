@@ -30,7 +30,8 @@ SELF_TEST_SIZE = 224  # pixels, at most: what is compared does not depend on it,
 
 
 def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
-    """Writes ``export/``: model.safetensors, model.json, revcol.pth (published names), selftest.safetensors.
+    """Writes ``export/``: model.safetensors, model.json, selftest.safetensors and, for ConvNeXt blocks as published,
+    revcol.pth (published names).
 
     Figures: ``parameters``, ``bytes``, ``reload_difference`` (0: logits equal bit for bit in a fresh process).
     """
@@ -66,11 +67,12 @@ def export_stage(job: Job, run_dir: Path) -> dict[str, float]:
 
 def _write(network: Network, description: dict[str, Any], target: Path) -> None:
     # Copies: loaded weights are views of one mapped file, which both formats would take for shared memory.
-    state = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    state = {name: value.detach().clone() for name, value in network.state_dict().items()}
     write_with(target / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-    published = official.to_published(network, state)
-    with atomic(target / "revcol.pth") as file:  # a file, not its name: that would be kept in it
-        torch.save({"model": published}, file)
+    if set(network.spec.blocks) == {"convnext"}:
+        published = official.to_published(network, state)
+        with atomic(target / "revcol.pth") as file:  # a file, not its name: that would be kept in it
+            torch.save({"model": published}, file)
     write_json(target / "model.json", description)
     _write_self_test(network, min(SELF_TEST_SIZE, description["preprocessing"]["image_size"]), target)
 

@@ -39,7 +39,9 @@ class Masters:
     def __init__(self, engine: Any, ema_decay: float) -> None:
         self.engine, self.stage, self.ema_decay = engine, int(engine.zero_optimization_stage()), ema_decay
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self.buffers = {name: b for name, b in engine.module.named_buffers() if b.is_floating_point()}  # of BatchNorm
         self.shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()}  # whole ones
+        self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
         self.base: Any = engine.optimizer if self.stage == 0 else engine.optimizer.optimizer
         self.base = getattr(self.base, "optimizer", self.base)
         self.flats = self._find_flats()
@@ -105,11 +107,24 @@ class Masters:
         return kinds
 
     def tensors(self) -> Iterator[tuple[Fragment, str, Tensor]]:
-        """Every fragment of every kind, as views that may be read and written."""
+        """Every fragment of every kind, as views that may be read and written. Running statistics are whole on every rank
+        (``flat`` -1), and their average is themselves."""
         kinds = self.flats_by_kind()
         for fragment in self.fragments:
             for kind, flats in kinds.items():
                 yield fragment, kind, flats[fragment.flat].narrow(0, fragment.start, fragment.length)
+        for name, buffer in self.buffers.items():
+            for kind in ("master", "ema") if self.ema is not None else ("master",):
+                yield Fragment(name, self.shapes[name], 0, buffer.numel(), -1, 0), kind, buffer.view(-1)
+
+    @torch.no_grad()
+    def average_buffers(self) -> None:
+        """Collective: running statistics become their mean over the ranks (an update is linear, so when does not matter)."""
+        if self.buffers and torch.distributed.get_world_size() > 1:
+            together = torch.cat([buffer.view(-1) for buffer in self.buffers.values()])
+            torch.distributed.all_reduce(together)
+            means = (together / torch.distributed.get_world_size()).split([b.numel() for b in self.buffers.values()])
+            torch._foreach_copy_([buffer.view(-1) for buffer in self.buffers.values()], list(means))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -220,6 +220,7 @@ def _evaluate(run: Run, stepper: Stepper, done: int) -> dict[str, float]:
     config = run.config
     batch = min(64, 2 * stepper.engine.train_micro_batch_size_per_gpu())  # without gradients twice as many fit
     normalise = DeviceAugment(config.augment, len(run.data.classes), run.job.seed, train=False)
+    stepper.masters.average_buffers()
     stepper.masters.use_ema()
     stepper.engine.eval()
     with EvalLoader(

@@ -36,9 +36,10 @@ def save_checkpoint(
     root: Path, masters: Masters, step: int, state: dict[str, Any], keep: int, may_commit: Callable[[], bool]
 ) -> str | None:
     """Collective: masters, moments and EMA of every rank, and the loop's state. Returns why it failed, None if it did not."""
+    masters.average_buffers()
     owned = (
         (fragment.name, fragment.shape, fragment.offset, kind, values) for fragment, kind, values in masters.tensors()
-        if masters.stage > 0 or dist.get_rank() == 0  # stage 0 replicates: one copy is enough
+        if (masters.stage > 0 and fragment.flat >= 0) or dist.get_rank() == 0  # of what is replicated one copy is enough
     )  # fmt: skip
     return save(root, step, owned, state, keep=keep, may_commit=may_commit)
 

@@ -45,7 +45,7 @@ class Stepper:
         """Optimizer step ``step`` (0-based) on the next ``accumulation`` micro-batches; again, on the same ones, where the
         network finds that it computed wrongly. Raises StageError if that is to be, or stays so."""
         set_rate(self.engine.optimizer.param_groups, self.schedule(step))
-        mark = self.metrics.mark()
+        mark, statistics = self.metrics.mark(), [buffer.clone() for buffer in self.masters.buffers.values()]
         for attempt in count(1):
             self._attempt(iter(loader))
             if self.engine.was_step_applied():
@@ -61,6 +61,8 @@ class Stepper:
             self._say(findings, f"step {step + 1} is repeated")
             self.repeated += attempt == 1
             self.metrics.rollback(mark)
+            for buffer, before in zip(self.masters.buffers.values(), statistics, strict=True):
+                buffer.copy_(before)
             self.set_widths()
             loader.rewind(step)
 

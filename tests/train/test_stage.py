@@ -160,6 +160,25 @@ def test_a_finished_stage_gives_its_figures_again_without_a_step(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (3, "fp32")])
+def test_running_statistics_are_part_of_a_run(zero_stage: int, precision: str, tmp_path: Path) -> None:
+    settings = {"zero_stage": zero_stage, "precision": precision, "max_steps": 6, "checkpoint_steps": 3}
+    job = staging.job(settings, settings | {"ema": 0.9}, block="c2f", drop_path=0)
+    undisturbed, stopped = staging.prepared(tmp_path / "a"), staging.prepared(tmp_path / "b")
+    train(undisturbed, 2, job)
+    processes.run(stopped / "logs", 2, staging.train, job, "pretrain", stopped, staging.StopAfter(2, 1))
+    train(stopped, 2, job)
+    assert_same(undisturbed, stopped)
+    found = staging.weights(undisturbed)
+    means = [value for name, value in found.items() if name.endswith("running_mean")]
+    assert means and all(value.dtype == torch.float32 and value.any() for value in means)
+    train(undisturbed, 2, job, "finetune")
+    before, after = found["stem.conv.norm.running_var"], staging.weights(undisturbed, "finetune")["stem.conv.norm.running_var"]
+    assert 0 < float((before - after).abs().max()) < 1
+    assert set(processes.run(tmp_path / "e", 1, staging.evaluate, job, undisturbed)[0]) >= {"top1", "top5"}
+
+
+@pytest.mark.slow
 def test_compiled_levels_train_like_the_others(undisturbed: Path, tmp_path: Path) -> None:
     run_dir, job = staging.prepared(tmp_path), staging.job(pretrain={"max_steps": 2, "warmup_epochs": 0}, compile=True)
     train(run_dir, 1, job)

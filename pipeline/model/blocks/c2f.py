@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,13 +23,34 @@ class Conv(nn.Conv2d):
         init_weights(self)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose running statistics stay in float32 where the weights are narrower: a tenth of a small change, the
+    momentum's share, would be rounded away."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("running_mean", "running_var"):
+            value = getattr(self, name)
+            setattr(self, name, value.float() if value.itemsize < 4 else value)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.running_mean is not None and self.num_batches_tracked is not None and self.momentum is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        weight, bias = (parameter.to(self.running_mean.dtype) for parameter in (self.weight, self.bias))
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, weight, bias, self.training, self.momentum, self.eps
+        )
+
+
 class ConvNorm(nn.Module):
     """(N, H, W, C) -> (N, H', W', C'): convolution without bias, BatchNorm, SiLU unless ``linear``."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False) -> None:
         super().__init__()
         self.conv = Conv(inputs, outputs, kernel, stride)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = BatchNorm(outputs)
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
