@@ -29,6 +29,8 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measurements: ratios side by side in one run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+data = typer.Typer(help="Prepared data, to look at.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 JobFile = Annotated[Path, typer.Argument(help="The job file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job; repeatable.")]
@@ -193,6 +195,26 @@ def tensorboard(
     print(f"TensorBoard of {logs}: http://{host}:{port}/ (figures by group: tab Custom Scalars); Ctrl-C ends it", flush=True)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", host, "--port", str(port)]
     os.execv(sys.executable, command)
+
+
+@data.command("show")
+def data_show(
+    what: Annotated[Path, typer.Argument(metavar="RUN_OR_DATASET", help="A job file, a run, or a prepared dataset.")],
+    out: Annotated[Path, typer.Option(help="Where to write the picture (PNG).")] = Path("data.png"),
+    epoch: Annotated[int, typer.Option(min=0, help="The first epoch shown.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, max=64, help="Images.")] = 8,
+    stage: Annotated[str, typer.Option(help="The training stage whose augmentation is shown; default: the first.")] = "",
+) -> None:
+    """A contact sheet of training images: as stored, augmented in a few epochs, and as the network gets them."""
+    from pipeline.data.format import open_dataset
+    from pipeline.data.sheet import contact_sheet, png
+    from pipeline.files import write_bytes
+    from pipeline.orchestrate.subject import find
+
+    subject = find(what, RUNS, stage)
+    sheet = contact_sheet(open_dataset(subject.dataset), subject.settings, epoch, rows)
+    write_bytes(out, png(sheet))
+    print(f"{out}: {sheet.shape[1]} x {sheet.shape[0]} pixels; {subject.dataset}, {subject.stage or 'default augmentation'}")
 
 
 @bench.command("reversible")

@@ -1,12 +1,15 @@
 """One shard: an ordinary Parquet file whose images lie uncompressed in it, and an index of where each one is.
 
-Columns: key, label, width, height, hash (of the image's bytes), image. PLAIN encoding without compression, dictionary or
-statistics, one data page for the images of a row group: so an image is a contiguous stretch of the file, which a reader
-can map and slice without copying. The index (``.idx``, NumPy format) is int64 of shape (3, rows): offset, length, label.
+Columns: key, label, width, height, hash (of the image's bytes), and image, which is a struct of bytes and path, as Hugging
+Face `datasets` keeps pictures: with the metadata entry ``huggingface`` it decodes and shows them. ``path`` is empty
+(the key is the name). PLAIN encoding without compression, dictionary or statistics, one data page for the images of a row
+group: so an image is a contiguous stretch of the file, which a reader can map and slice without copying. The index
+(``.idx``, NumPy format) is int64 of shape (3, rows): offset, length, label.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +24,10 @@ from pipeline.errors import DataError
 from pipeline.files import atomic, file_digest, write_with
 
 GROUP_ROWS = 256
+# What `datasets` takes for a picture: both this type, nullable as it stands here, and the name in the metadata.
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
+_BYTES = "image.bytes"
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ def index_path(shard: Path) -> Path:
 
 def schema() -> pa.Schema:
     fields = [("key", pa.string()), ("label", pa.int32()), ("width", pa.int32())]
-    fields += [("height", pa.int32()), ("hash", pa.string()), ("image", pa.binary())]
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields])
+    fields += [("height", pa.int32()), ("hash", pa.string())]
+    return pa.schema([*(pa.field(name, kind, nullable=False) for name, kind in fields), pa.field("image", PICTURE)])
 
 
 def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -> ShardInfo:
@@ -73,7 +80,7 @@ def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -
 
     def write(temporary: Path) -> None:
         layout = schema()
-        encodings = dict.fromkeys(layout.names, "PLAIN")
+        encodings = dict.fromkeys([*layout.names[:-1], _BYTES, "image.path"], "PLAIN")
         with pq.ParquetWriter(
             temporary,
             layout,
@@ -85,7 +92,7 @@ def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -
             data_page_version="1.0",
             store_schema=False,
         ) as writer:
-            writer.add_key_value_metadata({"fingerprint": fingerprint})
+            writer.add_key_value_metadata({"fingerprint": fingerprint, "huggingface": _FEATURES})
             for rows in groups:
                 writer.write_table(_table(rows, layout), row_group_size=GROUP_ROWS)
                 lengths.extend(len(row.image) for row in rows)
@@ -99,18 +106,21 @@ def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -
 
 
 def _table(rows: Sequence[Row], layout: pa.Schema) -> pa.Table:
-    return pa.table([pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in layout], schema=layout)
+    columns = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in list(layout)[:-1]]
+    images = pa.array([row.image for row in rows], type=pa.binary())
+    pictures = pa.StructArray.from_arrays([images, pa.nulls(len(rows), pa.string())], fields=list(PICTURE))
+    return pa.table([*columns, pictures], schema=layout)
 
 
 def _offsets(path: Path, lengths: Sequence[int]) -> NDArray[np.int64]:
     """Where each image's bytes begin in the file: int64 (rows,).
 
     A PLAIN page of byte arrays is, for each value, its length in 4 little-endian bytes and its bytes; what comes before it
-    in the column chunk is the page's header. Every length is checked in the file, the contents of the first and the last
-    image of each end against what pyarrow reads.
+    in the column chunk is the page's header and a few bytes that say that no value is missing. Every length is checked in
+    the file, the contents of the first and the last image of each end against what pyarrow reads.
     """
     metadata = pq.read_metadata(path)
-    column = metadata.schema.names.index("image")
+    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == _BYTES)
     sizes = np.asarray(lengths, dtype=np.int64)
     offsets = np.zeros(len(sizes), dtype=np.int64)
     content = np.memmap(path, dtype=np.uint8, mode="r")
@@ -133,11 +143,11 @@ def _offsets(path: Path, lengths: Sequence[int]) -> NDArray[np.int64]:
 def _compare(
     path: Path, group: int, offsets: NDArray[np.int64], sizes: NDArray[np.int64], content: np.memmap[Any, Any]
 ) -> None:
-    images = pq.ParquetFile(path).read_row_group(group, columns=["image"])["image"]
+    images = pq.ParquetFile(path).read_row_group(group, columns=[_BYTES])["image"]
     start = 0 if group == 0 else len(sizes) - len(images)
     for row in (0, len(images) - 1):
         offset, size = int(offsets[start + row]), int(sizes[start + row])
-        if images[row].as_py() != content[offset : offset + size].tobytes():
+        if images[row]["bytes"].as_py() != content[offset : offset + size].tobytes():
             raise _unreadable(path, f"row {start + row}")
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.data.format import open_dataset
-from pipeline.data.shards import index_path
+from pipeline.data.shards import GROUP_ROWS, Row, index_path, write_shard
 from pipeline.errors import DataError
 from pipeline.files import digest
-from tests.data.making import jpeg, make_dataset
+from tests.data.making import jpeg, make_dataset, row
+
+COLUMNS = ["key", "label", "width", "height", "hash", "image"]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -28,28 +37,97 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         split.image(700)
 
 
-def test_pyarrow_reads_the_same_rows(tmp_path: Path) -> None:
-    split = make_dataset(tmp_path, {"train": 270}).split("train")
-    table = pq.read_table(tmp_path / "train-00000.parquet")
-    assert table.column_names == ["key", "label", "width", "height", "hash", "image"]
-    for i, entry in enumerate(table.to_pylist()):
-        assert entry["image"] == bytes(split.image(i)) and entry["hash"] == digest(entry["image"])
-        assert (entry["label"], entry["width"], entry["height"]) == (split.label(i), 48, 40)
-    metadata = pq.read_metadata(tmp_path / "train-00000.parquet")
-    assert metadata.metadata[b"fingerprint"] == b"test" and metadata.num_row_groups == 2
-    column = metadata.row_group(0).column(5)
-    assert column.compression == "UNCOMPRESSED" and not column.has_dictionary_page and not column.is_stats_set
+Rows = dict[str, list[Any]]  # key -> label, width, height, hash, and the digest of the image's bytes
 
 
-def test_hugging_face_datasets_reads_pictures(tmp_path: Path) -> None:
+def facts(key: str, label: int, width: int, height: int, hashed: str, image: bytes) -> tuple[str, list[Any]]:
+    return key, [label, width, height, hashed, digest(image)]
+
+
+def by_pyarrow(files: list[str]) -> Rows:
+    rows = pq.read_table(files).to_pylist()
+    return dict(facts(*(row[name] for name in COLUMNS[:-1]), row["image"]["bytes"]) for row in rows)
+
+
+def by_duckdb(files: list[str]) -> Rows:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        query = "SELECT key, label, width, height, hash, image.bytes FROM read_parquet(?)"
+        return dict(facts(*row) for row in connection.execute(query, [files]).fetchall())
+
+
+def by_datasets(files: list[str], cache: Path) -> Rows:
     import datasets
 
-    make_dataset(tmp_path / "set", {"train": 20})
-    loaded = datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "set" / "train-*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
-    )
-    loaded = loaded.cast_column("image", datasets.Image())
-    assert len(loaded) == 20 and loaded[3]["image"].size == (48, 40) and loaded[3]["label"] == 3
+    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
+    assert loaded.features["image"] == datasets.Image()
+    assert all(row["image"].size == (row["width"], row["height"]) for row in loaded), "pictures, without being told"
+    raw = loaded.cast_column("image", datasets.Image(decode=False))
+    return dict(facts(*(row[name] for name in COLUMNS[:-1]), row["image"]["bytes"]) for row in raw)
+
+
+RAY = """
+import json, sys
+from pipeline.files import digest
+from pipeline.orchestrate.session import ray_session
+
+with ray_session(cpus=1, gpus=0, started=lambda: None):
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.read_parquet(sys.argv[2:]).take_all()
+found = {r["key"]: [r["label"], r["width"], r["height"], r["hash"], digest(r["image"]["bytes"])] for r in rows}
+open(sys.argv[1], "w").write(json.dumps(found))
+"""
+
+
+def by_ray(files: list[str], out: Path) -> Rows:
+    done = subprocess.run([sys.executable, "-c", RAY, str(out), *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows: Rows = json.loads(out.read_text())
+    return rows
+
+
+@pytest.mark.slow
+def test_standard_readers_read_the_same_rows(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", {"train": 270}, shard_rows=140)
+    files = [str(path) for path in sorted((tmp_path / "set").glob("*.parquet"))]
+    wanted = {
+        one.key: [one.label, one.width, one.height, one.hash, digest(jpeg(i, 48, 40))]
+        for i, one in enumerate(row(i, 4) for i in range(270))
+    }
+    assert by_pyarrow(files) == wanted
+    assert by_duckdb(files) == wanted
+    assert by_datasets(files, tmp_path / "cache") == wanted
+    assert by_ray(files, tmp_path / "ray.json") == wanted
+
+
+def test_a_shard_is_plain_uncompressed_parquet(tmp_path: Path) -> None:
+    split = make_dataset(tmp_path, {"train": 270}).split("train")
+    table = pq.read_table(tmp_path / "train-00000.parquet")
+    assert table.column_names == COLUMNS
+    assert [one["bytes"] for one in table["image"].to_pylist()] == [bytes(split.image(i)) for i in range(270)]
+    metadata = pq.read_metadata(tmp_path / "train-00000.parquet")
+    assert metadata.metadata[b"fingerprint"] == b"test" and metadata.num_row_groups == 2
+    for group in range(2):
+        images = next(c for i in range(7) if (c := metadata.row_group(group).column(i)).path_in_schema == "image.bytes")
+        assert images.compression == "UNCOMPRESSED" and set(images.encodings) == {"PLAIN", "RLE"}
+        assert not images.has_dictionary_page and not images.is_stats_set
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=600), last=st.integers(0, 2_000_000))
+def test_the_index_says_where_every_image_lies(sizes: list[int], last: int) -> None:
+    """Whatever the images' sizes: nothing at all, and more than one page would usually hold."""
+    data = [bytes([i % 251]) * size for i, size in enumerate([*sizes, last])]
+    rows = [Row(str(i), i, 1, 1, digest(one), one) for i, one in enumerate(data)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.parquet"
+        write_shard(path, [rows[start : start + GROUP_ROWS] for start in range(0, len(rows), GROUP_ROWS)], "f")
+        content, index = path.read_bytes(), np.load(index_path(path))
+        assert [content[offset : offset + length] for offset, length in index[:2].T.tolist()] == data
+        assert index[2].tolist() == list(range(len(data)))
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

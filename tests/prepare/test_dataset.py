@@ -301,13 +301,3 @@ def test_other_settings_move_the_old_dataset_aside(tmp_path: Path) -> None:
     aside = next(path for path in tmp_path.iterdir() if path.name.startswith("out.replaced-"))
     assert shard_bytes(aside) == old
     assert not (tmp_path / "out" / "train-00002.parquet").exists()
-
-
-def test_standard_readers_read_the_shards(tmp_path: Path) -> None:
-    import datasets
-
-    prepare(class_tars(tmp_path / "in"), tmp_path / "out")
-    files = [str(path) for path in sorted((tmp_path / "out").glob("train-*.parquet"))]
-    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
-    assert {row["image"]: row["label"] for row in rows} == contents(tmp_path / "out", "train")
-    assert pq.read_table(files[0]).num_rows == 60
