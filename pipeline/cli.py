@@ -232,6 +232,26 @@ def bench_reversible(
     reversible.main(counts, json_path=json_file, plot_path=plot, precision=precision, batch=batch)
 
 
+@bench.command("loader")
+def bench_loader(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Images per second and memory of our loader, of PyTorch's with Pillow, of WebDataset and of Hugging Face's."""
+    from pipeline.bench import loader
+
+    loader.main(json_file)
+
+
+@bench.command("prepare")
+def bench_prepare(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Images per second of the preparation, against a Pillow process pool, with 1 and 2 workers."""
+    from pipeline.bench import prepare
+
+    prepare.main(json_file)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def test(context: typer.Context) -> None:
     """Run ruff, mypy and the tests; further arguments go to pytest."""
