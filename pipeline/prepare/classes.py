@@ -8,20 +8,21 @@ from typing import Any
 
 from pipeline.config.classes import class_list, class_names
 from pipeline.config.schema import DatasetConfig
+from pipeline.data.remote import Storage
 from pipeline.errors import DataError
 
 
-def names_in(fs: Any, folder: str) -> dict[str, dict[str, Any]]:
+def names_in(storage: Storage, folder: str) -> dict[str, dict[str, Any]]:
     """Entries of a folder by name, hidden ones and litter aside."""
-    entries = {posixpath.basename(entry["name"].rstrip("/")): entry for entry in fs.ls(folder, detail=True)}
+    entries = {posixpath.basename(entry["name"].rstrip("/")): entry for entry in storage.entries(folder)}
     return {name: entries[name] for name in sorted(entries) if not name.startswith((".", "__"))}
 
 
-def ordered_classes(fs: Any, root: str, config: DatasetConfig, found: Sequence[str]) -> list[tuple[str, str]]:
+def ordered_classes(storage: Storage, root: str, config: DatasetConfig, found: Sequence[str]) -> list[tuple[str, str]]:
     """(id, name) in label order: the configured list, the root's synsets.txt, or those found, as they come."""
     own: dict[str, str] = {}
-    if fs.exists(f"{root}/synsets.txt"):
-        lines = fs.cat_file(f"{root}/synsets.txt").decode("utf-8").splitlines()
+    if storage.info(f"{root}/synsets.txt"):
+        lines = storage.read(f"{root}/synsets.txt").decode("utf-8").splitlines()
         own = {words[0]: " ".join(words[1:]) for line in lines if (words := line.split()) and not words[0].startswith("#")}
     listed = class_list(config.classes) if config.classes != "auto" else list(own) or list(dict.fromkeys(found))
     unknown = sorted(set(found) - set(listed))

@@ -8,36 +8,37 @@ import posixpath
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from pipeline.config.schema import DatasetConfig
+from pipeline.data.remote import Storage
 from pipeline.errors import DataError
 from pipeline.prepare.classes import names_in, ordered_classes
 from pipeline.prepare.units import UNIT_BYTES, Part, Survey, bundle, listing
 
 OUTER_TRAIN, OUTER_VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 SYNSET_LABELS, KAGGLE_LABELS = "imagenet_2012_validation_synset_labels.txt", "LOC_val_solution.csv"
+HEADERS = 1 << 16  # bytes a request, where only the headers of a tar are read
 
 
-def survey_imagenet(fs: Any, root: str, config: DatasetConfig) -> Survey:
-    names = names_in(fs, root)
+def survey_imagenet(storage: Storage, root: str, config: DatasetConfig) -> Survey:
+    names = names_in(storage, root)
     for needed in (OUTER_TRAIN, OUTER_VALIDATION):
         if needed not in names:
             raise DataError(
                 f"{needed} is missing", place=config.root, remedy="both archives of ILSVRC 2012 (tasks 1 and 2) belong here"
             )
-    train = list(_inner_tars(fs, f"{root}/{OUTER_TRAIN}"))
-    classes = ordered_classes(fs, root, config, sorted({part.group for part in train}))
+    train = list(_inner_tars(storage, f"{root}/{OUTER_TRAIN}", int(names[OUTER_TRAIN]["size"])))
+    classes = ordered_classes(storage, root, config, sorted({part.group for part in train}))
     index = {one: number for number, (one, _) in enumerate(classes)}
     units = bundle((replace(part, label=index[part.group]) for part in train), "train", 0)
-    labels = _validation_labels(fs, root, config, index)
-    parts = _validation_parts(fs, f"{root}/{OUTER_VALIDATION}", int(names[OUTER_VALIDATION]["size"]), labels, config)
+    labels = _validation_labels(storage, root, config, index)
+    parts = _validation_parts(storage, f"{root}/{OUTER_VALIDATION}", int(names[OUTER_VALIDATION]["size"]), labels, config)
     units += bundle(parts, "validation", len(units))
     return Survey("imagenet_tars", classes, units, listing(root, units), [])
 
 
-def _inner_tars(fs: Any, path: str) -> Iterator[Part]:
-    with fs.open(path, "rb", block_size=1 << 16) as file, tarfile.open(fileobj=file, mode="r:") as outer:
+def _inner_tars(storage: Storage, path: str, size: int) -> Iterator[Part]:
+    with storage.open(path, 0, size, HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as outer:
         for member in outer:
             if not member.isfile() or not member.name.endswith(".tar"):
                 continue
@@ -45,13 +46,13 @@ def _inner_tars(fs: Any, path: str) -> Iterator[Part]:
             yield Part("tar", path, member.offset_data, member.offset_data + member.size, wnid, size=member.size)
 
 
-def _validation_labels(fs: Any, root: str, config: DatasetConfig, index: dict[str, int]) -> dict[str, int] | list[int]:
+def _validation_labels(storage: Storage, root: str, config: DatasetConfig, index: dict[str, int]) -> dict[str, int] | list[int]:
     """Class index by name of the image (without its ending), or in the order of the images' names."""
-    if fs.exists(f"{root}/{SYNSET_LABELS}"):
-        words = fs.cat_file(f"{root}/{SYNSET_LABELS}").decode().split()
+    if storage.info(f"{root}/{SYNSET_LABELS}"):
+        words = storage.read(f"{root}/{SYNSET_LABELS}").decode().split()
         labels: dict[str, int] | list[int] = [_index_of(word, index, f"{config.root}/{SYNSET_LABELS}") for word in words]
-    elif fs.exists(f"{root}/{KAGGLE_LABELS}"):
-        rows = csv.DictReader(io.StringIO(fs.cat_file(f"{root}/{KAGGLE_LABELS}").decode()))
+    elif storage.info(f"{root}/{KAGGLE_LABELS}"):
+        rows = csv.DictReader(io.StringIO(storage.read(f"{root}/{KAGGLE_LABELS}").decode()))
         place = f"{config.root}/{KAGGLE_LABELS}"
         labels = {row["ImageId"]: _index_of(row["PredictionString"].split()[0], index, place) for row in rows}
     else:
@@ -70,9 +71,9 @@ def _index_of(wnid: str, index: dict[str, int], place: str) -> int:
 
 
 def _validation_parts(
-    fs: Any, path: str, size: int, labels: dict[str, int] | list[int], config: DatasetConfig
+    storage: Storage, path: str, size: int, labels: dict[str, int] | list[int], config: DatasetConfig
 ) -> Iterator[Part]:
-    with fs.open(path, "rb", block_size=1 << 16) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    with storage.open(path, 0, size, HEADERS) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         members = [(member.offset, member.name) for member in tar if member.isfile()]
     stems = [posixpath.basename(name).partition(".")[0] for _, name in members]
     if isinstance(labels, list):

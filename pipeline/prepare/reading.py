@@ -6,12 +6,11 @@ import io
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.config.schema import DatasetConfig
+from pipeline.data.remote import BLOCK, Storage, open_storage
 from pipeline.prepare import huggingface
 from pipeline.prepare.clean import MAX_BYTES, Rejected
-from pipeline.prepare.sources import open_root
 from pipeline.prepare.units import Part
 
 
@@ -25,57 +24,27 @@ class Member:
     rejected: Rejected | None = None
 
 
-class Window(io.RawIOBase):
-    """Bytes [first, last) of a file as a file of its own."""
-
-    def __init__(self, file: Any, first: int, last: int) -> None:
-        self._file, self._first, self._size, self._position = file, first, last - first, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._position))
-        self._file.seek(self._first + self._position)
-        data = self._file.read(wanted)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
 def members(part: Part, config: DatasetConfig, classes: dict[str, int]) -> Iterator[Member]:
     """The files of a part in their order; ``classes``: id -> index. Damage of an archive comes as rejected members."""
     if part.kind == "huggingface":
         for name, label, data in huggingface.rows(config, part.path, part.first, part.last):
             yield Member(f"{part.group}/{name}", classes[label], data)
         return
-    fs, _ = open_root(config)
+    storage, _ = open_storage(config.root)
     if part.kind == "folder":
-        yield from _folder(fs, part)
+        yield from _folder(storage, part)
         return
-    with fs.open(part.path, "rb") as file:
-        window = io.BufferedReader(Window(file, part.first, part.last), 1 << 20)
-        yield from _tar(window, part)
+    with storage.open(part.path, part.first, part.last, BLOCK) as file:
+        yield from _tar(file, part)
 
 
-def _folder(fs: Any, part: Part) -> Iterator[Member]:
-    for path in sorted(fs.find(part.path))[part.first : part.last]:
+def _folder(storage: Storage, part: Part) -> Iterator[Member]:
+    for path, size in sorted(storage.files(part.path))[part.first : part.last]:
         key = f"{part.group}/{path.removeprefix(part.path).lstrip('/')}"
-        if fs.size(path) > MAX_BYTES:
-            yield Member(key, part.label, rejected=_too_large(fs.size(path)))
+        if size is not None and size > MAX_BYTES:
+            yield Member(key, part.label, rejected=_too_large(size))
         else:
-            yield Member(key, part.label, fs.cat_file(path))
+            yield Member(key, part.label, storage.read(path, 0, size))
 
 
 def _tar(file: io.BufferedIOBase, part: Part) -> Iterator[Member]:

@@ -5,46 +5,41 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import fsspec
 
 from pipeline.config.look import TRAIN, VALIDATION
 from pipeline.config.schema import DatasetConfig
+from pipeline.data.remote import Storage, open_storage
 from pipeline.errors import DataError
 from pipeline.prepare import huggingface
 from pipeline.prepare.classes import names_in, ordered_classes
-from pipeline.prepare.imagenet import OUTER_TRAIN, survey_imagenet
+from pipeline.prepare.imagenet import HEADERS, OUTER_TRAIN, survey_imagenet
 from pipeline.prepare.units import UNIT_BYTES, UNIT_FILES, Part, SplitName, Survey, Unit, bundle, listing
 
 
 def survey(config: DatasetConfig) -> Survey:
     """Look at a source. Raises DataError where it is missing, of no known layout, or has classes that its list lacks (D5)."""
-    fs, root = open_root(config)
-    layout = config.layout if config.layout != "auto" else _detect(fs, root, config)
+    storage, root = open_root(config)
+    layout = config.layout if config.layout != "auto" else _detect(storage, root, config)
     if layout == "huggingface":
         return _survey_huggingface(config)
     if layout == "imagenet_tars":
-        return survey_imagenet(fs, root, config)
-    return _survey_classes(fs, root, config, layout)
+        return survey_imagenet(storage, root, config)
+    return _survey_classes(storage, root, config, layout)
 
 
-def open_root(config: DatasetConfig) -> tuple[Any, str]:
-    """The file system and the path in it of a dataset's root. Raises DataError."""
-    try:
-        fs, root = fsspec.core.url_to_fs(config.root)
-        there = config.layout == "huggingface" or fs.isdir(root)
-    except (ValueError, ImportError, OSError) as error:
-        raise DataError(
-            f"cannot be opened: {error}", place=config.root, remedy="a folder, or a URL that fsspec knows"
-        ) from error
-    if not there:
-        raise DataError("there is no such folder", place=config.root, remedy="correct `root`, or mount the file system")
-    return fs, root.rstrip("/")
+def open_root(config: DatasetConfig) -> tuple[Storage, str]:
+    """Where a dataset's root lies, and the path in it. Raises DataError."""
+    storage, root = open_storage(config.root)
+    if config.layout != "huggingface" and not storage.is_folder(root):
+        remedy = "correct `root`, or mount the file system"
+        raise DataError("there is no such folder", place=storage.shown(root), remedy=remedy)
+    return storage, root
 
 
-def _detect(fs: Any, root: str, config: DatasetConfig) -> str:
-    names = names_in(fs, root)
+def _detect(storage: Storage, root: str, config: DatasetConfig) -> str:
+    names = names_in(storage, root)
     if OUTER_TRAIN in names:
         return "imagenet_tars"
     if {"dataset_dict.json", "dataset_info.json", "state.json"} & set(names) or any(
@@ -52,7 +47,7 @@ def _detect(fs: Any, root: str, config: DatasetConfig) -> str:
     ):
         return "huggingface"
     folder = next((f"{root}/{name}" for name in TRAIN if name in names), root)
-    inside = names_in(fs, folder)
+    inside = names_in(storage, folder)
     if any(name.endswith(".tar") for name in inside):
         return "class_tars"
     if any(entry["type"] == "directory" for entry in inside.values()):
@@ -61,8 +56,8 @@ def _detect(fs: Any, root: str, config: DatasetConfig) -> str:
     raise DataError("holds no images in a layout that is known", place=config.root, remedy=remedy)
 
 
-def _survey_classes(fs: Any, root: str, config: DatasetConfig, layout: str) -> Survey:
-    top = names_in(fs, root)
+def _survey_classes(storage: Storage, root: str, config: DatasetConfig, layout: str) -> Survey:
+    top = names_in(storage, root)
     splits: list[tuple[SplitName, str]] = []
     train = next((name for name in TRAIN if name in top and top[name]["type"] == "directory"), None)
     if train is None:
@@ -72,11 +67,11 @@ def _survey_classes(fs: Any, root: str, config: DatasetConfig, layout: str) -> S
         splits = [("train" if validation else "", f"{root}/{train}")]
         splits += [("validation", f"{root}/{validation}")] if validation else []
     find = _tars if layout == "class_tars" else _folders
-    found = {split: list(find(fs, folder)) for split, folder in splits}
+    found = {split: list(find(storage, folder)) for split, folder in splits}
     if not any(found.values()):
         what = "tars" if layout == "class_tars" else "folders of images"
         raise DataError(f"holds no {what}", place=config.root, remedy="one a class, named by the class; or give `layout`")
-    classes = ordered_classes(fs, root, config, sorted({part.group for parts in found.values() for part in parts}))
+    classes = ordered_classes(storage, root, config, sorted({part.group for parts in found.values() for part in parts}))
     labels = {one: index for index, (one, _) in enumerate(classes)}
     units: list[Unit] = []
     for split, parts in found.items():
@@ -87,32 +82,31 @@ def _survey_classes(fs: Any, root: str, config: DatasetConfig, layout: str) -> S
     return Survey(layout, classes, units, listing(root, units), notes)
 
 
-def _tars(fs: Any, folder: str) -> Iterator[Part]:
-    for name, entry in names_in(fs, folder).items():
+def _tars(storage: Storage, folder: str) -> Iterator[Part]:
+    for name, entry in names_in(storage, folder).items():
         if name.endswith(".tar") and entry["type"] == "file":
             path, size = f"{folder}/{name}", int(entry["size"])
-            for first, last in _ranges(fs, path, size):
+            for first, last in _ranges(storage, path, size):
                 yield Part("tar", path, first, last, name.removesuffix(".tar"), size=last - first)
 
 
-def _folders(fs: Any, folder: str) -> Iterator[Part]:
-    for name, entry in names_in(fs, folder).items():
+def _folders(storage: Storage, folder: str) -> Iterator[Part]:
+    for name, entry in names_in(storage, folder).items():
         if entry["type"] != "directory":
             continue
         path = f"{folder}/{name}"
-        files = fs.find(path, detail=True)
-        sizes = [int(files[file]["size"] or 0) for file in sorted(files)]
+        sizes = [int(size or 0) for _, size in sorted(storage.files(path))]
         for first in range(0, max(len(sizes), 1), UNIT_FILES):
             part = sizes[first : first + UNIT_FILES]
             yield Part("folder", path, first, first + len(part), name, size=sum(part))
 
 
-def _ranges(fs: Any, path: str, size: int) -> list[tuple[int, int]]:
+def _ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]]:
     """Byte ranges of about UNIT_BYTES that begin with a member's header. A tar that cannot be scanned stays whole."""
     if size <= 4 * UNIT_BYTES:
         return [(0, size)]
     starts = [0]
-    with fs.open(path, "rb", block_size=1 << 16) as file:
+    with storage.open(path, 0, size, HEADERS) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
@@ -126,8 +120,8 @@ def _ranges(fs: Any, path: str, size: int) -> list[tuple[int, int]]:
 
 def _survey_huggingface(config: DatasetConfig) -> Survey:
     found = huggingface.look(config)
-    fs, root = fsspec.filesystem("memory"), "/none"
-    classes = ordered_classes(fs, root, config, found.names)
+    nothing = Storage(fsspec.filesystem("memory"))
+    classes = ordered_classes(nothing, "/none", config, found.names)
     units: list[Unit] = []
     for split, (name, rows) in found.splits.items():
         for first in range(0, rows, UNIT_FILES):

@@ -1,0 +1,170 @@
+"""An S3-compatible server, and a proxy before it that throttles, cuts and refuses as a seed says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import socket
+import struct
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+KEY, SECRET = "AKIDOFATEST", "wJalrXUtnFEMI-planted-secret"
+THROTTLED = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+REFUSED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+
+class Proxy:
+    """An HTTP proxy before one server.
+
+    ``share`` of the requests for the same thing meet a fault, at most ``in_a_row`` times one after the other: a 503 SlowDown,
+    a connection cut before the answer or in the midst of it. Which, is a function of (seed, request, how often it came).
+    ``always``: all requests meet this one. ``hold``: bodies stop half-way until it is set. ``seen``: requests by what
+    was asked for; ``faults``: by kind.
+    """
+
+    KINDS = ("throttled", "reset", "cut")
+
+    def __init__(self, host: str, port: int, seed: int = 0, share: float = 0.0, in_a_row: int = 3) -> None:
+        self.upstream, self.seed, self.share, self.in_a_row = (host, port), seed, share, in_a_row
+        self.always = ""
+        self.hold: threading.Event | None = None
+        self.seen: Counter[tuple[str, str, str]] = Counter()
+        self.faults: Counter[str] = Counter()
+        self._row: Counter[tuple[str, str, str]] = Counter()
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def fault(self, method: str, path: str, span: str) -> str:
+        """What happens to this request: '' is nothing."""
+        request = (method, path, span)
+        with self._lock:
+            self.seen[request] += 1
+            drawn = hashlib.sha256(repr((self.seed, request, self.seen[request])).encode()).digest()
+            kind = self.always
+            if not kind and drawn[0] < 256 * self.share and self._row[request] < self.in_a_row:
+                kind = self.KINDS[drawn[1] % len(self.KINDS)]
+            self._row[request] = self._row[request] + 1 if kind else 0
+            if kind:
+                self.faults[kind] += 1
+            return kind
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(b"")
+
+    do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+    def _answer(self, body: bytes) -> None:
+        fault = self.proxy.fault(self.command, self.path, self.headers.get("Range", ""))
+        if fault in ("throttled", "refused"):
+            status, text = (503, THROTTLED) if fault == "throttled" else (403, REFUSED)
+            self._send(status, {"Content-Type": "application/xml", "Content-Length": str(len(text))}, text)
+        elif fault == "reset":
+            self._cut()
+        else:
+            status, headers, data = self._forward(body)
+            if fault == "cut" or self.proxy.hold is not None:
+                self._send(status, headers, data[: len(data) // 2])
+                if fault == "cut":
+                    self._cut()
+                elif self.proxy.hold is not None:
+                    self.proxy.hold.wait(30)
+                    with contextlib.suppress(OSError):
+                        self.wfile.write(data[len(data) // 2 :])
+            else:
+                self._send(status, headers, data)
+
+    def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(*self.proxy.upstream, timeout=30)
+        try:
+            connection.request(self.command, self.path, body or None, dict(self.headers.items()))
+            response = connection.getresponse()
+            data = response.read()
+        finally:
+            connection.close()
+        dropped = ("connection", "transfer-encoding", "content-length", "date", "server")
+        headers = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
+        length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        return response.status, {**headers, "Content-Length": length or "0"}, data
+
+    def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _cut(self) -> None:
+        self.wfile.flush()
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[tuple[str, int]]:
+    """Host and port of an S3-compatible server with nothing in it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield host, port
+    finally:
+        server.stop()
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """How a process is told of a store: nothing of this is in a job."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+
+
+def upload(host: str, port: int, folder: Path, bucket: str) -> None:
+    """All files below a folder."""
+    import boto3
+
+    store = boto3.client(
+        "s3", endpoint_url=f"http://{host}:{port}", aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
+    )
+    store.create_bucket(Bucket=bucket)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            store.put_object(Bucket=bucket, Key=str(path.relative_to(folder)), Body=path.read_bytes())
