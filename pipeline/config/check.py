@@ -148,7 +148,23 @@ def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int
             checker.say(f"{key}.{name}", cause, f"take at most {train.lr:g}")
     if train.eval_resize < 1:
         checker.say(f"{key}.eval_resize", f"{train.eval_resize:g} makes images smaller than the crop", "take 1 or more")
+    _order(checker, key, train)
     _crop(checker, f"{key}.augment", train.augment)
+
+
+def _order(checker: _Checker, key: str, train: TrainConfig) -> None:
+    """Variants of an epoch's order that exclude each other, or do not fit the global batch."""
+    if train.balance and train.order == "windowed":
+        cause = "classes cannot be balanced within windows: a rare class's few images lie in few shards"
+        checker.say(f"{key}.balance", cause, "order: global, or balance: 0")
+    batch, repeats = train.global_batch, train.repeats
+    if batch % repeats:
+        divisors = ", ".join(str(one) for one in range(1, min(2 * repeats, max(1, batch // 2)) + 1) if batch % one == 0)
+        cause = f"a global batch of {batch} images cannot hold each of its images {repeats} times"
+        checker.say(f"{key}.repeats", cause, f"take one of {divisors}, or another global_batch")
+    elif repeats > 1 and repeats == batch:
+        cause = f"all {batch} images of a step would be views of a single one"
+        checker.say(f"{key}.repeats", cause, "take fewer, or a larger global_batch")
 
 
 def _pairs(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -> None:

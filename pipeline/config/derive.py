@@ -81,9 +81,15 @@ def batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     return micro, share // micro
 
 
+def steps_per_epoch(train: TrainConfig, images: int) -> int:
+    """Optimizer steps of an epoch on ``images`` training images, each shown ``repeats`` times (balanced: on average); the
+    last, incomplete batch is dropped."""
+    return images * train.repeats // train.global_batch
+
+
 def steps(train: TrainConfig, images: int) -> int:
-    """Optimizer steps of a stage on ``images`` training images; the last, incomplete batch of an epoch is dropped."""
-    total = train.epochs * (images // train.global_batch)
+    """Optimizer steps of a stage on ``images`` training images."""
+    total = train.epochs * steps_per_epoch(train, images)
     return min(total, train.max_steps) if train.max_steps is not None else total
 
 

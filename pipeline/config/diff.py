@@ -15,7 +15,7 @@ MISSING = "(not there)"
 # Keys, without the section in front, that change how a stage runs or reports, but not what it computes.
 TRAIN_ALLOWED = {
     "log_steps", "eval_epochs", "eval_resize", "keep_checkpoints", "checkpoint_steps", "micro_batch", "zero_stage", "recipe",
-    "on_mismatch",
+    "on_mismatch", "on_bad_sample",
 }  # fmt: skip
 EVALUATE_ALLOWED = {"batch"}
 MODEL_ALLOWED = {"activations", "stored_columns"}

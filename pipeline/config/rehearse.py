@@ -121,6 +121,7 @@ def _training(changes: _Changes, job: Job, stage: str, sizes: dict[int, int]) ->
     changes.set(f"{key}.max_steps", STEPS)
     changes.set(f"{key}.warmup_epochs", min(train.warmup_epochs, 0.2))
     changes.set(f"{key}.global_batch", GLOBAL_BATCH)
+    changes.set(f"{key}.repeats", min(train.repeats, 2))  # a divisor of it
     changes.set(f"{key}.micro_batch", MICRO_BATCH)
     changes.set(f"{key}.eval_epochs", 1.0)
     changes.set(f"{key}.log_steps", 1)

@@ -11,6 +11,7 @@ from pipeline.config.derive import (
     stage_config,
     stage_names,
     steps,
+    steps_per_epoch,
     train_config,
 )
 from pipeline.config.machine import cores, device, gpus, loader_threads, threads, world_size
@@ -30,6 +31,7 @@ __all__ = [
     "stage_config",
     "stage_names",
     "steps",
+    "steps_per_epoch",
     "threads",
     "train_config",
     "world_size",

@@ -64,6 +64,9 @@ class ClusterConfig(Section):
     loader_threads: PositiveInt | Literal["auto"] = Field(
         "auto", description="Image decoding threads of each process. 'auto': cores / processes, at most 16."
     )
+    prefetch_mib: PositiveInt = Field(
+        512, description="Most memory of each process for batches read ahead (MiB); two are, even where they need more."
+    )
 
 
 class GenerateConfig(Section):
@@ -137,6 +140,29 @@ class TrainConfig(Section):
     global_batch: PositiveInt = Field(1024, description="Images an optimizer step, over all processes.")
     micro_batch: PositiveInt | Literal["auto"] = Field(
         "auto", description="Images a process computes at once; 'auto': global_batch / processes. The rest is accumulation."
+    )
+    order: Literal["global", "windowed"] = Field(
+        "global",
+        description="Shuffling of an epoch: 'global' over all images; 'windowed', for cold storage: the shards, and the images "
+        "within `window_shards` of them.",
+    )
+    window_shards: PositiveInt = Field(
+        16, description="With order 'windowed': shards whose images are mixed, and must be near, at a time (shards)."
+    )
+    repeats: PositiveInt = Field(
+        1,
+        description="Repeated augmentation: views of each image in a global batch. An epoch is so many times as long: 300 "
+        "epochs of timm with 3 repeats are 100 here.",
+    )
+    balance: Fraction = Field(
+        0.0,
+        description="Class-balanced sampling: a class of n images is shown in proportion to n^(1-balance). 0: as the data is, "
+        "0.5: square-root sampling, 1: every class equally often.",
+    )
+    on_bad_sample: Literal["stop", "replace"] = Field(
+        "stop",
+        description="When a prepared image cannot be read: stop, naming file and row, or train on another image in its place "
+        "and count it (`data/replaced_samples`).",
     )
     supervision: bool = Field(True, description="Intermediate supervision (compound loss); false: one plain head.")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="Arithmetic of the network; masters are always fp32.")

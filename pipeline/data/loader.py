@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from itertools import count
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from pipeline.config.schema import AugmentConfig
 from pipeline.data.augment import EvalTransform, TrainTransform
 from pipeline.data.decode import Image
 from pipeline.data.format import Split
-from pipeline.data.order import Order
-from pipeline.data.ring import PREFETCH, Batch, Plan, Ring, Write
+from pipeline.data.order import GlobalOrder, Order
+from pipeline.data.replacement import BAD_SAMPLE, StandIns, explain
+from pipeline.data.ring import PREFETCH_BYTES, Batch, Plan, Ring, Write
 from pipeline.errors import ConfigError, DataError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
@@ -35,6 +36,17 @@ class _Loader:
     def data_wait(self) -> float:
         """Seconds that the consumer has waited for images so far."""
         return self._ring.data_wait
+
+    @property
+    def replaced_samples(self) -> int:
+        """Images of this rank's batches so far that stand in for ones that cannot be read."""
+        return self._ring.replaced
+
+    def new_reasons(self) -> list[str]:
+        """File, row and cause of a few of those replaced since it was last asked."""
+        reasons = list(self._ring.reasons)
+        self._ring.reasons.clear()
+        return reasons
 
     def close(self) -> None:
         """End the threads; the loader is of no use afterwards."""
@@ -54,11 +66,14 @@ class TrainLoader(_Loader):
     of ranks; each rank takes its contiguous share of it, as consecutive micro batches. The last partial batch is dropped.
 
     Args:
-        image_size: side of the square images (pixels). global_batch, micro_batch: images. prefetch: batches ahead.
+        image_size: side of the square images (pixels). global_batch, micro_batch: images.
         start_step: global optimizer step to begin with.
+        order: of the split's samples; by default a permutation of all of them. prefetch_bytes: of batches in memory.
+        on_bad_sample: what happens where an image cannot be read: 'stop' raises, 'replace' takes another one (`StandIns`),
+            augmented with the same random numbers; its place's sample and label are then those of the other one.
     Raises:
         ConfigError: the global batch cannot be divided so. DataError: fewer images than one global batch; or, while
-        iterating, an image that cannot be decoded.
+        iterating, an image that cannot be read.
     """
 
     def __init__(
@@ -74,24 +89,27 @@ class TrainLoader(_Loader):
         world_size: int = 1,
         threads: int = 1,
         start_step: int = 0,
-        prefetch: int = PREFETCH,
+        order: Order | None = None,
+        on_bad_sample: Literal["stop", "replace"] = "stop",
+        prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
+        self._order = GlobalOrder(len(split), seed) if order is None else order
         if global_batch % (world_size * micro_batch):
             raise ConfigError(
                 f"a global batch of {global_batch} images is no multiple of {world_size} processes x {micro_batch} images",
                 remedy="change global_batch or micro_batch",
             )
-        if len(split) < global_batch:
+        if self._order.length < global_batch:
             raise DataError(
-                f"{len(split)} training images are fewer than one global batch of {global_batch}",
+                f"{self._order.length} training images are fewer than one global batch of {global_batch}",
                 place=str(split.directory),
                 remedy="lower global_batch, or add images",
             )
         self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
-        self.steps_per_epoch = len(split) // global_batch
-        self._split, self._order = split, Order(len(split), seed)
-        self._transform = TrainTransform(image_size, augment, seed)
-        self._ring = Ring(split, micro_batch, image_size, threads, prefetch)
+        self.steps_per_epoch = self._order.length // global_batch
+        self._split, self._transform = split, TrainTransform(image_size, augment, seed)
+        self._stand_ins = StandIns(self._order, seed, global_batch) if on_bad_sample == "replace" else None
+        self._ring = Ring(split, micro_batch, image_size, threads, prefetch_bytes)
         self._batches = self._ring.run(self._plans(start_step))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -108,16 +126,28 @@ class TrainLoader(_Loader):
             epoch, batch = divmod(step, self.steps_per_epoch)
             first = batch * self.global_batch + self.rank * share
             for start in range(first, first + share, self.micro_batch):
-                samples = self._order.indices(epoch, start, start + self.micro_batch)
+                views = self._order.indices(epoch, start, start + self.micro_batch)
                 positions = np.arange(start, start + self.micro_batch, dtype=np.int64)
-                yield Plan(samples, positions, epoch, step, self._writer(epoch, samples))
+                replaced: list[str] = []
+                samples = views % self._order.num_samples
+                write = self._writer(epoch, samples, views, start, replaced)
+                yield Plan(samples, views, positions, epoch, step, write, replaced)
 
-    def _writer(self, epoch: int, samples: NDArray[np.int64]) -> Write:
-        draws = self._transform.draws(epoch, samples)
-        images, transform, numbers = self._split.image, self._transform, samples.tolist()
+    def _writer(
+        self, epoch: int, samples: NDArray[np.int64], views: NDArray[np.int64], start: int, replaced: list[str]
+    ) -> Write:
+        draws = self._transform.draws(epoch, views)
+        images, transform, numbers, stand_ins = self._split.image, self._transform, samples.tolist(), self._stand_ins
 
         def write(i: int, out: Image) -> None:
-            transform(images(numbers[i]), draws[i], out)
+            try:
+                transform(images(numbers[i]), draws[i], out)
+            except BAD_SAMPLE as cause:
+                bad = explain(cause, self._split, numbers[i])
+                if stand_ins is None or not isinstance(bad, DataError):
+                    raise
+                samples[i] = stand_ins.write(epoch, start + i, bad, lambda other: transform(images(other), draws[i], out))
+                replaced.append(f"{bad.place}: {bad.cause}")
 
         return write
 
@@ -143,7 +173,7 @@ class EvalLoader(_Loader):
         rank: int = 0,
         world_size: int = 1,
         threads: int = 1,
-        prefetch: int = PREFETCH,
+        prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
         bounds = [len(split) * r // world_size for r in range(world_size + 1)]
         self._split, self._batch, self._bounds = split, batch, (bounds[rank], bounds[rank + 1])
@@ -151,7 +181,7 @@ class EvalLoader(_Loader):
         self.num_batches = math.ceil(self.num_images / batch)
         self.max_batches = max(math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size))
         self._transform = EvalTransform(image_size, resize)
-        self._ring = Ring(split, batch, image_size, threads, prefetch)
+        self._ring = Ring(split, batch, image_size, threads, prefetch_bytes)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -163,7 +193,7 @@ class EvalLoader(_Loader):
         first, last = self._bounds
         for step, start in enumerate(range(first, last, self._batch)):
             samples = np.arange(start, min(start + self._batch, last), dtype=np.int64)
-            yield Plan(samples, samples, 0, step, self._writer(start))
+            yield Plan(samples, samples, samples, 0, step, self._writer(start))
 
     def _writer(self, first: int) -> Write:
         def write(i: int, out: Image) -> None:

@@ -1,74 +1,203 @@
-"""The order of an epoch: a permutation of the samples as a pure function of (seed, epoch, position), with no table."""
+"""The order of an epoch: which view of which sample is at which place, as a pure function of (seed, epoch, position).
+
+Nothing is kept from one place to the next, so that any process can begin anywhere, and the global batches are the same
+whatever the number of processes. A *view* is one showing of a sample in an epoch: the number sample + k * num_samples for
+the k-th (from 0). Augmentation is keyed by it; where no sample comes twice in an epoch, views are samples.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.hashing import GOLDEN, MASK, key_of, mix, mix_array
+from pipeline.config.schema import TrainConfig
+from pipeline.data.format import PreparedDataset
+from pipeline.data.hashing import GOLDEN, key_of, mix_array
+from pipeline.data.permutation import ROUNDS, permute, permute_one, round_keys
 
-ROUNDS = 8
+Views = NDArray[np.int64]
 
 
-class Order:
-    """A keyed permutation of [0, num_samples) for every epoch; any position in O(1) time and memory.
+class Order(ABC):
+    """The places [0, length) of every epoch, over ``num_samples`` samples."""
 
-    A Feistel network on the grid ``rows x columns`` that just holds the samples (each round adds a hash of one coordinate
-    to the other, modulo its size) is a bijection of the grid; positions that leave [0, num_samples) are sent round again
-    until they are back inside (cycle walking; Black and Rogaway: Ciphers with Arbitrary Finite Domains, 2002).
-    Fewer than ``rows`` cells lie outside, so that a second walk is rare.
-    """
+    num_samples: int
+    length: int
+
+    def index(self, epoch: int, position: int) -> int:
+        """The view at ``position`` of ``epoch``."""
+        return int(self.indices(epoch, position, position + 1)[0])
+
+    def indices(self, epoch: int, start: int, stop: int) -> Views:
+        """The views at positions [start, stop) of ``epoch``: int64, shape (stop - start,). Raises IndexError outside."""
+        if not 0 <= start <= stop <= self.length:
+            raise IndexError(f"positions {start} to {stop} of {self.length}")
+        return self._views(epoch, start, stop) if start < stop else np.zeros(0, dtype=np.int64)
+
+    @abstractmethod
+    def _views(self, epoch: int, start: int, stop: int) -> Views:
+        """`indices`, of a range that is there and not empty."""
+
+
+class GlobalOrder(Order):
+    """A permutation of all samples; O(1) memory."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
         if num_samples < 1:
             raise ValueError("an order needs at least one sample")
-        self.num_samples, self.seed = num_samples, seed
-        self.rows = math.isqrt(num_samples - 1) + 1
-        self.columns = -(-num_samples // self.rows)
+        self.num_samples = self.length = num_samples
+        self.seed = seed
 
     def index(self, epoch: int, position: int) -> int:
-        """The sample at ``position`` of ``epoch``."""
-        if not 0 <= position < self.num_samples:
-            raise IndexError(f"position {position} of {self.num_samples} samples")
-        keys = _round_keys(self.seed, epoch)
-        cell = position
-        while True:
-            row, column = divmod(cell, self.columns)
-            for number, key in enumerate(keys):
-                if number % 2 == 0:
-                    row = (row + mix((column * GOLDEN + key) & MASK)) % self.rows
-                else:
-                    column = (column + mix((row * GOLDEN + key) & MASK)) % self.columns
-            cell = row * self.columns + column
-            if cell < self.num_samples:
-                return cell
+        if not 0 <= position < self.length:
+            raise IndexError(f"position {position} of {self.length}")
+        return permute_one(position, self.num_samples, round_keys("order", self.seed, epoch))
 
-    def indices(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at positions [start, stop) of ``epoch``: int64, shape (stop - start,)."""
-        if not 0 <= start <= stop <= self.num_samples:
-            raise IndexError(f"positions {start} to {stop} of {self.num_samples} samples")
-        cells = np.arange(start, stop, dtype=np.uint64)
-        outside = np.ones(len(cells), dtype=bool)
-        while outside.any():
-            cells[outside] = self._encrypt(cells[outside], epoch)
-            outside = cells >= self.num_samples
-        return cells.astype(np.int64)
-
-    def _encrypt(self, cells: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
-        rows, columns, golden = np.uint64(self.rows), np.uint64(self.columns), np.uint64(GOLDEN)
-        row, column = cells // columns, cells % columns
-        for number, key in enumerate(_round_keys(self.seed, epoch)):
-            # The hash is reduced first: the plain sum could pass 2**64, which integers do not mind and uint64 does.
-            if number % 2 == 0:
-                row = (row + mix_array(column * golden + np.uint64(key)) % rows) % rows
-            else:
-                column = (column + mix_array(row * golden + np.uint64(key)) % columns) % columns
-        return row * columns + column
+    def _views(self, epoch: int, start: int, stop: int) -> Views:
+        return permute(_cells(start, stop), _size(self.num_samples), round_keys("order", self.seed, epoch))
 
 
-@functools.lru_cache(maxsize=16)
-def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(key_of("order", seed, epoch, number) for number in range(ROUNDS))
+class WindowedOrder(Order):
+    """For cold storage: a permutation of the shards, and of the samples within each window of ``window_shards`` of them.
+
+    Every epoch is a permutation of all samples. Places [starts[w], starts[w + 1]) of an epoch need the shards of its window
+    w alone, so that those are all that must be near. O(number of shards) memory.
+
+    Args:
+        shard_rows: samples of each shard, in the order in which they are numbered.
+    """
+
+    def __init__(self, shard_rows: Sequence[int], seed: int, window_shards: int) -> None:
+        self.rows = np.asarray(shard_rows, dtype=np.int64)
+        if window_shards < 1 or len(self.rows) == 0 or self.rows.min() < 1:
+            raise ValueError("a windowed order needs shards, none of them empty, and windows of at least one")
+        self.num_samples = self.length = int(self.rows.sum())
+        self.seed, self.window_shards = seed, window_shards
+        self._first = np.cumsum(self.rows) - self.rows  # sample with which each shard begins
+        self._shards = GlobalOrder(len(self.rows), key_of("shards", seed))
+        self._newest: tuple[int, Views, Views] | None = None
+
+    def shards(self, epoch: int) -> Views:
+        """The shards in the order in which ``epoch`` reads them: int64 (number of shards,). Window w is the slice
+        [w * window_shards, (w + 1) * window_shards)."""
+        return self._plan(epoch)[1]
+
+    def _plan(self, epoch: int) -> tuple[int, Views, Views]:
+        """(epoch, its shards, the place at which each begins, and the end); several threads may ask."""
+        if (newest := self._newest) is None or newest[0] != epoch:
+            shards = self._shards.indices(epoch, 0, len(self.rows))
+            newest = self._newest = epoch, shards, np.concatenate([[0], np.cumsum(self.rows[shards])])
+        return newest
+
+    def _views(self, epoch: int, start: int, stop: int) -> Views:
+        _, shards, begins = self._plan(epoch)
+        parts: list[Views] = []
+        while start < stop:
+            window = (int(np.searchsorted(begins, start, side="right")) - 1) // self.window_shards
+            low = window * self.window_shards
+            high = min(low + self.window_shards, len(shards))
+            begin, end = int(begins[low]), int(begins[high])
+            cells, keys = _cells(start - begin, min(stop, end) - begin), round_keys("window", self.seed, epoch, window)
+            places = begin + permute(cells, _size(end - begin), keys)
+            turn = low + np.searchsorted(begins[low : high + 1], places, side="right") - 1
+            parts.append(self._first[shards[turn]] + places - begins[turn])
+            start = end
+        return np.concatenate(parts)
+
+
+class BalancedOrder(Order):
+    """Classes in shares of n_c^(1 - balance), for a class of n_c samples, in an epoch of as many places as there are samples.
+
+    That is the sampling p_j ~ n_j^q of Kang et al. (Decoupling Representation and Classifier, ICLR 2020, eq. 1) with
+    q = 1 - balance: 1 shows every class equally often, 0.5 is the square-root sampling of Mahajan et al. (Exploring the
+    Limits of Weakly Supervised Pretraining, 2018). A class's places in an epoch are its share rounded up or down, right on
+    average over the epochs (systematic sampling, Madow 1949). They show each of its samples equally often, up to
+    one: permuted anew for every round through the class. O(num_samples) memory, 4 bytes a sample.
+
+    Args:
+        labels: int64 (num_samples,).
+        balance: in [0, 1].
+    """
+
+    def __init__(self, labels: NDArray[np.int64], seed: int, balance: float) -> None:
+        if len(labels) == 0 or not 0 <= balance <= 1:
+            raise ValueError("a balanced order needs samples, and a balance from 0 to 1")
+        self.num_samples = self.length = len(labels)
+        self.seed = seed
+        narrow = np.uint32 if len(labels) < 1 << 32 else np.int64
+        self._members = np.argsort(labels, kind="stable").astype(narrow)  # the samples of the first class, the second, ...
+        _, first, counts = np.unique(labels[self._members], return_index=True, return_counts=True)
+        self._first, self._counts = first.astype(np.int64), counts.astype(np.int64)
+        weights = counts.astype(np.float64) ** (1 - balance)
+        self._shares = np.cumsum(weights)[:-1] / weights.sum()
+
+    def _bounds(self, epoch: int) -> NDArray[np.int64]:
+        """Class c (of those that have samples) has the cells [bounds[c], bounds[c + 1]) of an epoch."""
+        offset = key_of("classes", self.seed, epoch) * 2.0**-64
+        inner = np.ceil(self.length * self._shares - offset).astype(np.int64).clip(0, self.length)
+        return np.concatenate([[0], inner, [self.length]])
+
+    def _views(self, epoch: int, start: int, stop: int) -> Views:
+        bounds = self._bounds(epoch)
+        places = permute(_cells(start, stop), _size(self.length), round_keys("places", self.seed, epoch))
+        classes = np.searchsorted(bounds, places, side="right") - 1
+        rounds, cells = np.divmod(places - bounds[classes], self._counts[classes])
+        streams = mix_array(classes.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key_of("members", self.seed, epoch)))
+        streams = mix_array(streams + rounds.astype(np.uint64) * np.uint64(GOLDEN))
+        keys = mix_array(streams + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN))
+        members = permute(cells.astype(np.uint64), self._counts[classes].astype(np.uint64), keys)
+        views: Views = self._members[self._first[classes] + members].astype(np.int64) + rounds * self.num_samples
+        return views
+
+
+class RepeatedOrder(Order):
+    """Repeated augmentation (Hoffer et al. 2020: Augment Your Batch; Berman et al. 2019: MultiGrain): every place of another
+    order ``repeats`` times, as different views, all in one global batch.
+
+    A global batch holds global_batch / repeats places of the other order, first each once, then each again, and so on: the
+    repeats of a sample lie far apart, so that mixup pairs different samples and processes get different ones, as with
+    timm's RepeatAugSampler, but whatever their number. An epoch is ``repeats`` times as long as the other order's: every
+    sample counts, where timm ends an epoch after one repeat-th of them.
+    """
+
+    def __init__(self, order: Order, repeats: int, global_batch: int) -> None:
+        if repeats < 1 or global_batch % repeats:
+            raise ValueError(f"a global batch of {global_batch} cannot hold each of its samples {repeats} times")
+        self.order, self.repeats, self.global_batch = order, repeats, global_batch
+        self.num_samples, self.length = order.num_samples, order.length * repeats
+
+    def _views(self, epoch: int, start: int, stop: int) -> Views:
+        batch, inside = np.divmod(np.arange(start, stop, dtype=np.int64), self.global_batch)
+        different = self.global_batch // self.repeats
+        first = batch * different
+        repeat, offset = np.divmod(inside, np.minimum(different, self.order.length - first))  # the last batch may be smaller
+        places = first + offset
+        low, high = int(places.min()), int(places.max()) + 1
+        earlier, samples = np.divmod(self.order.indices(epoch, low, high)[places - low], self.num_samples)
+        views: Views = samples + (earlier * self.repeats + repeat) * self.num_samples
+        return views
+
+
+def order_of(config: TrainConfig, data: PreparedDataset, seed: int) -> Order:
+    """The order in which a training stage reads the split "train"."""
+    split = data.split("train")
+    order: Order
+    if config.balance > 0:
+        order = BalancedOrder(split.labels, seed, config.balance)
+    elif config.order == "windowed":
+        rows = [int(shard["rows"]) for shard in data.description["splits"]["train"]["shards"]]
+        order = WindowedOrder(rows, seed, config.window_shards)
+    else:
+        order = GlobalOrder(len(split), seed)
+    return RepeatedOrder(order, config.repeats, config.global_batch) if config.repeats > 1 else order
+
+
+def _cells(start: int, stop: int) -> NDArray[np.uint64]:
+    return np.arange(start, stop, dtype=np.uint64)
+
+
+def _size(size: int) -> NDArray[np.uint64]:
+    return np.array([size], dtype=np.uint64)

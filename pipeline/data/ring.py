@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from pipeline.data.decode import Image
 from pipeline.data.format import Split
-from pipeline.errors import DataError
+from pipeline.data.replacement import explain
 
-PREFETCH = 3
+PREFETCH_BYTES = 512 << 20
+AHEAD = (2, 8)  # batches, at least and at most
+LENT = 2  # batches that are the consumer's
+REASONS = 5  # that are kept
 Write = Callable[[int, Image], None]  # decodes and augments the i-th image of a batch into its place
 
 
@@ -27,13 +30,14 @@ class Batch:
     """One micro batch.
 
     images: uint8 (n, H, W, 3), RGB; its memory is used again for the batch after the next one, so copy what is kept longer.
-    labels, samples (dataset indices), positions (places in the epoch): int64 (n,).
+    labels, samples (dataset indices), views (what augmentation is keyed by), positions (places in the epoch): int64 (n,).
     epoch, step: numbers of the epoch and of the global optimizer step, from 0.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     samples: torch.Tensor
+    views: torch.Tensor
     positions: torch.Tensor
     epoch: int
     step: int
@@ -41,13 +45,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch before its pixels: where it is in the epoch, and how to write its images."""
+    """A batch before its pixels: where it is in the epoch, and how to write its images.
+
+    ``write`` may put another sample into ``samples``, and then says in ``replaced`` why.
+    """
 
     samples: NDArray[np.int64]
+    views: NDArray[np.int64]
     positions: NDArray[np.int64]
     epoch: int
     step: int
     write: Write
+    replaced: list[str] = field(default_factory=list)
 
 
 class _Slot:
@@ -71,14 +80,21 @@ class _Slot:
 
 
 class Ring:
-    """Worker threads and the slots that they fill, in the order of the plans."""
+    """Worker threads and the slots that they fill, in the order of the plans.
 
-    def __init__(self, split: Split, batch: int, image_size: int, threads: int, prefetch: int) -> None:
+    Its batches, those that are the consumer's included, take at most ``prefetch_bytes`` of memory, or what `AHEAD` asks for
+    at least. ``data_wait``: seconds that the consumer waited. ``replaced``: the samples replaced in the batches that it has
+    had; ``reasons``: which and why, of the newest of them.
+    """
+
+    def __init__(self, split: Split, batch: int, image_size: int, threads: int, prefetch_bytes: int) -> None:
         cv2.setNumThreads(1)  # our threads are the parallelism
         pin = torch.cuda.is_available()
-        self.split, self.data_wait = split, 0.0
+        self.split, self.data_wait, self.replaced = split, 0.0, 0
+        self.reasons: deque[str] = deque(maxlen=REASONS)
         self._chunk = max(1, min(16, batch // (2 * threads)))
-        self._free = [_Slot(batch, image_size, pin) for _ in range(prefetch + 2)]
+        slots = LENT + batches_ahead(3 * batch * image_size**2, prefetch_bytes)
+        self._free = [_Slot(batch, image_size, pin) for _ in range(slots)]
         self._filling: deque[tuple[Plan, _Slot]] = deque()
         self._lent: deque[_Slot] = deque()
         self._tasks: queue.SimpleQueue[tuple[Plan, _Slot, int, int] | None] = queue.SimpleQueue()
@@ -88,14 +104,14 @@ class Ring:
             thread.start()
 
     def run(self, plans: Iterator[Plan]) -> Iterator[Batch]:
-        """The batches of ``plans``, prefetched; two of them are the consumer's at any time.
+        """The batches of ``plans``, prefetched; `LENT` of them are the consumer's at any time.
 
         Raises:
-            DataError: an image cannot be decoded.
+            DataError: an image cannot be read.
         """
         self._forget_unread()
         while not self._closed:
-            while len(self._lent) > 1:
+            while len(self._lent) >= LENT:
                 self._release(self._lent.popleft())
             while self._free and (plan := next(plans, None)) is not None:
                 self._submit(plan, self._free.pop())
@@ -109,10 +125,11 @@ class Ring:
                 self._free.append(slot)
                 raise slot.error
             self._lent.append(slot)
-            number = len(plan.samples)
+            self.replaced += len(plan.replaced)
+            self.reasons.extend(plan.replaced)
+            samples, views, positions = map(torch.from_numpy, (plan.samples, plan.views, plan.positions))
             labels = torch.from_numpy(self.split.labels[plan.samples])
-            places = torch.from_numpy(plan.samples), torch.from_numpy(plan.positions)
-            yield Batch(slot.images[:number], labels, *places, plan.epoch, plan.step)
+            yield Batch(slot.images[: len(samples)], labels, samples, views, positions, plan.epoch, plan.step)
 
     def close(self) -> None:
         """End the threads; images that are being decoded are finished first."""
@@ -157,18 +174,12 @@ class Ring:
                 try:
                     plan.write(i, slot.pixels[i])
                 except Exception as cause:
-                    error = _explain(cause, self.split, int(plan.samples[i]))
+                    error = explain(cause, self.split, int(plan.samples[i]))
                     break
             slot.finish(stop - start, error)
 
 
-def _explain(cause: Exception, split: Split, sample: int) -> BaseException:
-    if not isinstance(cause, ValueError | OSError | cv2.error):
-        return cause
-    error = DataError(
-        f"the image cannot be decoded: {str(cause).strip()}",
-        place=split.place(sample),
-        remedy="the shard has changed since it was made: delete it and run the prepare stage again",
-    )
-    error.__cause__ = cause
-    return error
+def batches_ahead(batch_bytes: int, prefetch_bytes: int) -> int:
+    """How many batches of ``batch_bytes`` are prepared while the consumer has its own."""
+    least, most = AHEAD
+    return max(least, min(most, prefetch_bytes // batch_bytes - LENT))

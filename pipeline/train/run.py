@@ -16,6 +16,7 @@ from pipeline.config.schema import Job, TrainConfig
 from pipeline.data.device import DeviceAugment
 from pipeline.data.format import PreparedDataset, open_dataset
 from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.order import order_of
 from pipeline.errors import CheckpointError, Interrupted
 from pipeline.model import NetworkSpec
 from pipeline.monitor.recorder import Recorder
@@ -26,6 +27,7 @@ from pipeline.train.group import process_group
 from pipeline.train.integrity import Integrity
 from pipeline.train.masters import Masters
 from pipeline.train.metrics import Metrics
+from pipeline.train.replaced import ReplacedSamples
 from pipeline.train.schedule import Schedule
 from pipeline.train.state import load_initial, restore, save_checkpoint, write_weights
 from pipeline.train.step import Stepper
@@ -137,13 +139,15 @@ def _train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
         engine, masters, schedule, augment, metrics, Integrity(engine.module, config.on_mismatch), job.seed, accumulation,
         device, config.log_steps, run.say, **counts,
     )  # fmt: skip
-    if start < run.total_steps:
+    if manifest is None or start < run.total_steps:  # of a dataset without one whole batch the loader tells
         with TrainLoader(
             run.data.split("train"), seed=job.seed, image_size=config.image_size, augment=config.augment,
             global_batch=config.global_batch, micro_batch=micro, rank=world.rank, world_size=world.size,
-            threads=resolve.loader_threads(job.cluster), start_step=start,
+            threads=resolve.loader_threads(job.cluster), start_step=start, order=order_of(config, run.data, job.seed),
+            on_bad_sample=config.on_bad_sample, prefetch_bytes=job.cluster.prefetch_mib << 20,
         ) as loader:  # fmt: skip
-            _loop(run, stepper, loader, start, StopAgreement(stop))
+            replaced = ReplacedSamples(loader, manifest.state.get("replaced_samples", 0) if manifest else 0, device)
+            _loop(run, stepper, loader, replaced, start, StopAgreement(stop))
     return _finish(run, spec)
 
 
@@ -163,7 +167,9 @@ def _finish(run: Run, spec: NetworkSpec) -> dict[str, float]:
     return figures
 
 
-def _loop(run: Run, stepper: Stepper, loader: TrainLoader, start: int, agreement: StopAgreement) -> None:
+def _loop(
+    run: Run, stepper: Stepper, loader: TrainLoader, replaced: ReplacedSamples, start: int, agreement: StopAgreement
+) -> None:
     config, total, per_epoch = run.config, run.total_steps, loader.steps_per_epoch
     evaluate_every = max(1, round(config.eval_epochs * per_epoch))
     checkpoint_every = config.checkpoint_steps or per_epoch
@@ -174,7 +180,7 @@ def _loop(run: Run, stepper: Stepper, loader: TrainLoader, start: int, agreement
         stepper.run(step, loader)
         done, last = step + 1, step + 1 == total
         if done % config.log_steps == 0 or last:
-            _log(run, stepper, clock, done, per_epoch)
+            _log(run, stepper, clock, replaced, done, per_epoch)
             stepper.set_widths()
         if done % evaluate_every == 0 or last:
             with clock.paused():
@@ -182,23 +188,27 @@ def _loop(run: Run, stepper: Stepper, loader: TrainLoader, start: int, agreement
         stopping = agreement.after_step() and not last
         if done % checkpoint_every == 0 or last or stopping:
             with clock.paused():
-                _checkpoint(run, stepper, done, last)
+                _checkpoint(run, stepper, replaced, done, last)
         if stopping:
             agreement.close()
             raise Interrupted(f"{run.stage} stopped after step {done} of {total}", remedy="the same command goes on from there")
     agreement.close()
 
 
-def _log(run: Run, stepper: Stepper, clock: Clock, done: int, per_epoch: int) -> None:
+def _log(run: Run, stepper: Stepper, clock: Clock, replaced: ReplacedSamples, done: int, per_epoch: int) -> None:
     scalars = stepper.metrics.read()
     largest, findings = stepper.integrity.summary(scalars["reversible/mismatched_elements"] > 0)
     for finding in findings:
         run.say(f"up to step {done}, trained regardless (on_mismatch: warn): {finding}", "warning")
+    replaced_samples = replaced.count()
+    for reason in replaced.new_reasons():
+        run.say(f"up to step {done}, another image in its place (on_bad_sample: replace): {reason}", "warning")
     scalars |= {
         "optim/lr": stepper.schedule(done - 1),
         "optim/skipped_steps": float(done - stepper.applied),
         "reversible/repeated_steps": float(stepper.repeated),
         "reversible/largest_value": largest,
+        "data/replaced_samples": float(replaced_samples),
         "memory/rss_mib": psutil.Process().memory_info().rss / 2**20,
         **clock.rates(done),
     }
@@ -236,11 +246,12 @@ def _evaluate(run: Run, stepper: Stepper, done: int) -> dict[str, float]:
     return {"step": done, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
 
 
-def _checkpoint(run: Run, stepper: Stepper, done: int, last: bool) -> None:
+def _checkpoint(run: Run, stepper: Stepper, replaced: ReplacedSamples, done: int, last: bool) -> None:
     state = {
         "identity": run.identity(stepper.engine.module.spec),
         "optimizer_steps": stepper.applied,
         "repeated_steps": stepper.repeated,
+        "replaced_samples": replaced.count(),
         "metrics": stepper.metrics.state(),
         "history": run.history,
         "figures": run.figures,

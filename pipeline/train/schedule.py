@@ -25,7 +25,7 @@ class Schedule:
         with ``global_batch``."""
         scale = config.global_batch / config.lr_batch
         total = resolve.steps(config, images)
-        warmup = min(round(config.warmup_epochs * (images // config.global_batch)), total - 1)
+        warmup = min(round(config.warmup_epochs * resolve.steps_per_epoch(config, images)), total - 1)
         return cls(config.lr * scale, config.min_lr * scale, config.warmup_lr * scale, warmup, total)
 
     def __call__(self, step: int) -> float:

@@ -74,12 +74,12 @@ class Stepper:
         network = self.engine.module
         for _ in range(self.accumulation):
             batch = next(batches)
-            images, labels, samples, positions = (
+            images, labels, views, positions = (
                 tensor.to(self.device, non_blocking=True)
-                for tensor in (batch.images, batch.labels, batch.samples, batch.positions)
+                for tensor in (batch.images, batch.labels, batch.views, batch.positions)
             )
-            prepared = self.augment(images, labels, samples, positions, batch.epoch)
-            draws = uniform(self.seed, batch.epoch, samples, "drop_path", network.uniforms) if network.uniforms else None
+            prepared = self.augment(images, labels, views, positions, batch.epoch)
+            draws = uniform(self.seed, batch.epoch, views, "drop_path", network.uniforms) if network.uniforms else None
             out = self.engine(prepared.images, draws)
             loss = compound_terms(out, prepared.image01, prepared.targets)
             self.engine.backward(loss.total)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.format import PreparedDataset, Split
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
+from pipeline.data.order import BalancedOrder, GlobalOrder, Order, RepeatedOrder, WindowedOrder
+from pipeline.data.ring import AHEAD, LENT, Ring, batches_ahead
 from pipeline.errors import ConfigError, DataError
 from tests.data.making import make_dataset
 
@@ -23,15 +30,31 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
     return make_dataset(tmp_path_factory.mktemp("set"), {"train": 101, "validation": 53}, shard_rows=40)
 
 
+def unequal(split: Split) -> BalancedOrder:
+    """Balanced as if one class had most of the images."""
+    return BalancedOrder(np.minimum(split.labels, np.arange(len(split)) // 30), 3, 0.8)
+
+
+ORDERS: dict[str, Callable[[Split], Order]] = {
+    "global": lambda split: GlobalOrder(len(split), 3),
+    "windowed": lambda split: WindowedOrder([40, 40, 21], 3, 2),
+    "balanced": unequal,
+    "repeated": lambda split: RepeatedOrder(GlobalOrder(len(split), 3), 3, 24),
+    "windowed, repeated": lambda split: RepeatedOrder(WindowedOrder([40, 40, 21], 3, 2), 2, 24),
+    "balanced, repeated": lambda split: RepeatedOrder(unequal(split), 4, 24),
+}
+every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS))
+
+
 def loader(split: Split, **changes: Any) -> TrainLoader:
     settings: dict[str, Any] = {"seed": 3, "image_size": 32, "augment": AugmentConfig(), "global_batch": 24, "micro_batch": 24}
-    settings |= {"threads": 2, "prefetch": 2}
+    settings |= {"threads": 2}
     return TrainLoader(split, **(settings | changes))
 
 
 def take(source: TrainLoader, batches: int) -> list[Batch]:
     with source:
-        return [Batch(b.images.clone(), b.labels, b.samples, b.positions, b.epoch, b.step) for b in islice(source, batches)]
+        return [replace(batch, images=batch.images.clone()) for batch in islice(source, batches)]
 
 
 def by_step(batches: list[Batch]) -> dict[int, dict[int, tuple[int, int, bytes]]]:
@@ -43,8 +66,10 @@ def by_step(batches: list[Batch]) -> dict[int, dict[int, tuple[int, int, bytes]]
     return steps
 
 
-def test_the_number_of_threads_changes_nothing(dataset: PreparedDataset) -> None:
-    runs = [by_step(take(loader(dataset.split("train"), threads=threads), 9)) for threads in (1, 2, 8)]
+@every_order
+def test_the_number_of_threads_changes_nothing(dataset: PreparedDataset, order: Callable[[Split], Order]) -> None:
+    split = dataset.split("train")
+    runs = [by_step(take(loader(split, order=order(split), threads=threads), 9)) for threads in (1, 2, 8)]
     assert runs[0] == runs[1] == runs[2] and len(runs[0]) == 9
 
 
@@ -65,11 +90,55 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches(
     assert merged == expected
 
 
-def test_a_resumed_run_sees_the_same_images(dataset: PreparedDataset) -> None:
+@every_order
+def test_a_resumed_run_sees_the_same_images_on_other_ranks_too(
+    dataset: PreparedDataset, order: Callable[[Split], Order]
+) -> None:
     split = dataset.split("train")
-    whole = by_step(take(loader(split), 11))
-    resumed = by_step(take(loader(split, start_step=5), 6))
+    whole = by_step(take(loader(split, order=order(split)), 11))
+    resumed = by_step(take(loader(split, order=order(split), start_step=5), 6))
     assert resumed == {step: whole[step] for step in range(5, 11)}
+    ranks: dict[int, dict[int, tuple[int, int, bytes]]] = {}
+    for rank in range(2):
+        changes = {"order": order(split), "start_step": 7, "world_size": 2, "rank": rank, "micro_batch": 6}
+        for step, images in by_step(take(loader(split, **changes), 8)).items():
+            ranks.setdefault(step, {}).update(images)
+    assert ranks == {step: whole[step] for step in range(7, 11)}
+
+
+@given(st.sampled_from(list(ORDERS)), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4), st.integers(0, 40), st.data())
+@settings(max_examples=40, deadline=None)
+def test_plans_of_any_world_from_any_step_are_the_order_cut(
+    dataset: PreparedDataset, name: str, world_size: int, parts: int, start: int, data: st.DataObject
+) -> None:
+    split = dataset.split("train")
+    order, share = ORDERS[name](split), 24 // world_size
+    micro = data.draw(st.sampled_from([size for size in range(1, share + 1) if share % size == 0]))
+    seen: dict[int, list[int]] = {}
+    for rank in range(world_size):
+        changes = {"order": order, "world_size": world_size, "rank": rank, "micro_batch": micro, "start_step": start}
+        with loader(split, threads=1, image_size=8, **changes) as source:
+            for plan in islice(source._plans(start), parts * share // micro):
+                assert np.array_equal(plan.samples, plan.views % len(split))
+                seen.setdefault(plan.step, []).extend(plan.views.tolist())
+    assert sorted(seen) == list(range(start, start + parts))
+    for step, views in seen.items():
+        epoch, batch = divmod(step, order.length // 24)
+        assert views == order.indices(epoch, 24 * batch, 24 * (batch + 1)).tolist()
+
+
+def test_repeats_show_a_sample_augmented_differently(dataset: PreparedDataset) -> None:
+    split = dataset.split("train")
+    order = RepeatedOrder(GlobalOrder(len(split), 3), 3, 24)
+    source = loader(split, order=order)
+    assert source.steps_per_epoch == 3 * 101 // 24
+    batch = take(source, 1)[0]
+    shown: dict[int, set[bytes]] = {}
+    for sample, image in zip(batch.samples.tolist(), batch.images, strict=True):
+        shown.setdefault(sample, set()).add(image.numpy().tobytes())
+    assert len(shown) == 8 and all(len(pixels) == 3 for pixels in shown.values())
+    once = take(loader(split, global_batch=8, micro_batch=8), 1)[0]
+    assert torch.equal(batch.images[:8], once.images)  # the first views are those of an order without repeats
 
 
 def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(dataset: PreparedDataset) -> None:
@@ -109,7 +178,7 @@ def test_evaluation_can_be_repeated_and_broken_off(dataset: PreparedDataset) -> 
 
 
 def test_a_batch_stays_while_the_next_one_is_used(dataset: PreparedDataset) -> None:
-    with loader(dataset.split("train"), prefetch=1) as source:
+    with loader(dataset.split("train"), prefetch_bytes=1) as source:
         iterator = iter(source)
         before = next(iterator)
         copy = before.images.clone()
@@ -137,6 +206,104 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         pytest.raises(DataError, match=r"train-00001.parquet, row 5: the image cannot be decoded.*\n  -> .*prepare stage"),
     ):
         list(source)
+
+
+def damage(split: Split, samples: list[int]) -> None:
+    """Overwrite the beginning of these images in their shards."""
+    for sample in samples:
+        file, row = split.place(sample).split(", row ")
+        shard = sample // 20
+        with open(file, "r+b") as stream:
+            stream.seek(int(split._indexes[shard][0, int(row)]))
+            stream.write(b"\0" * 16)
+
+
+BAD = [3, 25, 26, 27, 39]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    split = make_dataset(tmp_path_factory.mktemp("damaged"), {"train": 60}, shard_rows=20).split("train")
+    damage(split, BAD)
+    return split
+
+
+def test_training_stops_at_a_damaged_image_by_default(damaged: Split) -> None:
+    with pytest.raises(DataError, match=r"train-0000[01].parquet, row \d+: the image cannot be decoded.*\n  -> .*prepare"):
+        take(loader(damaged, global_batch=12, micro_batch=12), 10)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_damaged_image_is_replaced_the_same_way_everywhere(damaged: Split, repeats: int) -> None:
+    order = RepeatedOrder(WindowedOrder([20, 20, 20], 3, 2), repeats, 12)
+    settings = {"global_batch": 12, "micro_batch": 12, "order": order, "on_bad_sample": "replace"}
+    steps = 5 * repeats
+    runs = []
+    for threads in (1, 2, 8):
+        source = loader(damaged, threads=threads, **settings)
+        batches = take(source, steps)
+        runs.append(by_step(batches))
+        assert source.replaced_samples == repeats * len(BAD)
+        assert any(f"row {BAD[0]}: the image cannot be decoded" in text for text in source.new_reasons()) or repeats > 1
+        assert source.new_reasons() == []
+    assert runs[0] == runs[1] == runs[2]
+    for b in batches:
+        views = b.views % len(damaged)
+        changed = torch.isin(views, torch.tensor(BAD))
+        assert torch.equal(b.samples[~changed], views[~changed])
+        assert set(b.samples[changed].tolist()) <= set(b.samples[~changed].tolist())  # from the same global batch
+        assert b.labels.tolist() == [damaged.label(int(sample)) for sample in b.samples]
+    resumed = by_step(take(loader(damaged, start_step=2, **settings), steps - 2))
+    assert resumed == {step: runs[0][step] for step in range(2, steps)}
+    ranks: dict[int, dict[int, tuple[int, int, bytes]]] = {}
+    count = 0
+    for rank in range(2):
+        source = loader(damaged, world_size=2, rank=rank, **(settings | {"micro_batch": 6}))
+        for step, images in by_step(take(source, steps)).items():
+            ranks.setdefault(step, {}).update(images)
+        count += source.replaced_samples
+    assert ranks == runs[0] and count == repeats * len(BAD)
+
+
+def test_where_a_whole_batch_is_damaged_others_stand_in_and_where_all_is_lost_it_stops(tmp_path: Path) -> None:
+    split = make_dataset(tmp_path, {"train": 60}, shard_rows=20).split("train")
+    damage(split, list(range(40)))
+    settings = {"global_batch": 10, "micro_batch": 10, "on_bad_sample": "replace", "order": WindowedOrder([20] * 3, 3, 1)}
+    source = loader(split, **settings)
+    samples = torch.cat([batch.samples for batch in take(source, 6)])
+    assert source.replaced_samples == 40 and samples.min() >= 40
+    damage(split, list(range(60)))
+    with pytest.raises(DataError, match=r"row \d+: the image cannot be decoded: .*; nor can 64 others"):
+        take(loader(split, **settings), 1)
+
+
+def test_a_shard_that_its_split_cannot_give_is_a_bad_sample_too(dataset: PreparedDataset) -> None:
+    class Lost(Split):
+        def image(self, i: int) -> memoryview:
+            if 40 <= i < 80:
+                raise DataError("cannot be read: No such file", place=self.place(i), remedy="run the prepare stage again")
+            return super().image(i)
+
+    split = copy.copy(dataset.split("train"))
+    split.__class__ = Lost
+    with pytest.raises(DataError, match=r"train-00001.parquet, row \d+: cannot be read"):
+        take(loader(split), 4)
+    source = loader(split, on_bad_sample="replace")
+    samples = torch.cat([batch.samples for batch in take(source, 4)])
+    assert not ((samples >= 40) & (samples < 80)).any()
+    assert source.replaced_samples == int(((GlobalOrder(101, 3).indices(0, 0, 96) // 40) == 1).sum())
+
+
+def test_prefetching_is_bounded_in_bytes(dataset: PreparedDataset) -> None:
+    least, most = AHEAD
+    for batch_bytes, given_bytes, ahead in ((100, 1, least), (100, 700, 5), (100, 799, 5), (100, 10_000, most)):
+        assert batches_ahead(batch_bytes, given_bytes) == ahead
+    split = dataset.split("train")
+    for size, given_bytes in ((64, 40 * 64 * 64 * 3 * 7), (64, 1), (16, 1 << 20)):
+        ring = Ring(split, 40, size, 1, given_bytes)
+        held = sum(slot.images.numel() for slot in ring._free)
+        assert held <= max(given_bytes, (least + LENT) * 40 * size * size * 3)
+        ring.close()
 
 
 def test_impossible_batches_are_refused(dataset: PreparedDataset) -> None:
