@@ -13,22 +13,21 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.shards import ShardInfo, index_path
 from pipeline.errors import DataError
 from pipeline.files import file_digest, json_digest, write_json, write_text
-from pipeline.prepare.mix import keep_plan, mix_shard
+from pipeline.prepare.mix import mix_shard
 from pipeline.prepare.plan import SPLITS, Plan, make_plan
+from pipeline.prepare.rejected import list_rejected
 from pipeline.prepare.sources import survey
-from pipeline.prepare.spill import Place, UnitRecord, spill_unit
+from pipeline.prepare.spill import Place, spill_unit
+from pipeline.prepare.totals import Totals
 from pipeline.prepare.units import Survey
 
 FORMAT = 1
@@ -63,12 +62,12 @@ def prepare_dataset(
     if (done := _complete(place, tasks)) is not None:
         return done
     _begin(place, found)
-    records = _spill(name, place, found, tasks, progress)
-    plan = _plan(place, found)
+    totals = _spill(name, place, found, tasks, progress)
+    plan = make_plan(place, found.units, totals.images, len(found.classes))
     _refuse_empty(plan, place)
     shards = _mix(name, place, plan, tasks, progress)
-    _list_rejected(place, records, plan)
-    description = _describe(place, found, records, plan, shards)
+    list_rejected(place, found.units, totals.images, plan)
+    description = _describe(place, found, totals, plan, shards)
     write_json(target / "dataset.json", description)
     _tidy(place, shards)
     return _figures(description)
@@ -129,39 +128,16 @@ def _begin(place: Place, found: Survey) -> None:
     write_text(stamp, place.fingerprint)
 
 
-def _spill(name: str, place: Place, found: Survey, tasks: MapTasks, progress: Progress) -> list[UnitRecord]:
-    records: dict[int, UnitRecord] = {}
-    kept = bad = 0
+def _spill(name: str, place: Place, found: Survey, tasks: MapTasks, progress: Progress) -> Totals:
+    totals = Totals(len(found.units))
     for unit, record in tasks(partial(spill_unit, place), found.units):
-        records[unit.number] = record
-        kept, bad = kept + record.images, bad + len(record.rejected)
-        progress(f"{name}: reading", len(records), len(found.units), f"{kept} images, {bad} rejected")
-        enough = kept + bad >= ENOUGH or len(records) == len(found.units)
-        if enough and bad > place.config.max_rejected * (kept + bad):
-            raise _too_many_bad(place, [entry for one in records.values() for entry in one.rejected], kept + bad)
-    return [records[number] for number in sorted(records)]
-
-
-def _too_many_bad(place: Place, bad: list[dict[str, str]], total: int) -> DataError:
-    causes = Counter(entry["reason"] for entry in bad).most_common(10)
-    listed = "\n".join(f"    {count} x {reason}, such as {_example(bad, reason)}" for reason, count in causes)
-    return DataError(
-        f"{len(bad)} of {total} images are unusable ({len(bad) / total:.1%}):\n{listed}",
-        place=place.config.root,
-        remedy=f"look at {place.quarantine}; then mend the source, or raise max_rejected (now {place.config.max_rejected:g})",
-    )
-
-
-def _example(bad: list[dict[str, str]], reason: str) -> str:
-    first = next(entry for entry in bad if entry["reason"] == reason)
-    return f"{first['key']} ({first['detail']})"
-
-
-def _plan(place: Place, found: Survey) -> Plan:
-    facts = [np.load(place.facts(unit.number), allow_pickle=False) for unit in found.units]
-    config = place.config
-    splits = [unit.split for unit in found.units]
-    return make_plan(facts, splits, len(found.classes), config.validation_fraction, config.shard_rows, place.seed)
+        totals.add(unit.number, record)
+        progress(f"{name}: reading", totals.done, len(found.units), f"{totals.kept} images, {totals.bad} rejected")
+        seen = totals.kept + totals.bad
+        enough = seen >= ENOUGH or totals.done == len(found.units)
+        if enough and totals.bad > place.config.max_rejected * seen:
+            raise totals.too_many_bad(place)
+    return totals
 
 
 def _refuse_empty(plan: Plan, place: Place) -> None:
@@ -172,48 +148,17 @@ def _refuse_empty(plan: Plan, place: Place) -> None:
 
 
 def _mix(name: str, place: Place, plan: Plan, tasks: MapTasks, progress: Progress) -> dict[str, ShardInfo]:
-    for shard in plan.shards:
-        keep_plan(place, shard)
     shards: dict[str, ShardInfo] = {}
     rows = 0
-    for file, info in tasks(partial(mix_shard, place), [shard.file for shard in plan.shards]):
-        shards[file] = info
+    for shard, info in tasks(partial(mix_shard, place), plan.shards):
+        shards[shard.file] = info
         rows += info.rows
         progress(f"{name}: mixing", len(shards), len(plan.shards), f"{rows} images")
     return shards
 
 
-def _list_rejected(place: Place, records: list[UnitRecord], plan: Plan) -> None:
-    """``quarantine/rejected.jsonl``: every image that is not in the shards, with its reason."""
-    entries = [entry for record in records for entry in record.rejected]
-    for reason, where in plan.dropped.items():
-        keys: dict[int, list[str]] = {}
-        for unit, row in where.T.tolist():
-            if unit not in keys:
-                keys[unit] = _keys(place.spill(unit))
-            entries.append({"key": keys[unit][row], "reason": reason, "detail": "", "file": ""})
-    write_text(place.quarantine / "rejected.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
-
-
-def _keys(spill: Path) -> list[str]:
-    import pyarrow.parquet as pq
-
-    keys: list[str] = pq.read_table(spill, columns=["key"])["key"].to_pylist()
-    return keys
-
-
-def _describe(
-    place: Place, found: Survey, records: list[UnitRecord], plan: Plan, shards: dict[str, ShardInfo]
-) -> dict[str, Any]:
-    rejected = Counter(entry["reason"] for record in records for entry in record.rejected)
-    duplicates = {reason: int(where.shape[1]) for reason, where in plan.dropped.items()}
-    images = sum(record.images for record in records)
-    mean, square = np.split(np.sum([record.moments for record in records], axis=0) / images, 2)
-    sides: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    for record in records:
-        sides.update(record.sides)
-        changed.update(record.changed)
+def _describe(place: Place, found: Survey, totals: Totals, plan: Plan, shards: dict[str, ShardInfo]) -> dict[str, Any]:
+    mean, std = totals.mean_and_std()
     return {
         "format": FORMAT,
         "fingerprint": place.fingerprint,
@@ -228,12 +173,12 @@ def _describe(
             for split in SPLITS
         },
         "classes": len(found.classes),
-        "rejected": dict(sorted(rejected.items())),
-        "duplicates": duplicates,
-        "changed": dict(sorted(changed.items())),
+        "rejected": dict(sorted(totals.rejected.items())),
+        "duplicates": plan.dropped,
+        "changed": dict(sorted(totals.changed.items())),
         "mean": [round(float(value), 6) for value in mean],
-        "std": [round(float(value), 6) for value in np.sqrt(np.maximum(square - mean**2, 0))],
-        "images_by_short_side": dict(sorted(sides.items(), key=lambda item: int(item[0]))),
+        "std": [round(float(value), 6) for value in std],
+        "images_by_short_side": dict(sorted(totals.sides.items(), key=lambda item: int(item[0]))),
         "settings": place.config.model_dump(mode="json", exclude={"root", "generate"}),
         "versions": {
             name: importlib.metadata.version(name) for name in ("opencv-python-headless", "simplejpeg", "pyarrow", "pillow")

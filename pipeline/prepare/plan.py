@@ -1,30 +1,46 @@
 """Between the phases: which images are duplicates, which split each belongs to, and which shard and place it gets.
 
-Decided from hashes alone, so that the answer depends on the images and the seed, not on who read them or when.
+Decided from hashes alone, so that the answer depends on the images and the seed, not on who read them or when. No more than
+a bucket of about a million images is in memory at a time: one pass over the units' facts spills them by content, for the
+duplicates, and by key, for the order; in files of one byte an image and eight bytes a row lies what is decided. A plan that
+was interrupted is made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.hashing import key_of, mix_array
-from pipeline.prepare.units import SplitName
+from pipeline.files import atomic, fsync_dir
+from pipeline.prepare.buckets import Buckets, bucket_count
+from pipeline.prepare.spill import FACTS, Place
+from pipeline.prepare.units import Unit
 
 TRAIN, VALIDATION = 0, 1
 SPLITS = ("train", "validation")
+KEPT = 0
+REASONS = ("duplicate_name", "in_validation", "duplicate")  # an image's fate is KEPT or 1 + a place here; the first applies
+DUPLICATE_NAME, IN_VALIDATION, DUPLICATE = 1, 2, 3
+
+WHERE = np.dtype([("unit", "<u4"), ("row", "<u4")])
+MEMBER = np.dtype([*FACTS.descr, ("split", "i1"), *WHERE.descr])
+CHUNK_ROWS = 1 << 18  # that are scattered at once
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard: int64 (2, rows), the unit of each row and its row there, in order."""
+    """One shard: rows [first, last) of its split's order, a file of ``WHERE`` records."""
 
     split: str
     number: int
-    rows: NDArray[np.int64]
+    first: int
+    last: int
 
     @property
     def file(self) -> str:
@@ -33,101 +49,122 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """``dropped``: reason -> int64 (2, images), unit and row. ``labels``: split -> images of each class."""
+    """``dropped``: reason -> images. ``labels``: split -> int64 (classes,), images of each class."""
 
     shards: list[ShardPlan]
-    dropped: dict[str, NDArray[np.int64]]
+    dropped: dict[str, int]
     labels: dict[str, NDArray[np.int64]]
 
 
-def make_plan(
-    facts: Sequence[NDArray[np.void]],
-    splits: Sequence[SplitName],
-    num_classes: int,
-    validation_fraction: float,
-    shard_rows: int,
-    seed: int,
-) -> Plan:
-    """
+def make_plan(place: Place, units: Sequence[Unit], images: NDArray[np.int64], num_classes: int) -> Plan:
+    """Plan from the facts of all units; writes the order of each split and the fate of each image.
+
     Args:
-        facts: of each unit (at least one), a record of ``spill.FACTS`` for each image. splits: of each unit.
-        validation_fraction: share held out by content hash where a unit has no split of its own.
-        shard_rows: images a shard, about.
+        units: in the order of their numbers, from 0; where one has no split of its own, ``validation_fraction`` of its images
+            are held out by content hash. images: int64 (units,), what each has.
     """
-    rows = np.concatenate(facts)
-    where = np.concatenate(
-        [np.stack([np.full(len(unit), number), np.arange(len(unit))]) for number, unit in enumerate(facts)], axis=1
-    ).astype(np.int64)
-    split = _splits(rows, facts, splits, validation_fraction, seed)
-    contents = _contents(rows)
-    order = np.argsort(rows["key"], kind="stable")  # equal keys (a name twice): the first stays
-    dropped: dict[str, NDArray[np.int64]] = {}
-    gone = np.zeros(len(rows), dtype=bool)
-    for reason, found in (
-        ("duplicate_name", _repeated(order, rows["key"])),
-        ("in_validation", _in_validation(contents, split)),
-        ("duplicate", _duplicates(contents, rows["label"], split)),
-    ):
-        new = found & ~gone
-        gone |= new
-        if new.any():
-            dropped[reason] = where[:, new]
-    shards: list[ShardPlan] = []
-    labels = {}
-    for number, name in enumerate(SPLITS):
-        chosen = order[(split[order] == number) & ~gone[order]]
-        labels[name] = np.bincount(rows["label"][chosen], minlength=num_classes).astype(np.int64)
-        count = -(-len(chosen) // shard_rows)
-        bounds = [len(chosen) * i // count for i in range(count + 1)] if count else [0]
-        shards += [ShardPlan(name, i, where[:, chosen[bounds[i] : bounds[i + 1]]]) for i in range(count)]
+    scratch = place.work / "plan"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    total = int(images.sum())
+    contents, keys = (Buckets(scratch, field, bucket_count(total), MEMBER) for field in ("high", "key"))
+    for members in _members(place, units):
+        contents.add(members)
+        keys.add(members)
+    starts = np.cumsum(images) - images
+    fates = np.lib.format.open_memmap(scratch / "fates", "w+", np.uint8, (total,))
+    for members in contents:
+        for reason, found in zip((DUPLICATE, IN_VALIDATION), _repeated_contents(members), strict=True):
+            fates[_numbers(members[found], starts)] = reason
+    labels, dropped = _order(place, keys, fates, starts, num_classes)
+    fates.flush()
+    os.replace(scratch / "fates", place.fates)
+    fsync_dir(place.work)
+    shutil.rmtree(scratch)
+    shards = [shard for name in SPLITS for shard in _cut(name, int(labels[name].sum()), place.config.shard_rows)]
     return Plan(shards, dropped, labels)
 
 
-def _splits(
-    rows: NDArray[np.void], facts: Sequence[NDArray[np.void]], splits: Sequence[SplitName], fraction: float, seed: int
-) -> NDArray[np.int8]:
+def _members(place: Place, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
+    """Facts of all images, with the split and the place of each, some units at a time."""
+    gathered: list[NDArray[np.void]] = []
+    rows = 0
+    for unit in units:
+        facts = np.load(place.facts(unit.number), allow_pickle=False)
+        members = np.empty(len(facts), dtype=MEMBER)
+        for name in FACTS.names or ():
+            members[name] = facts[name]
+        members["split"] = _split(unit, facts["low"], place)
+        members["unit"], members["row"] = unit.number, np.arange(len(facts))
+        gathered.append(members)
+        rows += len(members)
+        if rows >= CHUNK_ROWS:
+            yield np.concatenate(gathered)
+            gathered, rows = [], 0
+    if gathered:
+        yield np.concatenate(gathered)
+
+
+def _split(unit: Unit, contents: NDArray[np.uint64], place: Place) -> int | NDArray[np.bool_]:
     """By the unit; where it does not say, by the image's content, so that equal images are never on both sides."""
-    hashed = mix_array(rows["low"] ^ np.uint64(key_of("validation", seed)))
-    split = (hashed < np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))).astype(np.int8)
-    first = 0
-    for unit, name in zip(facts, splits, strict=True):
-        if name:
-            split[first : first + len(unit)] = SPLITS.index(name)
-        first += len(unit)
-    return split
+    if unit.split:
+        return SPLITS.index(unit.split)
+    held_out = min(int(place.config.validation_fraction * 2.0**64), 2**64 - 1)
+    hashed = mix_array(contents ^ np.uint64(key_of("validation", place.seed)))
+    return np.asarray(hashed < np.uint64(held_out))
 
 
-def _repeated(order: NDArray[np.int64], values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Every occurrence of a value but the first; ``order`` sorts the values stably."""
-    found = np.zeros(len(values), dtype=bool)
-    found[order[1:]] = values[order[1:]] == values[order[:-1]]
-    return found
+def _numbers(members: NDArray[np.void], starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of each image among all, units one after the other."""
+    return np.asarray(starts[members["unit"]] + members["row"])
 
 
-def _contents(rows: NDArray[np.void]) -> NDArray[np.int64]:
-    """A number for each row, the same where the content is the same."""
-    order = np.lexsort((rows["low"], rows["high"]))
-    new = np.zeros(len(rows), dtype=np.int64)
-    for half in ("high", "low"):
-        new[1:] |= rows[half][order[1:]] != rows[half][order[:-1]]
-    numbers = np.empty(len(rows), dtype=np.int64)
-    numbers[order] = np.cumsum(new)
-    return numbers
+def _repeated_contents(members: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Of one bucket, the images whose content is in the same class of the same split already (the same image under two
+    classes stays), and the training images whose content is in the validation split."""
+    columns = [np.ascontiguousarray(members[name]) for name in ("label", "split", "low", "high")]
+    order = np.lexsort(columns)  # stable: the first stays
+    label, split, low, high = (column[order] for column in columns)
+    same = np.zeros(len(order), dtype=bool)  # content as in the line before
+    same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+    duplicate = same.copy()
+    duplicate[1:] &= (split[1:] == split[:-1]) & (label[1:] == label[:-1])
+    content = np.cumsum(~same) - 1
+    held_out = np.zeros(len(order), dtype=bool)
+    held_out[content[split == VALIDATION]] = True
+    return order[duplicate], order[(split == TRAIN) & held_out[content]]
 
 
-def _in_validation(contents: NDArray[np.int64], split: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Training images whose content is in the validation split too."""
-    held_out = np.zeros(len(contents), dtype=bool)
-    held_out[contents[split == VALIDATION]] = True
-    return np.asarray((split == TRAIN) & held_out[contents])
+def _order(
+    place: Place, keys: Buckets, fates: NDArray[np.uint8], starts: NDArray[np.int64], num_classes: int
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
+    """Write the kept images of each split by their keys. Returns the images of each class, and those dropped by reason."""
+    labels = {name: np.zeros(num_classes, dtype=np.int64) for name in SPLITS}
+    counts = np.zeros(len(REASONS) + 1, dtype=np.int64)
+    with atomic(place.order("train")) as train, atomic(place.order("validation")) as validation:
+        for members in keys:
+            members = members[np.argsort(members["key"], kind="stable")]  # a name twice: the first stays
+            numbers = _numbers(members, starts)
+            fate = fates[numbers]
+            fate[1:][members["key"][1:] == members["key"][:-1]] = DUPLICATE_NAME
+            fates[numbers] = fate
+            counts += np.bincount(fate, minlength=len(counts))
+            for split, (name, file) in enumerate(zip(SPLITS, (train, validation), strict=True)):
+                chosen = members[(fate == KEPT) & (members["split"] == split)]
+                labels[name] += np.bincount(chosen["label"], minlength=num_classes)
+                where = np.empty(len(chosen), dtype=WHERE)
+                where["unit"], where["row"] = chosen["unit"], chosen["row"]
+                file.write(where.tobytes())
+    return labels, {reason: count for reason, count in zip(REASONS, counts[1:].tolist(), strict=True) if count}
 
 
-def _duplicates(contents: NDArray[np.int64], labels: NDArray[np.int32], split: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Images whose content is in the same class of the same split already. The same image under two classes stays."""
-    order = np.lexsort((labels, split, contents))  # stable: the first stays
-    same = np.ones(max(len(order) - 1, 0), dtype=bool)
-    for values in (contents, labels, split):
-        same &= values[order[1:]] == values[order[:-1]]
-    found = np.zeros(len(order), dtype=bool)
-    found[order[1:]] = same
-    return found
+def read_order(place: Place, shard: ShardPlan) -> NDArray[np.void]:
+    """The rows of a shard: ``WHERE`` (rows,)."""
+    count, offset = shard.last - shard.first, shard.first * WHERE.itemsize
+    return np.fromfile(place.order(shard.split), dtype=WHERE, count=count, offset=offset)
+
+
+def _cut(split: str, rows: int, shard_rows: int) -> list[ShardPlan]:
+    """Shards of about ``shard_rows``, as even as can be."""
+    count = -(-rows // shard_rows)
+    return [ShardPlan(split, i, rows * i // count, rows * (i + 1) // count) for i in range(count)]

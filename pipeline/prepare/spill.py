@@ -53,6 +53,15 @@ class Place:
     def facts(self, unit: int) -> Path:
         return self.work / f"unit-{unit:06d}.npy"
 
+    @property
+    def fates(self) -> Path:
+        """One byte for each image of all units: whether the plan keeps it, or why not."""
+        return self.work / "fates.npy"
+
+    def order(self, split: str) -> Path:
+        """Unit and row of each image of a split, in the order of its shards."""
+        return self.work / f"{split}.order"
+
 
 @dataclass(frozen=True)
 class UnitRecord:

@@ -12,7 +12,7 @@ UNIT_FILES = 512
 SplitName = Literal["train", "validation", ""]  # "": decided image by image
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of a source: bytes [first, last) of a tar, files [first, last) of a sorted folder, or rows of a dataset."""
 
@@ -26,7 +26,7 @@ class Part:
     size: int = 0  # bytes, about
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """What one task reads."""
 

@@ -1,0 +1,82 @@
+"""Preparation of a made-up listing: the driver's own work at any scale, with facts in place of images.
+
+``python -m tests.prepare.scale FOLDER IMAGES`` prints the figures, seconds and peak memory of that process as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config.schema import DatasetConfig
+from pipeline.data.shards import ShardInfo
+from pipeline.prepare import dataset
+from pipeline.prepare.plan import ShardPlan, read_order
+from pipeline.prepare.spill import FACTS, Place, UnitRecord
+from pipeline.prepare.units import UNIT_FILES, Part, Survey, Unit, listing
+
+CLASSES = 21_841
+REPEATS = 100  # one unit in so many has a content twice and a name twice
+ROOT = "/images"
+
+
+def made_up_survey(images: int) -> Survey:
+    """Class folders cut into units as the real ones are."""
+    classes = [(f"n{number:08d}", f"n{number:08d}") for number in range(CLASSES)]
+    units = []
+    for number, first in enumerate(range(0, images, UNIT_FILES)):
+        rows, label = min(UNIT_FILES, images - first), number % CLASSES
+        name = classes[label][0]
+        units.append(Unit(number, "", (Part("folder", f"{ROOT}/{name}", 0, rows, name, label, size=rows * 110_000),)))
+    return Survey("class_folders", classes, units, listing(ROOT, units), [])
+
+
+def made_up_unit(place: Place, unit: Unit) -> UnitRecord:
+    """What ``spill_unit`` leaves of a unit, but the images."""
+    rows = unit.parts[0].last
+    facts = np.empty(rows, dtype=FACTS)
+    numbers = np.random.default_rng(unit.number).integers(0, 2**64, (3, rows), dtype=np.uint64)
+    facts["high"], facts["low"], facts["key"] = numbers
+    facts["label"] = unit.parts[0].label
+    if unit.number % REPEATS == 0:
+        for field, row in (("high", 1), ("low", 1), ("key", 3)):
+            facts[field][row] = facts[field][row - 1]
+        pq.write_table(pa.table({"key": [f"{unit.number}/{row}" for row in range(rows)]}), place.spill(unit.number))
+    np.save(place.facts(unit.number), facts)
+    entry = {"key": f"{unit.number}/bad", "reason": "truncated", "detail": "", "file": ""}
+    record = UnitRecord(rows, {"bytes": 0}, [entry], {}, [0.5] * 6, {"256": rows})
+    place.record(unit.number).write_text(json.dumps(asdict(record)))
+    return record
+
+
+def made_up_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    (place,) = function.args  # type: ignore[attr-defined]  # a partial
+    for item in items:
+        if isinstance(item, ShardPlan):
+            yield item, ShardInfo(item.file, len(read_order(place, item)), 0, "", "")
+        else:
+            yield item, made_up_unit(place, item)
+
+
+def main(folder: str, images: int) -> None:
+    began = time.process_time()
+    config = DatasetConfig(root=ROOT, max_rejected=0.01)
+    with mock.patch.object(dataset, "survey", lambda _: made_up_survey(images)):
+        figures = dataset.prepare_dataset("set", config, Path(folder), 0, made_up_tasks, lambda *_: None, lambda *_: None)
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**figures, "seconds": time.process_time() - began, "peak_mb": peak_mb}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
