@@ -7,6 +7,7 @@ the k-th (from 0). Augmentation is keyed by it; where no sample comes twice in a
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -36,6 +37,10 @@ class Order(ABC):
         if not 0 <= start <= stop <= self.length:
             raise IndexError(f"positions {start} to {stop} of {self.length}")
         return self._views(epoch, start, stop) if start < stop else np.zeros(0, dtype=np.int64)
+
+    def shards_near(self, epoch: int, position: int) -> list[int]:
+        """The shards that are needed from ``position`` on for some time, the nearest first; none where that may be any."""
+        return []
 
     @abstractmethod
     def _views(self, epoch: int, start: int, stop: int) -> Views:
@@ -78,22 +83,29 @@ class WindowedOrder(Order):
         self.seed, self.window_shards = seed, window_shards
         self._first = np.cumsum(self.rows) - self.rows  # sample with which each shard begins
         self._shards = GlobalOrder(len(self.rows), key_of("shards", seed))
-        self._newest: tuple[int, Views, Views] | None = None
+        self._plan = functools.lru_cache(maxsize=2)(self._sequence)  # of this epoch and the next; several threads may ask
 
     def shards(self, epoch: int) -> Views:
         """The shards in the order in which ``epoch`` reads them: int64 (number of shards,). Window w is the slice
         [w * window_shards, (w + 1) * window_shards)."""
-        return self._plan(epoch)[1]
+        return self._plan(epoch)[0]
 
-    def _plan(self, epoch: int) -> tuple[int, Views, Views]:
-        """(epoch, its shards, the place at which each begins, and the end); several threads may ask."""
-        if (newest := self._newest) is None or newest[0] != epoch:
-            shards = self._shards.indices(epoch, 0, len(self.rows))
-            newest = self._newest = epoch, shards, np.concatenate([[0], np.cumsum(self.rows[shards])])
-        return newest
+    def shards_near(self, epoch: int, position: int) -> list[int]:
+        """Those of the window at ``position`` and of the one after it."""
+        shards, begins = self._plan(epoch)
+        low = (int(np.searchsorted(begins, position, side="right")) - 1) // self.window_shards * self.window_shards
+        near: list[int] = shards[low : low + 2 * self.window_shards].tolist()
+        if low + self.window_shards >= len(shards):
+            near += [shard for shard in self.shards(epoch + 1)[: self.window_shards].tolist() if shard not in near]
+        return near
+
+    def _sequence(self, epoch: int) -> tuple[Views, Views]:
+        """The shards of an epoch, and the place at which each begins, and the end."""
+        shards = self._shards.indices(epoch, 0, len(self.rows))
+        return shards, np.concatenate([[0], np.cumsum(self.rows[shards])])
 
     def _views(self, epoch: int, start: int, stop: int) -> Views:
-        _, shards, begins = self._plan(epoch)
+        shards, begins = self._plan(epoch)
         parts: list[Views] = []
         while start < stop:
             window = (int(np.searchsorted(begins, start, side="right")) - 1) // self.window_shards
@@ -168,6 +180,9 @@ class RepeatedOrder(Order):
             raise ValueError(f"a global batch of {global_batch} cannot hold each of its samples {repeats} times")
         self.order, self.repeats, self.global_batch = order, repeats, global_batch
         self.num_samples, self.length = order.num_samples, order.length * repeats
+
+    def shards_near(self, epoch: int, position: int) -> list[int]:
+        return self.order.shards_near(epoch, position // self.global_batch * (self.global_batch // self.repeats))
 
     def _views(self, epoch: int, start: int, stop: int) -> Views:
         batch, inside = np.divmod(np.arange(start, stop, dtype=np.int64), self.global_batch)

@@ -15,15 +15,11 @@ BAD_SAMPLE = (ValueError, OSError, cv2.error, DataError)  # with which decoders,
 NEAR, FAR = 8, 56  # attempts in the same global batch, and in the whole epoch
 
 
-def explain(cause: Exception, split: Split, sample: int) -> Exception:
-    """A DataError that names file, row and remedy; what no bad sample explains, and what is explained, as it is."""
-    if isinstance(cause, DataError) or not isinstance(cause, BAD_SAMPLE):
-        return cause
-    error = DataError(
-        f"the image cannot be decoded: {str(cause).strip()}",
-        place=split.place(sample),
-        remedy="the shard has changed since it was made: delete it and run the prepare stage again",
-    )
+def explain(cause: Exception, split: Split, sample: int) -> DataError:
+    """One of `BAD_SAMPLE` as an error that names file, row and remedy."""
+    what = cause.cause if isinstance(cause, DataError) else f"the image cannot be decoded: {str(cause).strip()}"
+    remedy = "the shard has changed since it was made: delete it and run the prepare stage again"
+    error = DataError(what, place=split.place(sample), remedy=cause.remedy if isinstance(cause, DataError) else remedy)
     error.__cause__ = cause
     return error
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.decode import Image
 from pipeline.data.format import Split
-from pipeline.data.replacement import explain
+from pipeline.data.replacement import BAD_SAMPLE, explain
 
 PREFETCH_BYTES = 512 << 20
 AHEAD = (2, 8)  # batches, at least and at most
@@ -174,7 +174,7 @@ class Ring:
                 try:
                     plan.write(i, slot.pixels[i])
                 except Exception as cause:
-                    error = explain(cause, self.split, int(plan.samples[i]))
+                    error = explain(cause, self.split, int(plan.samples[i])) if isinstance(cause, BAD_SAMPLE) else cause
                     break
             slot.finish(stop - start, error)
 

@@ -10,8 +10,8 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from pipeline.data.format import PreparedDataset, open_dataset
-from pipeline.data.shards import GROUP_ROWS, Row, write_shard
+from pipeline.data.format import PreparedDataset, Split, open_dataset
+from pipeline.data.shards import GROUP_ROWS, Row, index_path, write_shard
 from pipeline.files import digest, write_json
 
 
@@ -46,6 +46,15 @@ def make_dataset(
     write_json(path / "dataset.json", {"fingerprint": "test", "splits": splits})
     write_json(path / "classes.json", [{"index": i, "id": f"c{i}", "name": f"class {i}"} for i in range(classes)])
     return open_dataset(path)
+
+
+def damage(split: Split, samples: Sequence[int]) -> None:
+    """Overwrite the beginnings of these images in their shards."""
+    for sample in samples:
+        file, row = split.place(sample).rsplit(", row ", 1)
+        with open(file, "r+b") as shard:
+            shard.seek(int(np.load(index_path(Path(file)))[0, int(row)]))
+            shard.write(b"\0" * 16)
 
 
 def _groups(rows: Sequence[Row]) -> list[Sequence[Row]]:

@@ -76,6 +76,24 @@ def test_every_windowed_epoch_is_a_permutation_window_after_window(rows: list[in
     assert start == order.length
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 14), st.integers(1, 3), seeds, st.data())
+@settings(max_examples=60, deadline=None)
+def test_shards_are_announced_before_they_are_needed(
+    rows: list[int], window: int, repeats: int, seed: int, data: st.DataObject
+) -> None:
+    plain = WindowedOrder(rows, seed, window)
+    order = RepeatedOrder(plain, repeats, repeats * data.draw(st.integers(1, 20)))
+    of_shard = np.repeat(np.arange(len(rows)), rows)
+    position = data.draw(st.integers(0, plain.length - 1))
+    near, place = order.shards_near(3, position * repeats), position * repeats // order.global_batch * order.global_batch
+    assert len(set(near)) == len(near) <= 2 * window
+    assert of_shard[order.index(3, place) % order.num_samples] in near[:window]
+    later = [*plain.shards(3).tolist(), *plain.shards(4)[:window].tolist()]
+    begin = later.index(near[0])
+    assert [shard for shard in dict.fromkeys(later[begin:]) if shard in near] == near
+    assert set(later[begin : begin + window]) <= set(near) and GlobalOrder(9, seed).shards_near(0, 3) == []
+
+
 def test_a_window_is_mixed_and_epochs_open_other_windows() -> None:
     order = WindowedOrder([100] * 40, 1, 5)
     first, second = order.shards(0), order.shards(1)
