@@ -86,7 +86,7 @@ _OPERATIONS: tuple[Callable[[Image, float, float], Image], ...] = (
     lambda image, level, sign: ImageOps.equalize(image),
     lambda image, level, sign: ImageOps.invert(image),
     lambda image, level, sign: image.rotate(sign * level * 30.0, Pillow.Resampling.BILINEAR, fillcolor=FILL),
-    lambda image, level, sign: ImageOps.posterize(image, 4 - int(level * 4)),
+    lambda image, level, sign: ImageOps.posterize(image, max(1, 4 - int(level * 4))),
     lambda image, level, sign: ImageOps.solarize(image, 256 - int(level * 256)),
     lambda image, level, sign: _solarize_add(image, int(level * 110)),
     lambda image, level, sign: ImageEnhance.Color(image).enhance(_factor(level, sign)),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data import operations
-from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_size
+from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, first_rows, jpeg_size
 from pipeline.data.hashing import key_of, uniforms
 
 CROP_TRIES = 5
@@ -40,19 +40,24 @@ class TrainTransform:
         return numbers
 
     def __call__(self, data: memoryview, draws: Sequence[float], out: Image) -> None:
-        """Decode and augment one image into ``out``, uint8 (image_size, image_size, 3). Raises ValueError if undecodable."""
+        """Decode and augment one image into ``out``, uint8 (image_size, image_size, 3), contiguous.
+
+        Raises ValueError if undecodable.
+        """
         size = self.image_size
         crop = self._crop(data, draws)
-        image: Image = np.asarray(cv2.resize(crop, (size, size), interpolation=_interpolation(crop, size)), dtype=np.uint8)
+        cv2.resize(crop, (size, size), dst=out, interpolation=_interpolation(crop, size))
         if draws[_FLIP] < self.augment.flip:
-            image = np.asarray(cv2.flip(image, 1), dtype=np.uint8)
+            cv2.flip(out, 1, dst=out)
+        image = out
         if self.augment.randaugment > 0:
             for start in (_RANDAUGMENT, _RANDAUGMENT + operations.DRAWS):
                 numbers = draws[start : start + operations.DRAWS]
                 image = operations.randaugment(image, numbers, self.augment.randaugment, self.augment.randaugment_std)
         elif self.augment.color_jitter > 0:
             image = operations.color_jitter(image, draws[_JITTER : _JITTER + 4], self.augment.color_jitter)
-        out[...] = image
+        if image is not out:
+            out[...] = image
 
     def _crop(self, data: memoryview, draws: Sequence[float]) -> Image:
         """The randomly chosen part of the image, decoded no larger than needed."""
@@ -62,10 +67,9 @@ class TrainTransform:
             return image[top : top + height, left : left + width]
         full_height, full_width = jpeg_size(data)
         top, left, height, width = crop_box(full_height, full_width, draws, self.augment)
-        image = decode_jpeg(
-            data, _at_least(full_height, height, self.image_size), _at_least(full_width, width, self.image_size)
-        )
-        scale_y, scale_x = image.shape[0] / full_height, image.shape[1] / full_width
+        data, rows = first_rows(data, full_height, top + height)
+        image = decode_jpeg(data, _at_least(rows, height, self.image_size), _at_least(full_width, width, self.image_size))
+        scale_y, scale_x = image.shape[0] / rows, image.shape[1] / full_width
         y, x = round(top * scale_y), round(left * scale_x)
         return image[y : y + max(1, round(height * scale_y)), x : x + max(1, round(width * scale_x))]
 
