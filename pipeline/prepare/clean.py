@@ -1,4 +1,7 @@
-"""One image file: kept as it is, converted to JPEG, or rejected with a reason. Never decodes more than ``max_pixels``."""
+"""One image file: kept as it is, converted to JPEG, or rejected with a reason.
+
+Never decodes more than ``max_pixels``: what has more is told by its header, at the cost of its bytes alone.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ _HARMLESS = (
     "Invalid SOS parameters",
     "Inconsistent progression",
 )  # warnings of libjpeg: all pixels are there
+# What Pillow may open: pictures made of pixels alone. It knows others too, EPS for one, which is a program that it runs.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "ICO")
 _JUNK = (".ds_store", "thumbs.db", "desktop.ini")
 
 
@@ -118,7 +123,7 @@ def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images: the limit here is the job's
-            with Pillow.open(io.BytesIO(data)) as header:  # reads the header only
+            with Pillow.open(io.BytesIO(data), formats=_FORMATS) as header:  # reads the header only
                 width, height = header.size
     except Pillow.DecompressionBombError as error:
         return Rejected("too_many_pixels", str(error))
@@ -138,7 +143,7 @@ def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
 
 def _pillow(data: bytes) -> Image | Rejected:
     try:
-        with Pillow.open(io.BytesIO(data)) as image:
+        with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError) as error:
         return Rejected("undecodable", str(error).split(" <")[0])
