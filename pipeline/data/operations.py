@@ -78,23 +78,23 @@ def sharpen(image: Image, factor: float) -> Image:
 
 def autocontrast(image: Image) -> Image:
     """Stretch each channel to the whole range."""
-    tables = []
-    for counts in _histograms(image):
-        present = np.flatnonzero(counts)
-        low, high = int(present[0]), int(present[-1])
+    planes, tables = cv2.split(image), []
+    for plane in planes:
+        low, high = cv2.minMaxLoc(plane)[:2]
         tables.append(_table((_LEVELS - low) * (255.0 / (high - low))) if high > low else _identity())
-    return _look_up(image, np.stack(tables, axis=1))
+    return _look_up_each(planes, tables)
 
 
 def equalize(image: Image) -> Image:
     """Even out each channel's histogram, as Pillow does."""
-    tables = []
-    for counts in _histograms(image):
+    planes, tables = cv2.split(image), []
+    for plane in planes:
+        counts = cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().astype(np.int64)
         present = counts[counts > 0]
         step = (int(present.sum()) - int(present[-1])) // 255
         before = np.cumsum(counts) - counts
         tables.append(_table((step // 2 + before) // step) if step > 0 else _identity())
-    return _look_up(image, np.stack(tables, axis=1))
+    return _look_up_each(planes, tables)
 
 
 def posterize(image: Image, bits: int) -> Image:
@@ -116,8 +116,9 @@ def affine(image: Image, a: float, b: float, c: float, d: float, e: float, f: fl
     """Take the pixel at (x, y) from (a x + b y + c, d x + e y + f), counted from the image's corner, bilinearly."""
     # Pillow counts from the corner of the corner pixel, OpenCV from its middle.
     matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-    size = (image.shape[1], image.shape[0])
-    return _image(cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderValue=FILL))
+    size, flags = (image.shape[1], image.shape[0]), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    four = cv2.cvtColor(image, cv2.COLOR_RGB2RGBA)  # of four channels OpenCV's loop is vectorised, twice as fast
+    return _image(cv2.cvtColor(cv2.warpAffine(four, matrix, size, flags=flags, borderValue=FILL), cv2.COLOR_RGBA2RGB))
 
 
 def rotate(image: Image, degrees: float) -> Image:
@@ -167,9 +168,10 @@ def _identity() -> Table:
 
 
 def _look_up(image: Image, table: Table) -> Image:
-    """Replace each value by the table's: (256,) for all channels, or (256, 3)."""
-    return _image(cv2.LUT(image, table if table.ndim == 1 else table[None]))
+    """Replace each value by the table's (256,)."""
+    return _image(cv2.LUT(image, table))
 
 
-def _histograms(image: Image) -> list[NDArray[np.int64]]:
-    return [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel().astype(np.int64) for c in range(3)]
+def _look_up_each(planes: Sequence[cv2.typing.MatLike], tables: Sequence[Table]) -> Image:
+    """The image of ``planes``, each changed by its own table."""
+    return _image(cv2.merge([cv2.LUT(plane, table) for plane, table in zip(planes, tables, strict=True)]))
