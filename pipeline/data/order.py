@@ -18,6 +18,7 @@ from pipeline.config.schema import TrainConfig
 from pipeline.data.format import PreparedDataset
 from pipeline.data.hashing import GOLDEN, key_of, mix_array
 from pipeline.data.permutation import ROUNDS, permute, permute_one, round_keys
+from pipeline.errors import DataError
 
 Views = NDArray[np.int64]
 
@@ -77,8 +78,8 @@ class WindowedOrder(Order):
 
     def __init__(self, shard_rows: Sequence[int], seed: int, window_shards: int) -> None:
         self.rows = np.asarray(shard_rows, dtype=np.int64)
-        if window_shards < 1 or len(self.rows) == 0 or self.rows.min() < 1:
-            raise ValueError("a windowed order needs shards, none of them empty, and windows of at least one")
+        if window_shards < 1 or not self.rows.any():
+            raise ValueError("a windowed order needs samples, and windows of at least one shard")
         self.num_samples = self.length = int(self.rows.sum())
         self.seed, self.window_shards = seed, window_shards
         self._first = np.cumsum(self.rows) - self.rows  # sample with which each shard begins
@@ -197,8 +198,10 @@ class RepeatedOrder(Order):
 
 
 def order_of(config: TrainConfig, data: PreparedDataset, seed: int) -> Order:
-    """The order in which a training stage reads the split "train"."""
+    """The order in which a training stage reads the split "train". Raises DataError where that is empty."""
     split = data.split("train")
+    if not len(split):
+        raise DataError("there are no training images", place=str(split.directory), remedy="add images, and prepare them")
     order: Order
     if config.balance > 0:
         order = BalancedOrder(split.labels, seed, config.balance)

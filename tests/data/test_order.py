@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline.config.schema import TrainConfig
 from pipeline.data.format import PreparedDataset
 from pipeline.data.order import BalancedOrder, GlobalOrder, Order, RepeatedOrder, WindowedOrder, order_of
+from pipeline.errors import DataError
 from tests.data.making import make_dataset
 
 MANY = 1_000_000_000
@@ -27,7 +28,7 @@ def plain_orders(draw: st.DrawFn) -> Order:
     if kind == "global":
         return GlobalOrder(draw(st.integers(1, 3000)), seed)
     if kind == "windowed":
-        rows = draw(st.lists(st.integers(1, 200), min_size=1, max_size=15))
+        rows = draw(st.lists(st.integers(0, 200), min_size=1, max_size=15).filter(any))
         return WindowedOrder(rows, seed, draw(st.integers(1, 17)))
     counts = draw(st.lists(st.integers(0, 150), min_size=1, max_size=12).filter(any))
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
@@ -60,7 +61,7 @@ def test_every_global_epoch_is_a_permutation(size: int, seed: int, epoch: int) -
     assert np.array_equal(np.sort(GlobalOrder(size, seed).indices(epoch, 0, size)), np.arange(size))
 
 
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=20), st.integers(1, 25), seeds, epochs)
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=20).filter(any), st.integers(1, 25), seeds, epochs)
 @settings(max_examples=80, deadline=None)
 def test_every_windowed_epoch_is_a_permutation_window_after_window(rows: list[int], window: int, seed: int, epoch: int) -> None:
     order = WindowedOrder(rows, seed, window)
@@ -71,7 +72,7 @@ def test_every_windowed_epoch_is_a_permutation_window_after_window(rows: list[in
     for first in range(0, len(rows), window):
         near = sequence[first : first + window].tolist()
         stop = start + sum(rows[shard] for shard in near)
-        assert set(shards[start:stop].tolist()) == set(near)
+        assert set(shards[start:stop].tolist()) == {shard for shard in near if rows[shard]}
         start = stop
     assert start == order.length
 
@@ -211,8 +212,8 @@ def test_a_thousand_million_samples_need_no_table() -> None:
 def test_the_setting_chooses_the_order(tmp_path_factory: pytest.TempPathFactory) -> None:
     data: PreparedDataset = make_dataset(tmp_path_factory.mktemp("set"), {"train": 50}, shard_rows=20)
 
-    def chosen(**settings: object) -> Order:
-        return order_of(TrainConfig.model_validate({"epochs": 1, "lr": 1, "global_batch": 12, **settings}), data, 4)
+    def chosen(**keys: object) -> Order:
+        return order_of(TrainConfig.model_validate({"epochs": 1, "lr": 1, "global_batch": 12, **keys}), data, 4)
 
     def same(a: Order, b: Order) -> bool:
         return a.length == b.length and np.array_equal(a.indices(3, 0, a.length), b.indices(3, 0, b.length))
@@ -222,6 +223,10 @@ def test_the_setting_chooses_the_order(tmp_path_factory: pytest.TempPathFactory)
     assert same(chosen(order="windowed", window_shards=2), windowed)
     assert same(chosen(order="windowed", window_shards=2, repeats=3), RepeatedOrder(windowed, 3, 12))
     assert same(chosen(balance=0.5), BalancedOrder(data.split("train").labels, 4, 0.5))
+    data = make_dataset(tmp_path_factory.mktemp("empty"), {"train": 0})
+    for keys in ({}, {"order": "windowed"}, {"balance": 1.0}, {"repeats": 2}):
+        with pytest.raises(DataError, match="there are no training images\n  -> add images"):
+            chosen(**keys)
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -234,7 +239,7 @@ def test_what_cannot_be_is_refused() -> None:
     for make in (
         lambda: GlobalOrder(0, 0),
         lambda: WindowedOrder([], 0, 1),
-        lambda: WindowedOrder([3, 0], 0, 1),
+        lambda: WindowedOrder([0, 0], 0, 1),
         lambda: WindowedOrder([3], 0, 0),
         lambda: BalancedOrder(np.zeros(0, dtype=np.int64), 0, 1.0),
         lambda: BalancedOrder(np.zeros(3, dtype=np.int64), 0, 1.5),
