@@ -24,8 +24,8 @@ class Proxy:
 
     ``share`` of the requests for the same thing meet a fault, at most ``in_a_row`` times one after the other: a 503 SlowDown,
     a connection cut before the answer or in the midst of it. Which, is a function of (seed, request, how often it came).
-    ``always``: all requests meet this one. ``hold``: bodies stop half-way until it is set. ``seen``: requests by what
-    was asked for; ``faults``: by kind.
+    ``always``: all requests meet this one. ``held``: what has this in its path stops half-way until ``go`` is set.
+    ``seen``: requests by what was asked for; ``faults``: by kind.
     """
 
     KINDS = ("throttled", "reset", "cut")
@@ -33,7 +33,7 @@ class Proxy:
     def __init__(self, host: str, port: int, seed: int = 0, share: float = 0.0, in_a_row: int = 3) -> None:
         self.upstream, self.seed, self.share, self.in_a_row = (host, port), seed, share, in_a_row
         self.always = ""
-        self.hold: threading.Event | None = None
+        self.held, self.go = "", threading.Event()
         self.seen: Counter[tuple[str, str, str]] = Counter()
         self.faults: Counter[str] = Counter()
         self._row: Counter[tuple[str, str, str]] = Counter()
@@ -88,14 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._cut()
         else:
             status, headers, data = self._forward(body)
-            if fault == "cut" or self.proxy.hold is not None:
+            if fault == "cut":
                 self._send(status, headers, data[: len(data) // 2])
-                if fault == "cut":
-                    self._cut()
-                elif self.proxy.hold is not None:
-                    self.proxy.hold.wait(30)
-                    with contextlib.suppress(OSError):
-                        self.wfile.write(data[len(data) // 2 :])
+                self._cut()
+            elif self.proxy.held and self.proxy.held in self.path:
+                self._send(status, headers, data[: len(data) // 2])
+                self.wfile.flush()
+                self.proxy.go.wait(30)
+                with contextlib.suppress(OSError):
+                    self.wfile.write(data[len(data) // 2 :] if self.command != "HEAD" else b"")
             else:
                 self._send(status, headers, data)
 

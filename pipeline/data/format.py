@@ -1,7 +1,8 @@
 """A prepared dataset as training reads it: mapped shards, each image a slice of the file, nothing copied.
 
 On disk: ``dataset.json`` (fingerprint, splits and shards with their digests), ``classes.json`` (index, id and name of each
-class) and the shards with their indexes (`pipeline.data.shards`).
+class) and the shards with their indexes (`pipeline.data.shards`). The same files in a remote store are read through a cache
+on the node (`pipeline.data.cache`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import bisect
 import json
 import mmap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.cache import CachedShards, ShardCache
 from pipeline.data.shards import index_path
 from pipeline.errors import DataError
 from pipeline.files import file_digest
@@ -22,14 +25,35 @@ from pipeline.files import file_digest
 AGAIN = "run the prepare stage again (it makes only what is missing)"
 
 
+class Content(Protocol):
+    """The bytes of a shard, to be sliced."""
+
+    def __getitem__(self, span: slice, /) -> memoryview: ...
+
+
+class Files(Protocol):
+    """Where a dataset's files are: in a `Folder`, or elsewhere and cached (`CachedShards`); ``shards``: as dataset.json
+    describes them."""
+
+    place: str
+
+    def read(self, name: str) -> bytes:
+        """A small file. Raises FileNotFoundError."""
+
+    def open(self, shards: Sequence[dict[str, Any]]) -> tuple[Sequence[Content], Sequence[NDArray[np.int64]]]:
+        """Contents and indexes. Raises DataError where one is missing or is not what was written."""
+
+    def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
+        """These will be needed next."""
+
+
 class Split:
     """The images of one split, by number; safe to read from many threads."""
 
-    def __init__(self, name: str, directory: Path, shards: list[dict[str, Any]]) -> None:
-        self.name, self.directory = name, directory
-        self._files = [str(shard["file"]) for shard in shards]
-        self._maps = [_map_shard(directory, shard) for shard in shards]
-        self._indexes = [_read_index(directory, shard) for shard in shards]
+    def __init__(self, name: str, files: Files, shards: list[dict[str, Any]]) -> None:
+        self.name, self.directory = name, files.place
+        self._source, self._shards = files, shards
+        self._maps, self._indexes = files.open(shards)
         self._starts = [0, *np.cumsum([shard["rows"] for shard in shards]).tolist()]
         empty: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self.labels: NDArray[np.int64] = np.concatenate([index[2] for index in self._indexes] or [empty])
@@ -50,7 +74,11 @@ class Split:
     def place(self, i: int) -> str:
         """File and row of image ``i``, for messages."""
         shard, row = self._find(i)
-        return f"{self.directory / self._files[shard]}, row {row}"
+        return f"{self.directory}/{self._shards[shard]['file']}, row {row}"
+
+    def ahead(self, shards: Iterable[int]) -> None:
+        """The shards of these numbers are needed next: remote ones are fetched meanwhile, in this order."""
+        self._source.ahead(self._shards[number] for number in shards)
 
     def _find(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
@@ -60,13 +88,17 @@ class Split:
 
 
 class PreparedDataset:
-    """A prepared dataset: ``fingerprint``, ``classes`` (ids in index order), ``class_names``, and its splits."""
+    """A prepared dataset: ``fingerprint``, ``classes`` (ids in index order), ``class_names``, and its splits.
 
-    def __init__(self, path: Path, description: dict[str, Any], classes: list[dict[str, Any]]) -> None:
+    ``path``: its directory (within its store).
+    """
+
+    def __init__(self, path: Path, files: Files, description: dict[str, Any], classes: list[dict[str, Any]]) -> None:
         self.path, self.description = path, description
         self.fingerprint: str = description["fingerprint"]
         self.classes: list[str] = [entry["id"] for entry in classes]
         self.class_names: list[str] = [entry["name"] for entry in classes]
+        self._files = files
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
@@ -77,35 +109,69 @@ class PreparedDataset:
         """
         if name not in self._splits:
             if name not in self.description["splits"]:
-                raise DataError(f"has no split named {name!r}", place=str(self.path), remedy=AGAIN)
-            self._splits[name] = Split(name, self.path, self.description["splits"][name]["shards"])
+                raise DataError(f"has no split named {name!r}", place=self._files.place, remedy=AGAIN)
+            self._splits[name] = Split(name, self._files, self.description["splits"][name]["shards"])
         return self._splits[name]
 
 
-def open_dataset(path: Path, fingerprint: str | None = None) -> PreparedDataset:
-    """Open the prepared dataset in the directory ``path``.
+def open_dataset(path: Path | str, fingerprint: str | None = None, cache: ShardCache | None = None) -> PreparedDataset:
+    """Open the prepared dataset in a directory, or behind a URL that fsspec knows (s3, memory, http ...).
+
+    Local shards are mapped. Remote ones are fetched whole into ``cache``, checked against their digests and read from
+    there::
+
+        open_dataset("s3://bucket/imagenet", cache=ShardCache(Path("/scratch/shards"), max_bytes=500 << 30))
+
+    A dataset that fits the cache is fetched in the background from the first use of a split; of a larger one, each shard
+    when it is first read or announced (`Split.ahead`), in place of those least recently used. All processes of a node give
+    the same directory and share it. Endpoint and keys come from the environment or fsspec's configuration.
 
     Raises:
-        DataError: nothing prepared there, or not with the expected ``fingerprint``.
+        DataError: nothing prepared there, or not with the expected ``fingerprint``, or a URL without a cache.
     """
-    description = _read_json(path / "dataset.json", path)
-    classes = _read_json(path / "classes.json", path)
+    files: Files
+    if isinstance(path, str) and "://" in path:
+        if cache is None:
+            remedy = "give open_dataset a ShardCache: a directory on this node, and how many bytes it may take"
+            raise DataError("is remote, and there is no cache to read it through", place=path, remedy=remedy)
+        files = CachedShards(path, cache)
+        path = files.root
+    else:
+        files = Folder(Path(path))
+    description = _read_json(files, "dataset.json")
+    classes = _read_json(files, "classes.json")
     if fingerprint is not None and description.get("fingerprint") != fingerprint:
         raise DataError(
             f"is another dataset: fingerprint {description.get('fingerprint')}, expected {fingerprint}",
-            place=str(path),
+            place=files.place,
             remedy="go on with the dataset the run was started with, or start a new run",
         )
-    return PreparedDataset(path, description, classes)
+    return PreparedDataset(Path(path), files, description, classes)
 
 
-def _read_json(file: Path, directory: Path) -> Any:
+def _read_json(files: Files, name: str) -> Any:
     try:
-        return json.loads(file.read_text())
+        return json.loads(files.read(name))
     except FileNotFoundError:
-        raise DataError(f"no prepared dataset here ({file.name} is missing)", place=str(directory), remedy=AGAIN) from None
+        raise DataError(f"no prepared dataset here ({name} is missing)", place=files.place, remedy=AGAIN) from None
     except ValueError as error:
-        raise DataError(f"is damaged: {error}", place=str(file), remedy=AGAIN) from None
+        raise DataError(f"is damaged: {error}", place=f"{files.place}/{name}", remedy=AGAIN) from None
+
+
+class Folder:
+    """A dataset's files in a local directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.place = path, str(path)
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+    def open(self, shards: Sequence[dict[str, Any]]) -> tuple[list[memoryview], list[NDArray[np.int64]]]:
+        return [_map_shard(self.path, shard) for shard in shards], [_read_index(self.path, shard) for shard in shards]
+
+    def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
+        """Nothing to do: they are mapped."""
 
 
 def _map_shard(directory: Path, shard: dict[str, Any]) -> memoryview:
