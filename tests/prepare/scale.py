@@ -1,6 +1,7 @@
 """Preparation of a made-up listing: the driver's own work at any scale, with facts in place of images.
 
-``python -m tests.prepare.scale FOLDER IMAGES`` prints the figures, seconds and peak memory of that process as JSON.
+``python -m tests.prepare.scale FOLDER IMAGES ROWS`` (images a unit) prints the dataset's figures, the seconds of CPU and the
+peak memory of that process as JSON.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from pipeline.data.shards import ShardInfo
 from pipeline.prepare import dataset
 from pipeline.prepare.plan import ShardPlan, read_order
 from pipeline.prepare.spill import FACTS, Place, UnitRecord
-from pipeline.prepare.units import UNIT_FILES, Part, Survey, Unit, listing
+from pipeline.prepare.units import Part, Survey, Unit, listing
 
 CLASSES = 21_841
 REPEATS = 100  # one unit in so many has a content twice and a name twice
 ROOT = "/images"
 
 
-def made_up_survey(images: int) -> Survey:
-    """Class folders cut into units as the real ones are."""
+def made_up_survey(images: int, unit_rows: int) -> Survey:
+    """Class folders cut into units."""
     classes = [(f"n{number:08d}", f"n{number:08d}") for number in range(CLASSES)]
     units = []
-    for number, first in enumerate(range(0, images, UNIT_FILES)):
-        rows, label = min(UNIT_FILES, images - first), number % CLASSES
+    for number, first in enumerate(range(0, images, unit_rows)):
+        rows, label = min(unit_rows, images - first), number % CLASSES
         name = classes[label][0]
         units.append(Unit(number, "", (Part("folder", f"{ROOT}/{name}", 0, rows, name, label, size=rows * 110_000),)))
     return Survey("class_folders", classes, units, listing(ROOT, units), [])
@@ -69,14 +70,14 @@ def made_up_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Itera
             yield item, made_up_unit(place, item)
 
 
-def main(folder: str, images: int) -> None:
+def main(folder: str, images: int, unit_rows: int) -> None:
     began = time.process_time()
     config = DatasetConfig(root=ROOT, max_rejected=0.01)
-    with mock.patch.object(dataset, "survey", lambda _: made_up_survey(images)):
+    with mock.patch.object(dataset, "survey", lambda _: made_up_survey(images, unit_rows)):
         figures = dataset.prepare_dataset("set", config, Path(folder), 0, made_up_tasks, lambda *_: None, lambda *_: None)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({**figures, "seconds": time.process_time() - began, "peak_mb": peak_mb}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

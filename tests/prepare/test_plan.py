@@ -203,13 +203,14 @@ def test_an_interrupted_plan_is_made_again(moment: str, tmp_path: Path, cut: pyt
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("count", [700_000, pytest.param(14_000_000, marks=pytest.mark.slow)])
-def test_memory_does_not_grow_with_the_images(count: int, tmp_path: Path) -> None:
-    """The driver's whole work but for the images, in a process of its own."""
-    command = [sys.executable, "-m", "tests.prepare.scale", str(tmp_path / "set"), str(count)]
+@pytest.mark.parametrize(("count", "unit_rows"), [(700_000, 512), pytest.param(14_000_000, 4096, marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_images(count: int, unit_rows: int, tmp_path: Path) -> None:
+    """The driver's whole work but for the images themselves, in a process of its own: 280 and 390 MB when written, of which
+    its imports are 100."""
+    command = [sys.executable, "-m", "tests.prepare.scale", str(tmp_path / "set"), str(count), str(unit_rows)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout)
-    units_with_repeats = -(-count // units.UNIT_FILES // REPEATS)
+    repeated = -(-count // unit_rows // REPEATS)  # units
     assert figures["images"] + figures["validation"] + figures["duplicates"] == count
-    assert 2 * units_with_repeats * 0.9 <= figures["duplicates"] <= 2 * units_with_repeats
+    assert repeated <= figures["duplicates"] <= 2 * repeated  # where the two of a name are of one split
     assert figures["peak_mb"] < 600
