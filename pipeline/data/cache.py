@@ -11,10 +11,10 @@ import contextlib
 import fcntl
 import mmap
 import os
-import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -237,7 +237,9 @@ class CachedShards:
         self._storage, self.root = open_storage(url)
         self.place = self._storage.shown(self.root)
         self._cache = cache
-        self._wanted: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
+        self._announced: deque[RemoteFile] = deque()
+        self._rest: deque[RemoteFile] = deque()
+        self._waiting = threading.Condition()
         self._threads: list[threading.Thread] = []
 
     def read(self, name: str) -> bytes:
@@ -250,22 +252,31 @@ class CachedShards:
         with ThreadPoolExecutor(2 * DOWNLOADS) as pool:
             indexes = list(pool.map(self._index, shards))
         if sum(shard["bytes"] for shard in shards) <= self._cache.max_bytes:
-            self.ahead(shards)
+            self._begin(self._rest, shards)
         return contents, indexes
 
     def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
-        """Fetch these in the background; no more than fit."""
+        """Fetch these in the background, and no longer what was announced before; no more than fit."""
+        with self._waiting:
+            self._announced.clear()
+        self._begin(self._announced, shards)
+
+    def _begin(self, wanted: deque[RemoteFile], shards: Iterable[dict[str, Any]]) -> None:
+        with self._waiting:
+            wanted.extend(self._file(shard) for shard in shards)
+            self._waiting.notify_all()
         if not self._threads:
             self._threads = [threading.Thread(target=self._work, name=f"shards-{i}", daemon=True) for i in range(DOWNLOADS)]
             for thread in self._threads:
                 thread.start()
-        for shard in shards:
-            self._wanted.put(self._file(shard))
 
     def _work(self) -> None:
         while True:
+            with self._waiting:
+                self._waiting.wait_for(lambda: self._announced or self._rest)
+                file = (self._announced or self._rest).popleft()
             with contextlib.suppress(DataError, StageError):  # raised again where the shard is read
-                self._cache.fetch(self._wanted.get())
+                self._cache.fetch(file)
 
     def _file(self, shard: dict[str, Any]) -> RemoteFile:
         return RemoteFile(self._storage, f"{self.root}/{shard['file']}", self._checked(shard["digest"]), shard["bytes"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -24,6 +25,7 @@ from pipeline.data import remote
 from pipeline.data.cache import ShardCache
 from pipeline.data.format import PreparedDataset, Split, open_dataset
 from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.order import WindowedOrder
 from pipeline.errors import DataError, StageError
 from pipeline.files import file_digest
 from tests.data.making import make_dataset
@@ -154,6 +156,28 @@ def test_shards_come_ahead_of_need(tmp_path: Path, local: PreparedDataset) -> No
     assert not (tmp_path / "few" / shards[0]).exists()
     open_dataset(MEMORY, cache=ShardCache(tmp_path / "all")).split("train")
     eventually(lambda: all((tmp_path / "all" / digest).exists() for digest in shards))
+
+
+def test_in_windows_an_epoch_fetches_each_shard_once(
+    tmp_path: Path, local: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, fetched = MemoryFileSystem.cat_file, Counter[str]()
+
+    def cat_file(self: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        fetched[Path(path).name] += path.endswith(".parquet")
+        return bytes(whole(self, path, start=start, end=end))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 3.5))).split("train")
+    order = WindowedOrder([40] * 6, seed=5, window_shards=1)
+    settings = {"seed": 5, "image_size": 32, "global_batch": 8, "micro_batch": 8, "threads": 2, "prefetch_bytes": 1}
+    with TrainLoader(split, augment=AugmentConfig(), order=order, **settings) as loader:  # type: ignore[arg-type]
+        seen = [sample for batch in islice(loader, 30) for sample in batch.samples.tolist()]
+        labels = [int(split.labels[sample]) for sample in seen]
+    assert sorted(seen) == list(range(240))
+    assert labels == [local.split("train").label(sample) for sample in seen]
+    assert all(1 <= fetched[f"train-{shard:05d}.parquet"] <= 2 for shard in range(6))  # the next epoch's are fetched ahead
+    assert fetched.total() <= 9
 
 
 @pytest.mark.parametrize("times", [1, 1000])
