@@ -8,8 +8,10 @@ on the node (`pipeline.data.cache`).
 from __future__ import annotations
 
 import bisect
+import errno
 import json
 import mmap
+import resource
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +55,7 @@ class Split:
     def __init__(self, name: str, files: Files, shards: list[dict[str, Any]]) -> None:
         self.name, self.directory = name, files.place
         self._source, self._shards = files, shards
+        _allow_open_files(2 * len(shards))
         self._maps, self._indexes = files.open(shards)
         self._starts = [0, *np.cumsum([shard["rows"] for shard in shards]).tolist()]
         empty: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -149,6 +152,19 @@ def open_dataset(path: Path | str, fingerprint: str | None = None, cache: ShardC
     return PreparedDataset(Path(path), files, description, classes)
 
 
+def _allow_open_files(more: int) -> None:
+    """Maps keep their files open, and the usual limit is 1024: it is raised by so many, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        limit = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    remedy = "raise the limit of open files (ulimit -n): two a shard" if error.errno == errno.EMFILE else AGAIN
+    return DataError(f"cannot be read: {error.strerror}", place=str(path), remedy=remedy)
+
+
 def _read_json(files: Files, name: str) -> Any:
     try:
         return json.loads(files.read(name))
@@ -183,7 +199,7 @@ def _map_shard(directory: Path, shard: dict[str, Any]) -> memoryview:
                 raise DataError(f"has {size} bytes instead of {shard['bytes']}", place=str(path), remedy=AGAIN)
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", place=str(path), remedy=AGAIN) from error
+        raise _unreadable(path, error) from error
 
 
 def _read_index(directory: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
@@ -192,7 +208,7 @@ def _read_index(directory: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
         matches = file_digest(path) == shard["index_digest"]
         index: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False) if matches else np.zeros((3, 0), np.int64)
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", place=str(path), remedy=AGAIN) from error
+        raise _unreadable(path, error) from error
     if not matches or index.shape != (3, shard["rows"]):
         raise DataError("does not belong to this dataset (its digest differs)", place=str(path), remedy=AGAIN)
     return index

@@ -166,3 +166,22 @@ def test_a_directory_that_is_no_dataset_is_said(tmp_path: Path) -> None:
     (tmp_path / "set" / "dataset.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         open_dataset(tmp_path / "set")
+
+
+@pytest.mark.parametrize(("hard", "said"), [(4096, "210"), (130, "Too many open files\n  -> raise the limit of open files")])
+def test_more_shards_than_files_may_be_open(tmp_path: Path, hard: int, said: str) -> None:
+    make_dataset(tmp_path, {"train": 210}, shard_rows=2)
+    code = f"""
+import resource
+from pathlib import Path
+from pipeline.data.format import open_dataset
+from pipeline.errors import DataError
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (120, {hard}))
+try:
+    print(len(open_dataset(Path({str(tmp_path)!r})).split("train")))
+except DataError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said in done.stdout
