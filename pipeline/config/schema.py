@@ -147,7 +147,9 @@ class TrainConfig(Section):
         "within `window_shards` of them.",
     )
     window_shards: PositiveInt = Field(
-        16, description="With order 'windowed': shards whose images are mixed, and must be near, at a time (shards)."
+        16,
+        description="With order 'windowed': shards whose images are mixed at a time. They and the next window's are fetched: a "
+        "cache needs room for twice as many.",
     )
     repeats: PositiveInt = Field(
         1,

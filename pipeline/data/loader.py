@@ -93,20 +93,21 @@ class TrainLoader(_Loader):
         on_bad_sample: Literal["stop", "replace"] = "stop",
         prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
-        self._order = GlobalOrder(len(split), seed) if order is None else order
         if global_batch % (world_size * micro_batch):
             raise ConfigError(
                 f"a global batch of {global_batch} images is no multiple of {world_size} processes x {micro_batch} images",
                 remedy="change global_batch or micro_batch",
             )
-        if self._order.length < global_batch:
+        length = len(split) if order is None else order.length
+        if length < global_batch:
             raise DataError(
-                f"{self._order.length} training images are fewer than one global batch of {global_batch}",
+                f"{length} training images are fewer than one global batch of {global_batch}",
                 place=str(split.directory),
                 remedy="lower global_batch, or add images",
             )
         self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
-        self.steps_per_epoch = self._order.length // global_batch
+        self.steps_per_epoch = length // global_batch
+        self._order = GlobalOrder(length, seed) if order is None else order
         self._split, self._transform = split, TrainTransform(image_size, augment, seed)
         self._stand_ins = StandIns(self._order, seed, global_batch) if on_bad_sample == "replace" else None
         self._ring = Ring(split, micro_batch, image_size, threads, prefetch_bytes)
@@ -122,8 +123,13 @@ class TrainLoader(_Loader):
 
     def _plans(self, start_step: int) -> Iterator[Plan]:
         share = self.global_batch // self.world_size
+        announced: list[int] = []
         for step in count(start_step):
             epoch, batch = divmod(step, self.steps_per_epoch)
+            shards = self._order.shards_near(epoch, batch * self.global_batch)
+            if shards != announced:
+                self._split.ahead(shards)
+                announced = shards
             first = batch * self.global_batch + self.rank * share
             for start in range(first, first + share, self.micro_batch):
                 views = self._order.indices(epoch, start, start + self.micro_batch)
@@ -143,9 +149,9 @@ class TrainLoader(_Loader):
             try:
                 transform(images(numbers[i]), draws[i], out)
             except BAD_SAMPLE as cause:
-                bad = explain(cause, self._split, numbers[i])
-                if stand_ins is None or not isinstance(bad, DataError):
+                if stand_ins is None:
                     raise
+                bad = explain(cause, self._split, numbers[i])
                 samples[i] = stand_ins.write(epoch, start + i, bad, lambda other: transform(images(other), draws[i], out))
                 replaced.append(f"{bad.place}: {bad.cause}")
 

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -17,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.format import PreparedDataset, Split
+from pipeline.data.cache import ShardCache
+from pipeline.data.format import PreparedDataset, Split, open_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.order import BalancedOrder, GlobalOrder, Order, RepeatedOrder, WindowedOrder
 from pipeline.data.ring import AHEAD, LENT, Ring, batches_ahead
 from pipeline.errors import ConfigError, DataError
-from tests.data.making import make_dataset
+from tests.data.making import damage, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -208,16 +210,6 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         list(source)
 
 
-def damage(split: Split, samples: list[int]) -> None:
-    """Overwrite the beginning of these images in their shards."""
-    for sample in samples:
-        file, row = split.place(sample).split(", row ")
-        shard = sample // 20
-        with open(file, "r+b") as stream:
-            stream.seek(int(split._indexes[shard][0, int(row)]))
-            stream.write(b"\0" * 16)
-
-
 BAD = [3, 25, 26, 27, 39]
 
 
@@ -309,6 +301,9 @@ def test_prefetching_is_bounded_in_bytes(dataset: PreparedDataset) -> None:
 def test_impossible_batches_are_refused(dataset: PreparedDataset) -> None:
     with pytest.raises(DataError, match="101 training images are fewer than one global batch of 128"):
         loader(dataset.split("train"), global_batch=128, micro_batch=128)
+    few = RepeatedOrder(GlobalOrder(101, 3), 2, 256)
+    with pytest.raises(DataError, match="202 training images are fewer than one global batch of 256"):
+        loader(dataset.split("train"), global_batch=256, micro_batch=256, order=few)
     with pytest.raises(ConfigError, match="no multiple of 3 processes x 16"):
         loader(dataset.split("train"), micro_batch=16, world_size=3)
 
@@ -321,3 +316,18 @@ def test_closing_ends_the_threads(dataset: PreparedDataset) -> None:
     source.close()
     assert threading.active_count() == before
     np.testing.assert_array_equal(list(source), [])
+
+
+def test_windows_of_a_remote_dataset_are_fetched_ahead_into_a_cache_smaller_than_it(tmp_path: Path) -> None:
+    local = make_dataset(tmp_path / "set", {"train": 80}, shard_rows=10)
+    fsspec.filesystem("memory").put(str(tmp_path / "set"), "/windows", recursive=True)
+    shards = local.description["splits"]["train"]["shards"]
+    indexes = sum((tmp_path / "set" / shard["file"]).with_suffix(".idx").stat().st_size for shard in shards)
+    room = indexes + 5 * max(shard["bytes"] for shard in shards)  # two windows and one to spare, of eight shards
+    remote = open_dataset("memory://windows", cache=ShardCache(tmp_path / "cache", max_bytes=room))
+    order = WindowedOrder([10] * 8, 3, 2)
+    settings = {"order": order, "global_batch": 10, "micro_batch": 10}
+    expected = by_step(take(loader(local.split("train"), **settings), 16))
+    source = loader(remote.split("train"), **settings)
+    assert by_step(take(source, 16)) == expected
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= room
