@@ -1,14 +1,14 @@
-"""The loaders that ``bench loader`` compares: each an endless iterator over the same thing from the same images.
+"""The loaders that ``bench loader`` compares, from the same images to the same thing.
 
 That is: float32 batches (n, 3, size, size), normalised, with soft targets (n, classes); with the whole recipe after
-RandAugment, random erasing and mixup or cutmix. Who does what:
+RandAugment, random erasing and mixup or cutmix. Each does its own work and leaves the rest to the device, as in training:
 
-- ours: threads decode, crop, flip and augment in uint8; `DeviceAugment` makes floats of the whole batch, normalises, erases
-  and mixes, which is the device's work in training and here the consumer's, on the CPU.
-- pillow: PyTorch's DataLoader over files, decoded by Pillow; processes do all for each image but mixing, which the consumer
-  does for the batch.
-- webdataset: tar shards through WebDataset, shuffled in a buffer; transform and consumer as with pillow.
-- huggingface: Parquet (our shards) through `datasets.load_dataset`; transform and consumer as with pillow.
+- ours: threads decode, crop, flip and augment into a uint8 batch; the device makes floats of it, normalises, erases and mixes
+  (`DeviceAugment`).
+- pillow: PyTorch's DataLoader over files, decoded by Pillow; processes do everything for each image, normalisation and
+  erasing included; the device mixes the batch.
+- webdataset: tar shards through WebDataset, shuffled in a buffer; else as pillow.
+- huggingface: Parquet (our shards) through `datasets.load_dataset`; else as pillow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from pipeline.bench.pillow import UsualTransform, mix, one_hot
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.device import DeviceAugment
 from pipeline.data.format import open_dataset
-from pipeline.data.loader import TrainLoader
+from pipeline.data.loader import Batch, TrainLoader
 
 CLASSES = 1000
 TARS = 4  # shards for WebDataset: workers share them out
@@ -50,7 +50,12 @@ class Load:
     image_size: int = 224
 
 
-Batches = Iterator[tuple[Tensor, Tensor]]  # images, targets
+@dataclass(frozen=True)
+class Delivery:
+    """Endless batches as the loader hands them over, and the device's work on one: images and targets."""
+
+    batches: Generator[Any]
+    finish: Callable[[Any], tuple[Tensor, Tensor]]
 
 
 def lay_out(directory: Path) -> None:
@@ -71,21 +76,28 @@ def lay_out(directory: Path) -> None:
                 tars[i % TARS].addfile(member, io.BytesIO(content))
 
 
-def ours(load: Load) -> Batches:
+def ours(load: Load) -> Delivery:
     augment = RECIPES[load.recipe]
     device = DeviceAugment(augment, CLASSES, seed=0, train=True)
-    with TrainLoader(
-        open_dataset(Path(load.directory) / "dataset").split("train"),
-        seed=0,
-        image_size=load.image_size,
-        augment=augment,
-        global_batch=load.batch,
-        micro_batch=load.batch,
-        threads=load.workers,
-    ) as loader:
-        for batch in loader:
-            made = device(batch.images, batch.labels, batch.samples, batch.positions, batch.epoch)
-            yield made.images, made.targets
+
+    def batches() -> Generator[Batch]:
+        split = open_dataset(Path(load.directory) / "dataset").split("train")
+        with TrainLoader(
+            split,
+            seed=0,
+            image_size=load.image_size,
+            augment=augment,
+            global_batch=load.batch,
+            micro_batch=load.batch,
+            threads=load.workers,
+        ) as loader:
+            yield from loader
+
+    def finish(batch: Batch) -> tuple[Tensor, Tensor]:
+        made = device(batch.images, batch.labels, batch.samples, batch.positions, batch.epoch)
+        return made.images, made.targets
+
+    return Delivery(batches(), finish)
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
@@ -115,9 +127,9 @@ class _Endless(Sampler[int]):
             yield from torch.randperm(self.count).tolist()
 
 
-def pillow(load: Load) -> Batches:
+def pillow(load: Load) -> Delivery:
     files = _Files(Path(load.directory) / "files", _transform(load))
-    return _consumed(load, DataLoader(files, load.batch, sampler=_Endless(len(files)), num_workers=load.workers))
+    return _delivery(load, DataLoader(files, load.batch, sampler=_Endless(len(files)), num_workers=load.workers))
 
 
 class _Decode:
@@ -130,13 +142,13 @@ class _Decode:
         return self.transform(Pillow.open(io.BytesIO(data)).convert("RGB"))
 
 
-def webdataset(load: Load) -> Batches:
+def webdataset(load: Load) -> Delivery:
     import webdataset as wds
 
     urls = [str(path) for path in sorted((Path(load.directory) / "tars").glob("*.tar"))]
     samples = wds.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(200).to_tuple("jpg", "cls")
     transformed: Any = samples.map_tuple(_Decode(_transform(load)), int)
-    return _consumed(load, DataLoader(transformed, load.batch, num_workers=load.workers))
+    return _delivery(load, DataLoader(transformed, load.batch, num_workers=load.workers))
 
 
 class _Columns:
@@ -153,7 +165,7 @@ def _tuples(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     return torch.stack([row["image"] for row in rows]), torch.tensor([row["label"] for row in rows])
 
 
-def huggingface(load: Load) -> Batches:
+def huggingface(load: Load) -> Delivery:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets
 
@@ -163,10 +175,10 @@ def huggingface(load: Load) -> Batches:
     table = table.select_columns(["image", "label"]).cast_column("image", datasets.Image())
     rows: Any = table.with_transform(_Columns(_transform(load)))
     sampler = _Endless(len(rows))
-    return _consumed(load, DataLoader(rows, load.batch, sampler=sampler, num_workers=load.workers, collate_fn=_tuples))
+    return _delivery(load, DataLoader(rows, load.batch, sampler=sampler, num_workers=load.workers, collate_fn=_tuples))
 
 
-LOADERS: dict[str, Callable[[Load], Batches]] = {
+LOADERS: dict[str, Callable[[Load], Delivery]] = {
     "ours": ours, "pillow": pillow, "webdataset": webdataset, "huggingface": huggingface
 }  # fmt: skip
 
@@ -175,7 +187,12 @@ def _transform(load: Load) -> UsualTransform:
     return UsualTransform(load.image_size, load.recipe == "full")
 
 
-def _consumed(load: Load, loader: DataLoader[Any]) -> Batches:
-    """The consumer's share of the work."""
-    for images, labels in loader:
-        yield mix(images, labels, CLASSES) if load.recipe == "full" else (images, one_hot(labels, CLASSES, 0.0))
+def _delivery(load: Load, loader: DataLoader[Any]) -> Delivery:
+    def batches() -> Generator[Any]:
+        yield from loader
+
+    def finish(batch: Any) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        return mix(images, labels, CLASSES) if load.recipe == "full" else (images, one_hot(labels, CLASSES, 0.0))
+
+    return Delivery(batches(), finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -25,15 +26,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", loader.RECIPES)
 def test_every_loader_delivers_the_same_kind_of_batch(name: str, recipe: str, sources: Path) -> None:
     load = Load(str(sources / "256"), recipe, workers=1, batch=8, image_size=64)
-    batches = LOADERS[name](load)
-    drawn = [(images.clone(), targets.clone()) for images, targets in islice(batches, 4)]  # more than an epoch
+    delivery = LOADERS[name](load)
+    with closing(delivery.batches) as batches:
+        drawn = [tuple(part.clone() for part in delivery.finish(batch)) for batch in islice(batches, 4)]  # more than an epoch
     for images, targets in drawn:
         assert images.shape == (8, 3, 64, 64) and images.dtype == torch.float32
         assert targets.shape == (8, CLASSES) and torch.allclose(targets.sum(1), torch.ones(8), atol=1e-4)
         assert images.mean().abs() < 1.5 and 0.05 < images.std() < 3.0
     hard = torch.cat([targets.max(1).values for _, targets in drawn]) > 0.999
     assert hard.all() if recipe == "crop_flip" else not hard.any()
-    del batches
 
 
 def test_prints_figures_and_ratios_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,13 +42,13 @@ def test_prints_figures_and_ratios_and_writes_them(tmp_path: Path, capsys: pytes
     settings = {"batch": 8, "image_size": 64}
     loader.main(target, 20, 0.1, 0.0, ("ours", "pillow"), (2,), ("256",), ("crop_flip",), **settings)
     result = json.loads(target.read_text())
-    fields = {"loader", "workers", "source", "recipe", "images_per_s", "peak_mb"}
+    fields = {"loader", "workers", "source", "recipe", "images_per_s", "finished_images_per_s", "peak_mb"}
     assert len(result["cases"]) == 2 and all(set(case) == fields for case in result["cases"])
     ours, baseline = result["cases"]
     assert result["ratios"] == {"256/crop_flip": pytest.approx(ours["images_per_s"] / baseline["images_per_s"])}
     assert result["memory_ratios"] == {"256/crop_flip": pytest.approx(ours["peak_mb"] / baseline["peak_mb"])}
     assert all(case["peak_mb"] > 50 for case in result["cases"])
-    assert "256/crop_flip:" in capsys.readouterr().out
+    assert "ours to pillow at 2 workers: 256/crop_flip" in capsys.readouterr().out
 
 
 def test_photographs_are_made_up_where_there_are_none(tmp_path: Path) -> None:
