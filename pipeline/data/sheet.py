@@ -61,7 +61,7 @@ def contact_sheet(data: PreparedDataset, settings: Settings, epoch: int = 0, row
     sheet.column(0, "as stored", [_fitted(one, side) for one in stored])
     for number, (title, images) in enumerate(columns, 1):
         sheet.column(number, title, [_scaled(one, side) for one in images])
-    sheet.column(len(columns) + 1, f"epoch {epoch}, to the network", [_scaled(one, side) for one in fed], targets)
+    sheet.column(len(columns) + 1, f"network, epoch {epoch}", [_scaled(one, side) for one in fed], targets)
     sheet.names(captions)
     return np.asarray(sheet.image)
 
@@ -123,7 +123,7 @@ def _words(settings: Settings) -> str:
         parts.append(f"RandAugment {augment.randaugment}, std {augment.randaugment_std:g}")
     elif augment.color_jitter > 0:
         parts.append(f"colour jitter {augment.color_jitter:g}")
-    parts += [f"{name} {getattr(augment, name):g}" for name in ("erasing", "mixup", "cutmix", "smoothing")]
+    parts += [f"{name} {share:g}" for name in ("erasing", "mixup", "cutmix", "smoothing") if (share := getattr(augment, name))]
     return ", ".join(parts)
 
 

@@ -5,9 +5,11 @@ Never decodes more than ``max_pixels``: what has more is told by its header, at 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +18,7 @@ import simplejpeg
 from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, jpeg_header
+from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
 
 MAX_BYTES = 256 << 20  # of one file, unpacked
 _GZIP = b"\x1f\x8b"
@@ -105,8 +107,10 @@ def _decode_strictly(data: bytes) -> Image | Rejected:
             return whole
         return Rejected("truncated", problem)
     if any(part in problem for part in _HARMLESS):
-        tolerated: Image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, strict=False)
-        return tolerated
+        try:
+            return decode_jpeg(data)
+        except ValueError as error:  # the first that it met was harmless, what follows is not
+            return Rejected("corrupt", str(error))
     return Rejected("truncated" if "remature" in problem else "corrupt", problem)
 
 
@@ -121,10 +125,8 @@ def _decode_with_end(data: bytes) -> Image | None:
 def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
     """PNG, GIF, BMP, TIFF, WebP ...: decoded and made a JPEG."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images: the limit here is the job's
-            with Pillow.open(io.BytesIO(data), formats=_FORMATS) as header:  # reads the header only
-                width, height = header.size
+        with _opened(data) as header:  # reads the header only
+            width, height = header.size
     except Pillow.DecompressionBombError as error:
         return Rejected("too_many_pixels", str(error))
     except (OSError, ValueError, SyntaxError) as error:
@@ -141,9 +143,17 @@ def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
     return _encoded(image, config, "converted")
 
 
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Pillow.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images too: the limit here is the job's
+        with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
+            yield image
+
+
 def _pillow(data: bytes) -> Image | Rejected:
     try:
-        with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _opened(data) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError) as error:
         return Rejected("undecodable", str(error).split(" <")[0])

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
@@ -60,6 +62,13 @@ def test_unusable_files_are_rejected_under_their_reason(reason: str) -> None:
     assert judged.detail
 
 
+def test_a_warning_that_the_decoder_stops_at_is_a_rejection() -> None:
+    """Stray bytes between the tables: libjpeg only warns, but not every decoder goes on."""
+    table = GOOD.index(b"\xff\xc4")
+    judged = clean(GOOD[:table] + b"\0" * 5 + GOOD[table:], "a.JPEG", CONFIG)
+    assert judged == Rejected("corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4")
+
+
 @pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG"])
 def test_litter_of_operating_systems_is_no_image(name: str) -> None:
     assert clean(GOOD, name, CONFIG) == Rejected("not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}")
@@ -107,6 +116,29 @@ def test_large_images_are_scaled_down_and_small_ones_never_up() -> None:
     assert isinstance(large, Kept) and isinstance(small, Kept)
     assert (large.width, large.height, large.changed) == (100, 64, "resized")
     assert (small.width, small.height, small.changed) == (60, 50, "")
+
+
+SOUND = [GOOD, encoded("CMYK", "JPEG"), png16(), encoded("P", "GIF"), encoded("RGBA", "PNG"), encoded("RGB", "WEBP"),
+         encoded("RGB", "TIFF"), encoded("RGB", "BMP"), encoded("RGB", "JPEG2000"), encoded("L", "PPM"),
+         gzip.compress(GOOD)]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(which=st.integers(0, len(SOUND) - 1), changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=8),
+       kept=st.floats(0.0, 1.0))  # fmt: skip
+def test_whatever_the_damage_a_file_is_kept_or_rejected_with_a_reason(
+    which: int, changes: list[tuple[int, int]], kept: float
+) -> None:
+    """Decoders raise errors of many kinds: none of them reaches the work on the other files."""
+    data = bytearray(SOUND[which])
+    for place, value in changes:
+        data[place % len(data)] = value
+    judged = clean(bytes(data[: round(len(data) * (0.5 + kept))]), "a.JPEG", CONFIG)
+    if isinstance(judged, Kept):
+        assert simplejpeg.decode_jpeg_header(judged.data, strict=False)[:2] == (judged.height, judged.width)
+        assert np.isfinite(judged.moments).all()
+    else:
+        assert judged.reason and judged.detail
 
 
 def test_moments_are_those_of_the_pixels() -> None:
