@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import xxhash
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import DataError
 
@@ -55,10 +56,13 @@ class Storage:
 
     fs: Any
 
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
     def shown(self, path: str) -> str:
         """A path as people know it, without what is secret in it."""
-        url = str(self.fs.unstrip_protocol(path))
-        return path if url.startswith("file://") else without_secrets(url)
+        return path if self.is_local else without_secrets(str(self.fs.unstrip_protocol(path)))
 
     def info(self, path: str) -> dict[str, Any] | None:
         """What is known of a file or folder; None where there is none."""

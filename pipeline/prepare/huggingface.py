@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import Any
 
 from pipeline.config.look import TRAIN, VALIDATION
 from pipeline.config.schema import DatasetConfig
+from pipeline.data.remote import open_storage, without_secrets
 from pipeline.errors import DataError
 from pipeline.prepare.units import SplitName
+
+SAVED = ("dataset_dict.json", "state.json")  # one of them is beside what save_to_disk wrote
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ def rows(config: DatasetConfig, split: str, first: int, last: int) -> Iterator[t
         image = row[config.image_column] or {}
         data = image.get("bytes")
         if data is None and image.get("path"):
-            data = Path(image["path"]).read_bytes()
+            storage, path = open_storage(image["path"])
+            data = storage.read(path)
         yield f"{number:09d}", _class_name(label, row[config.label_column]), data or b""
 
 
@@ -75,12 +81,33 @@ def _load(root: str) -> Any:
 
     datasets.disable_progress_bars()
     try:
-        saved = Path(root)
-        if (saved / "dataset_dict.json").is_file() or (saved / "state.json").is_file():
-            loaded = datasets.load_from_disk(root)
-        else:
-            loaded = datasets.load_dataset(root)
+        loaded = _load_remote(root) if "://" in root else _load_local(root)
     except (OSError, ValueError, RuntimeError, ConnectionError, datasets.exceptions.DatasetsError) as error:
+        cause = f"`datasets` cannot load it: {without_secrets(str(error))}"
         remedy = "a folder of Parquet files or images, what save_to_disk wrote, or a dataset's name on the hub"
-        raise DataError(f"`datasets` cannot load it: {error}", place=root, remedy=remedy) from error
+        raise DataError(cause, place=without_secrets(root), remedy=remedy) from None
     return loaded if isinstance(loaded, dict) else datasets.DatasetDict({"train": loaded})
+
+
+def _load_local(root: str) -> Any:
+    import datasets
+
+    if any((Path(root) / name).is_file() for name in SAVED):
+        return datasets.load_from_disk(root)
+    return datasets.load_dataset(root)
+
+
+def _load_remote(root: str) -> Any:
+    """What save_to_disk wrote, or Parquet files whose names begin with their split's."""
+    import datasets
+
+    storage, path = open_storage(root)
+    files = sorted(name for name, _ in storage.files(path))
+    if any(f"{path}/{name}" in files for name in SAVED):
+        return datasets.load_from_disk(root)
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        if file.endswith(".parquet"):
+            first = re.split(r"[-_.]", posixpath.basename(file))[0].lower()
+            splits.setdefault(first if first in TRAIN + VALIDATION else "train", []).append(storage.fs.unstrip_protocol(file))
+    return datasets.load_dataset("parquet", data_files=splits)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import fsspec
 
 from pipeline.config.look import TRAIN, VALIDATION
 from pipeline.config.schema import DatasetConfig
-from pipeline.data.remote import Storage, open_storage
+from pipeline.data.remote import BLOCK, Storage, open_storage
 from pipeline.errors import DataError
 from pipeline.prepare import huggingface
 from pipeline.prepare.classes import names_in, ordered_classes
 from pipeline.prepare.imagenet import HEADERS, OUTER_TRAIN, survey_imagenet
 from pipeline.prepare.units import UNIT_BYTES, UNIT_FILES, Part, SplitName, Survey, Unit, bundle, listing
+
+AT_ONCE = 16  # tars or folders of a remote store that are looked at
+Look = Callable[[Storage, str, str, int], list[Part]]  # storage, folder, name and bytes of one of them
 
 
 def survey(config: DatasetConfig) -> Survey:
@@ -83,22 +90,37 @@ def _survey_classes(storage: Storage, root: str, config: DatasetConfig, layout: 
 
 
 def _tars(storage: Storage, folder: str) -> Iterator[Part]:
-    for name, entry in names_in(storage, folder).items():
-        if name.endswith(".tar") and entry["type"] == "file":
-            path, size = f"{folder}/{name}", int(entry["size"])
-            for first, last in _ranges(storage, path, size):
-                yield Part("tar", path, first, last, name.removesuffix(".tar"), size=last - first)
+    found = names_in(storage, folder).items()
+    return _all_parts(
+        _tar, storage, folder, [entry for name, entry in found if name.endswith(".tar") and entry["type"] == "file"]
+    )
 
 
 def _folders(storage: Storage, folder: str) -> Iterator[Part]:
-    for name, entry in names_in(storage, folder).items():
-        if entry["type"] != "directory":
-            continue
-        path = f"{folder}/{name}"
-        sizes = [int(size or 0) for _, size in sorted(storage.files(path))]
-        for first in range(0, max(len(sizes), 1), UNIT_FILES):
-            part = sizes[first : first + UNIT_FILES]
-            yield Part("folder", path, first, first + len(part), name, size=sum(part))
+    found = names_in(storage, folder).values()
+    return _all_parts(_folder, storage, folder, [entry for entry in found if entry["type"] == "directory"])
+
+
+def _all_parts(look: Look, storage: Storage, folder: str, entries: list[dict[str, Any]]) -> Iterator[Part]:
+    """The parts of each tar or folder, in their order; a remote store is asked for several at once."""
+    with ThreadPoolExecutor(1 if storage.is_local else AT_ONCE) as pool:
+        names = [posixpath.basename(entry["name"].rstrip("/")) for entry in entries]
+        sizes = [int(entry["size"] or 0) for entry in entries]
+        for parts in pool.map(partial(look, storage, folder), names, sizes):
+            yield from parts
+
+
+def _tar(storage: Storage, folder: str, name: str, size: int) -> list[Part]:
+    path, group = f"{folder}/{name}", name.removesuffix(".tar")
+    return [Part("tar", path, first, last, group, size=last - first) for first, last in _ranges(storage, path, size)]
+
+
+def _folder(storage: Storage, folder: str, name: str, _: int) -> list[Part]:
+    path = f"{folder}/{name}"
+    sizes = [int(size or 0) for _, size in sorted(storage.files(path))]
+    starts = range(0, max(len(sizes), 1), UNIT_FILES)
+    pieces = [(first, sizes[first : first + UNIT_FILES]) for first in starts]
+    return [Part("folder", path, first, first + len(piece), name, size=sum(piece)) for first, piece in pieces]
 
 
 def _ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]]:
@@ -106,7 +128,8 @@ def _ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]]:
     if size <= 4 * UNIT_BYTES:
         return [(0, size)]
     starts = [0]
-    with storage.open(path, 0, size, HEADERS) as file:
+    block = HEADERS if storage.is_local else BLOCK  # images are smaller than what a request costs
+    with storage.open(path, 0, size, block) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:

@@ -84,6 +84,27 @@ def test_large_tars_are_scanned_and_cut_alike(
     assert shard_bytes(tmp_path / "remote") == shard_bytes(tmp_path / "local")
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_a_hugging_face_dataset_in_a_store(tmp_path: Path, server: tuple[str, int], proxy: Proxy, kind: str) -> None:
+    import datasets
+
+    for split, first, count in (("train", 0, 12), ("validation", 900, 6)):
+        rows = {"image": [jpeg(first + i, 40, 32) for i in range(count)], "label": [i % 3 for i in range(count)]}
+        made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        if kind == "saved":
+            made.save_to_disk(str(tmp_path / "in" / split))
+        else:
+            made.to_parquet(str(tmp_path / "in" / f"{split}-00000.parquet"))
+    if kind == "saved":
+        (tmp_path / "in" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    upload(*server, tmp_path / "in", f"hub-{kind}")
+    figures = [prepare(root, tmp_path / f"out{i}") for i, root in enumerate((tmp_path / "in", f"s3://hub-{kind}"))]
+    assert figures[0] == figures[1]
+    shards = [{name: data for name, data in shard_bytes(tmp_path / f"out{i}").items() if name[-4:] == ".idx"} for i in (0, 1)]
+    assert shards[0] == shards[1]
+    assert (figures[0]["images"], figures[0]["validation"]) == (12, 6)
+
+
 @pytest.mark.parametrize("fault", ["throttled", "cut", "reset"])
 def test_a_store_that_stays_away_is_said_and_gone_on_with_later(
     tmp_path: Path, server: tuple[str, int], proxy: Proxy, monkeypatch: pytest.MonkeyPatch, fault: str
