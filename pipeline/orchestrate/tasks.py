@@ -23,7 +23,8 @@ def map_tasks(function: Callable[[Item], Result], items: Sequence[Item]) -> Iter
     """
     import ray
 
-    shared = ray.put(function)
+    # The function travels with each piece: of an object of its own in the store, Ray would end this process at the loss of
+    # the node, without a word.
     remote: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
     most = FLIGHT * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(items)
@@ -31,7 +32,7 @@ def map_tasks(function: Callable[[Item], Result], items: Sequence[Item]) -> Iter
     try:
         while True:
             while len(flying) < most and (item := next(waiting, None)) is not None:
-                flying[remote.remote(shared, item)] = item
+                flying[remote.remote(function, item)] = item
             if not flying:
                 return
             ready, _ = ray.wait(list(flying), timeout=0.5)
@@ -55,7 +56,8 @@ def _result(ref: Any) -> Any:
         raise _for_the_user(error.cause, str(error)) from None
     except ray.exceptions.RayError as error:
         remedy = "free memory, or lower the number of workers; the same command goes on from here"
-        raise StageError(f"a worker died {RETRIES + 1} times over one piece of work: {error}", remedy=remedy) from None
+        cause = f"a piece of work is lost: its worker died {RETRIES + 1} times, or Ray's node did: {error}"
+        raise StageError(cause, remedy=remedy) from None
 
 
 def _for_the_user(cause: BaseException, text: str) -> PipelineError:
