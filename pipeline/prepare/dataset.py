@@ -187,12 +187,17 @@ def _describe(place: Place, found: Survey, totals: Totals, plan: Plan, shards: d
 
 
 def _tidy(place: Place, shards: dict[str, ShardInfo]) -> None:
-    """Nothing stays but the dataset: no work files, no shards of an earlier one."""
-    shutil.rmtree(place.work)
+    """Nothing stays but the dataset: no work files, no shards of an earlier one, nothing of workers that were killed.
+
+    The work folder goes last: as long as it is there, a rerun comes here again.
+    """
+    for cut_short in place.target.rglob(".*.tmp"):
+        cut_short.unlink()
     for path in place.target.glob("*.parquet"):
         if path.name not in shards:
             path.unlink()
             path.with_suffix(".idx").unlink(missing_ok=True)
+    shutil.rmtree(place.work)
 
 
 def _figures(description: dict[str, Any]) -> dict[str, float]:
