@@ -86,7 +86,7 @@ def spilled(folder: Path, facts: Facts, config: DatasetConfig, seed: int) -> tup
     return place, listed, np.array([len(rows) for _, rows in facts], dtype=np.int64)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     FACTS_OF_UNITS, st.sampled_from([1, 2, 7, 1 << 20]), st.sampled_from([1, 5, 1 << 18]), st.integers(1, 9),
     st.sampled_from([0.0, 0.1, 0.5]), st.integers(0, 3),
@@ -135,8 +135,8 @@ def test_buckets_are_ranges_of_their_hash(tmp_path: Path) -> None:
 
 def _source(root: Path) -> Path:
     """Two splits with everything that a plan drops, and files that are no images, in many units."""
-    class_tars(root, count=30)
-    first = images(0, 30)
+    class_tars(root, count=24)
+    first = images(0, 24)
     leaked = images(0, 6, first=500)["c0_2.JPEG"]
     write_tar(root / "train" / "c0.tar", {**first, "again.JPEG": first["c0_3.JPEG"], "leak.JPEG": leaked, "bad.JPEG": b"no"})
     return root
@@ -145,7 +145,7 @@ def _source(root: Path) -> Path:
 @pytest.fixture
 def cut(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for module in (sources, units):
-        monkeypatch.setattr(module, "UNIT_BYTES", 5000)
+        monkeypatch.setattr(module, "UNIT_BYTES", 8000)
     return monkeypatch
 
 
@@ -164,7 +164,7 @@ def test_buckets_and_open_files_do_not_change_a_byte(tmp_path: Path, cut: pytest
 
 def test_the_rejected_are_listed_by_unit_then_by_reason(tmp_path: Path, cut: pytest.MonkeyPatch) -> None:
     source = _source(tmp_path / "in")
-    doubled = images(1, 30)
+    doubled = images(1, 24)
     write_tar(source / "train" / "c1.tar", {**doubled, "z.JPEG": doubled["c1_9.JPEG"], "bad.JPEG": b""})
     _small_pieces(cut)
     prepare(source, tmp_path / "out")
@@ -182,7 +182,7 @@ class Killed(BaseException):
     """In place of a signal."""
 
 
-@pytest.mark.parametrize("moment", ["_members", "_repeated_contents", "_order", "_numbers", "fsync_dir", "_cut"])
+@pytest.mark.parametrize("moment", ["_members", "_repeated_contents", "_order", "fsync_dir"])
 def test_an_interrupted_plan_is_made_again(moment: str, tmp_path: Path, cut: pytest.MonkeyPatch) -> None:
     _small_pieces(cut)
     source = _source(tmp_path / "in")
