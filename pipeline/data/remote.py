@@ -23,6 +23,7 @@ from pipeline.errors import DataError
 
 ATTEMPTS = 8
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; in all about a minute
+LONGEST = 300.0  # seconds, after which there is no further attempt, where each takes long
 BLOCK = 8 << 20  # bytes a request, where a file is read through
 
 _STAYS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -114,16 +115,16 @@ class Storage:
         return io.BufferedReader(_Window(self, path, first, last), block)
 
     def _patiently(self, path: str, action: Callable[[], Result]) -> Result:
-        attempt = 1
+        attempt, began = 1, time.monotonic()
         while True:
             try:
                 return action()
             except Exception as error:
                 if not passes(error):
                     raise self._explained(path, error) from None  # its text may hold keys
-                if attempt == ATTEMPTS:
+                if attempt == ATTEMPTS or time.monotonic() - began > LONGEST:
                     remedy = "see whether the store is up and not throttling; then run the same command again"
-                    cause = f"could not be read in {ATTEMPTS} attempts: {self._text(error)}"
+                    cause = f"could not be read in {attempt} attempts: {self._text(error)}"
                     raise Unreachable(cause, place=self.shown(path), remedy=remedy) from None
             time.sleep(delay(path, attempt))
             attempt += 1
@@ -155,6 +156,8 @@ def open_storage(url: str) -> tuple[Storage, str]:
     except (ValueError, ImportError, OSError) as error:
         remedy = "a folder, or a URL that fsspec knows"
         raise DataError(f"cannot be opened: {error}", place=without_secrets(url), remedy=remedy) from None
+    if hasattr(fs, "retries"):
+        fs.retries = 1  # s3fs and others: theirs times ours would be hours
     return Storage(fs), path.rstrip("/")
 
 

@@ -29,11 +29,10 @@ def server() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def proxy(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy before the server, where the environment says the store is; only our own retries are on."""
+    """A proxy before the server, where the environment says the store is; botocore tries once."""
     proxy = Proxy(*server)
     for name, value in environment(proxy.url).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
     s3fs.S3FileSystem.clear_instance_cache()
     yield proxy
@@ -201,6 +200,19 @@ def test_delays_grow_up_to_a_bound_and_are_spread() -> None:
         assert all(longest / 2 <= one < longest for one in delays)
         assert max(delays) > 1.5 * min(delays)
         assert delays == [delay(f"bucket/{i}", attempt) for i in range(50)]
+
+
+def test_slow_attempts_end_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(remote, "LONGEST", -1.0)
+
+    def late(*_: Any, **__: Any) -> bytes:
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", late)
+    storage, path = remote.open_storage("memory://late")
+    with pytest.raises(DataError, match="could not be read in 1 attempts: no answer"):
+        storage.read(path)
 
 
 def test_urls_are_shown_without_what_is_secret() -> None:
