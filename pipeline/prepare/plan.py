@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,17 +123,22 @@ def _numbers(members: NDArray[np.void], starts: NDArray[np.int64]) -> NDArray[np
 def _repeated_contents(members: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Of one bucket, the images whose content is in the same class of the same split already (the same image under two
     classes stays), and the training images whose content is in the validation split."""
-    columns = [np.ascontiguousarray(members[name]) for name in ("label", "split", "low", "high")]
-    order = np.lexsort(columns)  # stable: the first stays
-    label, split, low, high = (column[order] for column in columns)
-    same = np.zeros(len(order), dtype=bool)  # content as in the line before
-    same[1:] = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-    duplicate = same.copy()
-    duplicate[1:] &= (split[1:] == split[:-1]) & (label[1:] == label[:-1])
+    order = np.lexsort([members[name] for name in ("label", "split", "low", "high")])  # stable: the first stays
+    same = _as_before(members["high"], order) & _as_before(members["low"], order)
+    split = members["split"][order]
+    duplicate = same & _as_before(members["split"], order) & _as_before(members["label"], order)
     content = np.cumsum(~same) - 1
     held_out = np.zeros(len(order), dtype=bool)
     held_out[content[split == VALIDATION]] = True
     return order[duplicate], order[(split == TRAIN) & held_out[content]]
+
+
+def _as_before(values: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """In this order, whether each value equals the one before it."""
+    found = np.zeros(len(order), dtype=bool)
+    values = values[order]
+    found[1:] = values[1:] == values[:-1]
+    return found
 
 
 def _order(
