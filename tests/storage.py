@@ -158,7 +158,7 @@ def environment(endpoint: str) -> dict[str, str]:
     }
 
 
-def upload(host: str, port: int, folder: Path, bucket: str) -> None:
+def upload(host: str, port: int, folder: Path, bucket: str, acl: str = "private") -> None:
     """All files below a folder."""
     import boto3
 
@@ -168,4 +168,4 @@ def upload(host: str, port: int, folder: Path, bucket: str) -> None:
     store.create_bucket(Bucket=bucket)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            store.put_object(Bucket=bucket, Key=str(path.relative_to(folder)), Body=path.read_bytes())
+            store.put_object(Bucket=bucket, Key=str(path.relative_to(folder)), Body=path.read_bytes(), ACL=acl)

@@ -71,7 +71,10 @@ class Storage:
         def look() -> dict[str, Any] | None:
             try:
                 return dict(self.fs.info(path))
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                cause = error.__cause__  # fsspec's HTTP takes any fault for a missing file
+                if isinstance(cause, Exception) and (passes(cause) or getattr(cause, "status", 404) not in (404, 410)):
+                    raise cause from None
                 return None
 
         return self._patiently(path, look)

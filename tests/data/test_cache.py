@@ -253,7 +253,7 @@ print(digest(b"".join(bytes(split.image(i)) for i in range(len(split)))))
 @pytest.fixture
 def proxy(local: PreparedDataset) -> Iterator[Proxy]:
     with s3_server() as address:
-        upload(*address, local.path, "bucket")
+        upload(*address, local.path, "bucket", acl="public-read")
         proxy = Proxy(*address)
         yield proxy
         proxy.close()
@@ -273,6 +273,18 @@ def everything(local: PreparedDataset) -> str:
 
     split = local.split("train")
     return digest(b"".join(bytes(split.image(i)) for i in range(len(split))))
+
+
+def test_a_dataset_behind_http(tmp_path: Path, local: PreparedDataset, proxy: Proxy) -> None:
+    proxy.share, proxy.seed = 0.3, 2
+    dataset = open_dataset(f"{proxy.url}/bucket", cache=ShardCache(tmp_path / "cache"))
+    assert_same(dataset.split("train"), local.split("train"))
+    assert proxy.faults.total() > 0
+    with pytest.raises(DataError, match=r"http://.*/nothing: no prepared dataset here"):
+        open_dataset(f"{proxy.url}/bucket/nothing", cache=ShardCache(tmp_path / "cache"))
+    proxy.always = "refused"
+    with pytest.raises(DataError, match=r"http://.*/dataset.json: access is refused"):
+        open_dataset(f"{proxy.url}/bucket", cache=ShardCache(tmp_path / "cache"))
 
 
 def test_two_processes_fetch_a_shard_once(tmp_path: Path, local: PreparedDataset, proxy: Proxy) -> None:
