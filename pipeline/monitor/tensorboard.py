@@ -34,6 +34,7 @@ _LAYOUT = {
     "Machine": {
         "images a second": ["Multiline", ["throughput/images_per_s"]],
         "share of time waiting for data": ["Multiline", ["throughput/data_wait_share"]],
+        "images that stand in for others": ["Multiline", ["data/replaced_samples"]],
         "memory (MiB)": ["Multiline", [r"memory/.*_mib"]],
     },
     "Reversible columns": {

@@ -86,6 +86,7 @@ class Run:
         return {
             "network": spec.architecture,
             "data": self.data.fingerprint,
+            "order": [self.config.order, self.config.window_shards, self.config.repeats, self.config.balance],
             "seed": self.job.seed,
             "global_batch": self.config.global_batch,
             "total_steps": self.total_steps,
