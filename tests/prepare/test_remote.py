@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +214,18 @@ def test_slow_attempts_end_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
     storage, path = remote.open_storage("memory://late")
     with pytest.raises(DataError, match="could not be read in 1 attempts: no answer"):
         storage.read(path)
+
+
+def test_what_a_store_was_given_to_keep_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> bytes:
+        raise OSError(errno.EINVAL, f"signature of {SECRET} with token t0k3n-planted is wrong")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", refuse)
+    options = {"secret": SECRET, "client_kwargs": {"aws_session_token": "t0k3n-planted"}}
+    with pytest.raises(DataError) as caught:
+        remote.Storage(fsspec.filesystem("memory", **options)).read("/some/file")
+    assert "signature of *** with token *** is wrong" in caught.value.message
+    assert caught.value.__cause__ is None
 
 
 def test_urls_are_shown_without_what_is_secret() -> None:
