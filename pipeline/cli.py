@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -55,7 +56,11 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print(Text("ended at once; the same command goes on from the last checkpoint", "yellow"))
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = "the disk is full\n  -> free some space; the same command goes on from here"
+            errors.print(Text.assemble(("error: ", "bold red"), f"{error.filename or 'writing'}: {full}"), soft_wrap=True)
+            sys.exit(PipelineError.exit_code)
         traceback.print_exc()
         errors.print(Text("this is a bug of the pipeline: please report the lines above", "bold red"))
         sys.exit(INTERNAL_ERROR)

@@ -87,6 +87,13 @@ def _private_directory() -> Iterator[Path]:
 
 
 def _remove_if_abandoned(directory: Path) -> None:
+    """The lock goes last: where processes that are dying still write, the next one to come along tries again."""
     with contextlib.suppress(OSError), open(directory / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory, ignore_errors=True)
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+        (directory / "lock").unlink()
+        directory.rmdir()
