@@ -169,6 +169,7 @@ def huggingface(load: Load) -> Delivery:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets
 
+    datasets.disable_progress_bars()
     directory = Path(load.directory)
     files = [str(path) for path in sorted((directory / "dataset").glob("train-*.parquet"))]
     table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(directory / "cache"))
