@@ -117,7 +117,9 @@ class PreparedDataset:
         return self._splits[name]
 
 
-def open_dataset(path: Path | str, fingerprint: str | None = None, cache: ShardCache | None = None) -> PreparedDataset:
+def open_dataset(
+    path: Path | str, fingerprint: str | None = None, cache: ShardCache | None = None, whole: bool = True
+) -> PreparedDataset:
     """Open the prepared dataset in a directory, or behind a URL that fsspec knows (s3, memory, http ...).
 
     Local shards are mapped. Remote ones are fetched whole into ``cache``, checked against their digests and read from
@@ -129,6 +131,8 @@ def open_dataset(path: Path | str, fingerprint: str | None = None, cache: ShardC
     when it is first read or announced (`Split.ahead`), in place of those least recently used. All processes of a node give
     the same directory and share it. Endpoint and keys come from the environment or fsspec's configuration.
 
+    Args:
+        whole: refuse a split of which a local shard is missing or cut; else this is told by whoever reads its images.
     Raises:
         DataError: nothing prepared there, or not with the expected ``fingerprint``, or a URL without a cache.
     """
@@ -140,7 +144,7 @@ def open_dataset(path: Path | str, fingerprint: str | None = None, cache: ShardC
         files = CachedShards(path, cache)
         path = files.root
     else:
-        files = Folder(Path(path))
+        files = Folder(Path(path), whole)
     description = _read_json(files, "dataset.json")
     classes = _read_json(files, "classes.json")
     if fingerprint is not None and description.get("fingerprint") != fingerprint:
@@ -177,17 +181,35 @@ def _read_json(files: Files, name: str) -> Any:
 class Folder:
     """A dataset's files in a local directory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.place = path, str(path)
+    def __init__(self, path: Path, whole: bool) -> None:
+        self.path, self.place, self.whole = path, str(path), whole
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def open(self, shards: Sequence[dict[str, Any]]) -> tuple[list[memoryview], list[NDArray[np.int64]]]:
-        return [_map_shard(self.path, shard) for shard in shards], [_read_index(self.path, shard) for shard in shards]
+    def open(self, shards: Sequence[dict[str, Any]]) -> tuple[list[Content], list[NDArray[np.int64]]]:
+        return [self._content(shard) for shard in shards], [_read_index(self.path, shard) for shard in shards]
+
+    def _content(self, shard: dict[str, Any]) -> Content:
+        try:
+            return _map_shard(self.path, shard)
+        except DataError as error:
+            if self.whole:
+                raise
+            return _Damaged(error)
 
     def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
         """Nothing to do: they are mapped."""
+
+
+class _Damaged:
+    """Content of a shard that is missing or cut: told by whoever reads one of its images."""
+
+    def __init__(self, error: DataError) -> None:
+        self.error = error
+
+    def __getitem__(self, span: slice, /) -> memoryview:
+        raise self.error
 
 
 def _map_shard(directory: Path, shard: dict[str, Any]) -> memoryview:

@@ -105,7 +105,8 @@ def train_stage(job: Job, stage: str, run_dir: Path, world: World, stop: Callabl
     """
     config = resolve.train_config(job, stage)
     with process_group(world, resolve.device(job.cluster) == "cuda", resolve.threads(job.cluster)) as device:
-        data = open_dataset(run_dir / "stages" / "prepare" / resolve.dataset_name(job, stage))
+        prepared = run_dir / "stages" / "prepare" / resolve.dataset_name(job, stage)
+        data = open_dataset(prepared, whole=config.on_bad_sample == "stop")
         run = Run(job, stage, config, run_dir, world, device, data)
         try:
             return _train(run, stop)

@@ -286,6 +286,21 @@ def test_a_shard_that_its_split_cannot_give_is_a_bad_sample_too(dataset: Prepare
     assert source.replaced_samples == int(((GlobalOrder(101, 3).indices(0, 0, 96) // 40) == 1).sum())
 
 
+@pytest.mark.parametrize("how", ["missing", "cut"])
+def test_images_of_a_lost_shard_are_replaced_only_if_told_so(how: str, tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"train": 60}, shard_rows=20)
+    shard = tmp_path / "train-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9]) if how == "cut" else shard.unlink()
+    with pytest.raises(DataError, match=r"train-00001.parquet"):
+        open_dataset(tmp_path).split("train")
+    split = open_dataset(tmp_path, whole=False).split("train")
+    with pytest.raises(DataError, match=r"train-00001.parquet, row \d+"):
+        take(loader(split, global_batch=12, micro_batch=12), 5)
+    source = loader(split, global_batch=12, micro_batch=12, on_bad_sample="replace")
+    samples = torch.cat([batch.samples for batch in take(source, 5)])
+    assert not ((samples >= 20) & (samples < 40)).any() and source.replaced_samples == 20
+
+
 def test_prefetching_is_bounded_in_bytes(dataset: PreparedDataset) -> None:
     least, most = AHEAD
     for batch_bytes, given_bytes, ahead in ((100, 1, least), (100, 700, 5), (100, 799, 5), (100, 10_000, most)):
