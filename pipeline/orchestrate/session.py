@@ -12,12 +12,14 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import StageError
 
 _PREFIX = "revcol-ray-"
+_LONG_AGO = 60  # seconds
 _LONGEST = 43  # bytes: Ray appends up to 64 of the 107 that a socket's path may have
 
 
@@ -87,13 +89,18 @@ def _private_directory() -> Iterator[Path]:
 
 
 def _remove_if_abandoned(directory: Path) -> None:
-    """The lock goes last: where processes that are dying still write, the next one to come along tries again."""
-    with contextlib.suppress(OSError), open(directory / "lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for path in directory.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
-        (directory / "lock").unlink()
-        directory.rmdir()
+    """The lock goes last, and what has lost it goes when it is old: processes that are dying may still write."""
+    with contextlib.suppress(OSError):
+        if not (directory / "lock").exists():  # new, or torn
+            if time.time() - directory.stat().st_mtime > _LONG_AGO:
+                shutil.rmtree(directory)
+            return
+        with open(directory / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in directory.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+            (directory / "lock").unlink()
+            directory.rmdir()
