@@ -121,7 +121,8 @@ def test_killed_at_twenty_random_moments(images: Path, folder: Path, monkeypatch
     """Each kill hits a run that goes on from where the last one was cut; one that comes to its end is compared, and the next
     begins in a new folder."""
     monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # of 3000: a lost raylet is known for lost the sooner
+    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")  # of 5000: a lost raylet is known for lost the sooner
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")  # of 3000
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 2**32))
     print(f"KILL_SEED={seed}")
     choices = random.Random(seed)
@@ -136,7 +137,7 @@ def test_killed_at_twenty_random_moments(images: Path, folder: Path, monkeypatch
     while True:
         process, victim = processes_begun[-1], ""
         if len(killed) < len(order) and at_work(process):
-            time.sleep(choices.uniform(0, 0.4 * seconds))
+            time.sleep(choices.uniform(0, 0.6 * seconds))
             moment = phase(job)
             if kill(order[len(killed)], process, choices):
                 victim = order[len(killed)]
