@@ -99,6 +99,14 @@ def test_good_jpegs_keep_their_bytes() -> None:
         assert judged.changed == ""
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0" + b"\xff" * 60_000, b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM"])
+def test_absurd_exif_changes_nothing(exif: bytes) -> None:
+    data = GOOD[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + GOOD[2:]
+    judged = clean(data, "a.JPEG", CONFIG)
+    assert isinstance(judged, Kept), judged
+    assert (judged.data, judged.width, judged.height, judged.changed) == (data, 48, 40, "")
+
+
 def test_gzipped_images_are_unpacked() -> None:
     judged = clean(gzip.compress(GOOD), "a.JPEG", CONFIG)
     assert isinstance(judged, Kept)
