@@ -137,9 +137,9 @@ class _Constants:
     """What is made once for a device and an image size."""
 
     def __init__(self, augment: AugmentConfig, train: bool, device: torch.device, height: int, width: int) -> None:
-        self.mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
-        self.scale, self.shift = 1.0 / (255.0 * self.std), self.mean / self.std
+        mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
+        self.mean, self.std = _row(mean, width), _row(std, width)
+        self.scale, self.shift = _row(1.0 / (255.0 * std), width), _row(mean / std, width)
         if not train:
             return
         size = height * width * 3
@@ -148,6 +148,11 @@ class _Constants:
         self.noise = bank.as_strided((NOISE_OFFSETS, size), (3, 1))
         self.mixup = beta_quantiles(augment.mixup or 1.0).to(device)
         self.cutmix = beta_quantiles(augment.cutmix or 1.0).to(device)
+
+
+def _row(channels: torch.Tensor, width: int) -> torch.Tensor:
+    """(3,) -> (1, 3, 1, width) that repeats it for each pixel of a row: a long inner loop on channels-last images."""
+    return channels.view(1, 1, 1, 3).expand(1, 1, width, 3).contiguous().permute(0, 3, 1, 2)
 
 
 def beta_quantiles(alpha: float) -> torch.Tensor:
