@@ -26,6 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.data.remote import BLOCK, Storage, Unreachable, open_storage
+from pipeline.data.shards import INDEX_ROWS
 from pipeline.errors import DataError, StageError
 from pipeline.files import fsync_dir
 
@@ -289,8 +290,9 @@ class CachedShards:
             content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)  # has a descriptor of its own, and so the lock
         finally:
             os.close(descriptor)
-        values = 3 * int(shard["rows"])
-        return np.frombuffer(content, dtype="<i8", count=values, offset=len(content) - 8 * values).reshape(3, shard["rows"])
+        values = INDEX_ROWS * int(shard["rows"])
+        numbers = np.frombuffer(content, dtype="<i8", count=values, offset=len(content) - 8 * values)
+        return numbers.reshape(INDEX_ROWS, shard["rows"])
 
     def _checked(self, digest: str) -> str:
         if not re.fullmatch(r"[0-9a-f]{32}", digest):

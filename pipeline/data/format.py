@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from pipeline.data.cache import CachedShards, ShardCache
-from pipeline.data.shards import index_path
+from pipeline.data.shards import FORMAT, INDEX_ROWS, index_path
 from pipeline.errors import DataError
 from pipeline.files import file_digest
 
@@ -68,11 +69,13 @@ class Split:
         return int(self.labels[i])
 
     def image(self, i: int) -> memoryview:
-        """The encoded bytes of image ``i``, a view of the mapped file."""
+        """The encoded bytes of image ``i``, a view of the mapped file. Raises DataError if they are not what was written."""
         shard, row = self._find(i)
-        index = self._indexes[shard]
-        offset = int(index[0, row])
-        return self._maps[shard][offset : offset + int(index[1, row])]
+        offset, length, _, expected = self._indexes[shard][:, row].tolist()
+        image = self._maps[shard][offset : offset + length]
+        if xxhash.xxh3_64_intdigest(image) != expected & (1 << 64) - 1:
+            raise DataError("the image is not what was written", place=self.place(i), remedy=f"delete the shard, and {AGAIN}")
+        return image
 
     def place(self, i: int) -> str:
         """File and row of image ``i``, for messages."""
@@ -147,6 +150,9 @@ def open_dataset(
         files = Folder(Path(path), whole)
     description = _read_json(files, "dataset.json")
     classes = _read_json(files, "classes.json")
+    if description.get("format") != FORMAT:
+        cause = f"has format {description.get('format')}, this version reads {FORMAT}"
+        raise DataError(cause, place=files.place, remedy="run the prepare stage again")
     if fingerprint is not None and description.get("fingerprint") != fingerprint:
         raise DataError(
             f"is another dataset: fingerprint {description.get('fingerprint')}, expected {fingerprint}",
@@ -228,9 +234,9 @@ def _read_index(directory: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
     path = index_path(directory / shard["file"])
     try:
         matches = file_digest(path) == shard["index_digest"]
-        index: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False) if matches else np.zeros((3, 0), np.int64)
+        index: NDArray[np.int64] = np.load(path, mmap_mode="r", allow_pickle=False) if matches else np.zeros((0, 0), np.int64)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if not matches or index.shape != (3, shard["rows"]):
+    if not matches or index.shape != (INDEX_ROWS, shard["rows"]):
         raise DataError("does not belong to this dataset (its digest differs)", place=str(path), remedy=AGAIN)
     return index

@@ -4,7 +4,7 @@ Columns: key, label, width, height, hash (of the image's bytes), and image, whic
 Face `datasets` keeps pictures: with the metadata entry ``huggingface`` it decodes and shows them. ``path`` is empty
 (the key is the name). PLAIN encoding without compression, dictionary or statistics, one data page for the images of a row
 group: so an image is a contiguous stretch of the file, which a reader can map and slice without copying. The index
-(``.idx``, NumPy format) is int64 of shape (3, rows): offset, length, label.
+(``.idx``, NumPy format) is int64 of shape (4, rows): offset, length, label, xxh3-64 of the image.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
 from pipeline.files import atomic, file_digest, write_with
 
+FORMAT = 2  # of a dataset's files
 GROUP_ROWS = 256
+INDEX_ROWS = 4
 # What `datasets` takes for a picture: both this type, nullable as it stands here, and the name in the metadata.
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
@@ -77,6 +80,7 @@ def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -
     """
     lengths: list[int] = []
     labels: list[int] = []
+    digests: list[int] = []
 
     def write(temporary: Path) -> None:
         layout = schema()
@@ -97,9 +101,11 @@ def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -
                 writer.write_table(_table(rows, layout), row_group_size=GROUP_ROWS)
                 lengths.extend(len(row.image) for row in rows)
                 labels.extend(row.label for row in rows)
+                digests.extend(xxhash.xxh3_64_intdigest(row.image) for row in rows)
 
     write_with(path, write)
-    index = np.array([_offsets(path, lengths), lengths, labels], dtype=np.int64).reshape(3, len(lengths))
+    hashed = np.array(digests, dtype=np.uint64).view(np.int64)
+    index = np.array([_offsets(path, lengths), lengths, labels, hashed], dtype=np.int64).reshape(INDEX_ROWS, len(lengths))
     with atomic(index_path(path)) as file:
         np.save(file, index)
     return ShardInfo(path.name, len(lengths), path.stat().st_size, file_digest(path), file_digest(index_path(path)))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.data.shards import ShardInfo, index_path
+from pipeline.data.shards import FORMAT, ShardInfo, index_path
 from pipeline.errors import DataError
 from pipeline.files import file_digest, json_digest, write_json, write_text
 from pipeline.prepare.mix import mix_shard
@@ -30,7 +30,6 @@ from pipeline.prepare.spill import Place, spill_unit
 from pipeline.prepare.totals import Totals
 from pipeline.prepare.units import Survey
 
-FORMAT = 1
 ENOUGH = 1000  # images, before the share of rejected ones can stop the work early
 
 Item = TypeVar("Item")

@@ -11,7 +11,7 @@ import simplejpeg
 from numpy.typing import NDArray
 
 from pipeline.data.format import PreparedDataset, Split, open_dataset
-from pipeline.data.shards import GROUP_ROWS, Row, index_path, write_shard
+from pipeline.data.shards import FORMAT, GROUP_ROWS, Row, index_path, write_shard
 from pipeline.files import digest, write_json
 
 
@@ -43,7 +43,7 @@ def make_dataset(
             part = rows[start : start + shard_rows]
             shards.append(write_shard(path / f"{split}-{s:05d}.parquet", _groups(part), "test").as_dict())
         splits[split] = {"images": count, "shards": shards}
-    write_json(path / "dataset.json", {"fingerprint": "test", "splits": splits})
+    write_json(path / "dataset.json", {"format": FORMAT, "fingerprint": "test", "splits": splits})
     write_json(path / "classes.json", [{"index": i, "id": f"c{i}", "name": f"class {i}"} for i in range(classes)])
     return open_dataset(path)
 

@@ -93,7 +93,7 @@ def test_no_image_and_undecodable_images_are_said(tmp_path: Path) -> None:
     with open(tmp_path / "bad" / "train-00000.parquet", "r+b") as file:
         file.seek(offset)
         file.write(b"\0" * 16)
-    with pytest.raises(DataError, match=r"train-00000.parquet, row 0: the image cannot be decoded"):
+    with pytest.raises(DataError, match=r"train-00000.parquet, row 0: the image is not what was written"):
         contact_sheet(data, Settings(32, AugmentConfig(), 0))
 
 

@@ -41,7 +41,7 @@ def test_damage_stops_training_by_name_and_then_it_goes_on_with_other_images_cou
     assert counts(damaged)[-1] == replaced[4]
     assert counts(damaged)[-(4 - first) :] == replaced[first + 1 :]
     said = staging.messages(damaged)
-    assert "another image in its place (on_bad_sample: replace): " in said and "the image cannot be decoded" in said
+    assert "another image in its place (on_bad_sample: replace): " in said and "the image is not what was written" in said
 
 
 def test_windows_and_repeats_train_and_the_count_survives_an_interruption(damaged: Path) -> None:
