@@ -152,7 +152,7 @@ def open_dataset(
     classes = _read_json(files, "classes.json")
     if description.get("format") != FORMAT:
         cause = f"has format {description.get('format')}, this version reads {FORMAT}"
-        raise DataError(cause, place=files.place, remedy="run the prepare stage again")
+        raise DataError(cause, place=files.place, remedy="prepare it again: the same command with --stage prepare --force")
     if fingerprint is not None and description.get("fingerprint") != fingerprint:
         raise DataError(
             f"is another dataset: fingerprint {description.get('fingerprint')}, expected {fingerprint}",

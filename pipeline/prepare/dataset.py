@@ -128,10 +128,10 @@ def _begin(place: Place, found: Survey) -> None:
 
 
 def _spill(name: str, place: Place, found: Survey, tasks: MapTasks, progress: Progress) -> Totals:
-    totals = Totals(len(found.units))
+    totals, begin = Totals(len(found.units)), time.monotonic()
     for unit, record in tasks(partial(spill_unit, place), found.units):
         totals.add(unit.number, record)
-        progress(f"{name}: reading", totals.done, len(found.units), f"{totals.kept} images, {totals.bad} rejected")
+        progress(f"{name}: reading", totals.done, len(found.units), f"{_paced(totals.kept, begin)}, {totals.bad} rejected")
         seen = totals.kept + totals.bad
         enough = seen >= ENOUGH or totals.done == len(found.units)
         if enough and totals.bad > place.config.max_rejected * seen:
@@ -146,13 +146,17 @@ def _refuse_empty(plan: Plan, place: Place) -> None:
             raise DataError(f"no image is left for the {split} split", place=place.config.root, remedy=remedy)
 
 
+def _paced(images: int, begin: float) -> str:
+    return f"{images} images, {images / max(time.monotonic() - begin, 1e-3):.0f} a second"
+
+
 def _mix(name: str, place: Place, plan: Plan, tasks: MapTasks, progress: Progress) -> dict[str, ShardInfo]:
     shards: dict[str, ShardInfo] = {}
-    rows = 0
+    rows, begin = 0, time.monotonic()
     for shard, info in tasks(partial(mix_shard, place), plan.shards):
         shards[shard.file] = info
         rows += info.rows
-        progress(f"{name}: mixing", len(shards), len(plan.shards), f"{rows} images")
+        progress(f"{name}: mixing", len(shards), len(plan.shards), _paced(rows, begin))
     return shards
 
 
