@@ -18,6 +18,7 @@ from pipeline.data.augment import TrainTransform
 from pipeline.data.decode import Image, decode_any
 from pipeline.data.device import DeviceAugment
 from pipeline.data.format import PreparedDataset, Split
+from pipeline.data.replacement import explain
 from pipeline.errors import DataError
 
 SMALLEST, LARGEST = 128, 192  # side of a picture on the sheet (pixels)
@@ -77,7 +78,7 @@ def _stored(split: Split, sample: int) -> Image:
     try:
         return decode_any(split.image(sample))
     except ValueError as error:
-        raise _undecodable(split, sample, error) from error
+        raise explain(error, split, sample) from error
 
 
 def _augmented(split: Split, settings: Settings, epoch: int, samples: NDArray[np.int64]) -> Image:
@@ -88,13 +89,8 @@ def _augmented(split: Split, settings: Settings, epoch: int, samples: NDArray[np
         try:
             transform(split.image(sample), draws, image)
         except (ValueError, cv2.error) as error:
-            raise _undecodable(split, sample, error) from error
+            raise explain(error, split, sample) from error
     return images
-
-
-def _undecodable(split: Split, sample: int, error: Exception) -> DataError:
-    cause = f"the image cannot be decoded: {str(error).strip()}"
-    return DataError(cause, place=split.place(sample), remedy="delete the shard and run the prepare stage again")
 
 
 def _fed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -24,9 +23,7 @@ FILES = [
     "revcol_huge_plain_head", "revcol_huge_intermediate_supervision",
 ]  # fmt: skip
 SIZES = ["tiny", "small", "base", "large", "xlarge", "huge"]
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_dir() and os.environ.get("CI") != "true", reason="golden values lie beside the checkout, on CI always"
-)
+pytestmark = pytest.mark.usefixtures("shared")
 
 
 def load_golden(name: str, activations: str) -> tuple[Network, dict[str, torch.Tensor]]:

@@ -1,12 +1,12 @@
 """The data lines of the catalogue of faults (D1 to D9, N5): work goes on and nothing is lost, or it stops before harm.
 
-What is asserted elsewhere: D6 in tests/e2e/test_preparation_killed.py; single files (D1, D2) in test_clean.py; layouts,
-hostile and cut archives (D3), duplicates (D4) and sources that cannot be used (D5, D9) in test_dataset.py as well.
+What is asserted elsewhere: D6 in tests/e2e/test_preparation_killed.py; single files (D1, D2) in test_clean.py, huge ones in
+test_memory.py; layouts, hostile and cut archives (D3), duplicates (D4) and sources that cannot be used (D5, D9) in
+test_dataset.py as well.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 
 from pipeline.config.schema import DatasetConfig, GenerateConfig
 from pipeline.data.format import open_dataset
@@ -36,13 +35,10 @@ from pipeline.prepare.verify import verify_dataset
 from pipeline.train.run import train_stage
 from pipeline.train.world import World
 from tests.data.making import jpeg, make_dataset
-from tests.prepare.bombs import jpeg_bomb, png_bomb
 from tests.prepare.sources import class_folders, class_tars, images, prepare, serial, shard_bytes, tar_bytes, write_tar
 from tests.train import staging
 
 ROOT = Path(__file__).resolve().parents[2]
-HUGE = 30_000  # pixels a side
-BOUND = 64  # MiB that judging a huge image may add to the peak; decoded it would be 2,575
 
 
 def described(target: Path) -> dict[str, Any]:
@@ -76,48 +72,6 @@ def test_every_kind_of_dirt_is_counted_under_its_reason(layout: str, tmp_path: P
     kept = [tmp_path / "out" / "quarantine" / entry["file"] for entry in entries if entry["file"]]
     assert len(kept) == 8 and all(path.is_file() for path in kept), "rejected files can be looked at"
     assert verify_dataset(tmp_path / "out", serial, lambda *_: None) == []
-
-
-def test_bombs_are_whole_images() -> None:
-    """Else the next test would show nothing."""
-    shown = simplejpeg.decode_jpeg(jpeg_bomb(96), strict=True)
-    assert shown.shape == (96, 96, 3) and (shown == 128).all()
-    judged = clean(png_bomb(96), "a.png", DatasetConfig(root="x"))
-    assert not isinstance(judged, Rejected) and (judged.width, judged.height, judged.changed) == (96, 96, "converted")
-
-
-PEAK = """
-import sys
-from pathlib import Path
-from tests.prepare.sources import prepare
-
-def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) // 1024
-
-prepare(sys.argv[1], Path(sys.argv[3]) / "plain")
-Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-before = status("VmRSS")
-figures = prepare(sys.argv[2], Path(sys.argv[3]) / "bombs")
-print(figures["rejected"], status("VmHWM") - before)
-"""
-
-
-@pytest.mark.parametrize("kind", ["jpeg", "png", "gzipped jpeg"])
-def test_a_huge_image_costs_a_bounded_amount_of_memory(kind: str, tmp_path: Path) -> None:
-    """30,000 x 30,000 pixels: told by the header, decoded never."""
-    bomb = png_bomb(HUGE) if kind == "png" else jpeg_bomb(HUGE)
-    plain = class_tars(tmp_path / "plain", classes=2, count=4, validation=2)
-    shutil.copytree(plain, tmp_path / "bombs")
-    data = gzip.compress(bomb, 1) if kind.startswith("gzip") else bomb
-    write_tar(tmp_path / "bombs" / "train" / "c0.tar", {**images(0, 4), "huge.JPEG": data})
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(plain), str(tmp_path / "bombs"), str(tmp_path / "out")],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rejected, grown = done.stdout.split()
-    assert float(rejected) == 1 and described(tmp_path / "out" / "bombs")["rejected"] == {"too_many_pixels": 1}
-    assert int(grown) < BOUND, f"the peak grew by {grown} MiB"
 
 
 # D3: archives
