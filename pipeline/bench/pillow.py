@@ -128,7 +128,8 @@ def mix(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         share = 1.0 - (bottom - top) * (right - left) / (height * width)
     else:
         share = float(np.random.beta(MIXUP, MIXUP))
-        images.mul_(share).add_(images.flip(0).mul_(1.0 - share))
+        partners = images.flip(0)  # before the batch is scaled in place
+        images.mul_(share).add_(partners.mul_(1.0 - share))
     own, other = one_hot(labels, classes, SMOOTHING), one_hot(labels.flip(0), classes, SMOOTHING)
     return images, own * share + other * (1.0 - share)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.bench import loader
 from pipeline.bench.loaders import CLASSES, LOADERS, Load
 from pipeline.bench.photographs import photographs
+from pipeline.bench.pillow import mix
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("recipe", loader.RECIPES)
 def test_every_loader_delivers_the_same_kind_of_batch(name: str, recipe: str, sources: Path) -> None:
+    for seeded in (random.seed, np.random.seed, torch.manual_seed):  # of the usual loaders' mixes and workers
+        seeded(0)
     load = Load(str(sources / "256"), recipe, workers=1, batch=8, image_size=64)
     delivery = LOADERS[name](load)
     with closing(delivery.batches) as batches:
@@ -35,6 +40,21 @@ def test_every_loader_delivers_the_same_kind_of_batch(name: str, recipe: str, so
         assert images.mean().abs() < 1.5 and 0.05 < images.std() < 3.0
     hard = torch.cat([targets.max(1).values for _, targets in drawn]) > 0.999
     assert hard.all() if recipe == "crop_flip" else not hard.any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_usual_mix_is_of_whole_images_with_the_shares_of_the_targets(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    before, labels = torch.randn(6, 3, 16, 16), torch.arange(6)
+    mixed, targets = mix(before.clone(), labels, classes=6)
+    share = (targets[0, 0] - targets[0, 3]) / (targets[0, 0] + targets[0, 5] - 2 * targets[0, 3])  # of the image itself
+    cut = (mixed != before).any(1, keepdim=True).expand_as(mixed)
+    if cut.all():
+        assert torch.allclose(mixed, share * before + (1 - share) * before.flip(0), atol=1e-5)
+    else:
+        assert torch.equal(mixed, torch.where(cut, before.flip(0), before))
+        assert float(share) == pytest.approx(1 - cut[0, 0].float().mean().item(), abs=1e-5)
 
 
 def test_prints_figures_and_ratios_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
