@@ -218,14 +218,30 @@ class _Damaged:
         raise self.error
 
 
-def _map_shard(directory: Path, shard: dict[str, Any]) -> memoryview:
+class _Mapped:
+    """Content of a mapped shard. Its size is asked for at each slice, which costs less than a microsecond: the kernel ends a
+    process (SIGBUS) that touches a page of which a cut has taken the file away."""
+
+    def __init__(self, path: Path, content: mmap.mmap) -> None:
+        self.path, self.content, self.view = path, content, memoryview(content)
+
+    def __getitem__(self, span: slice, /) -> memoryview:
+        if (size := self.content.size()) < span.stop:
+            raise _cut(self.path, size, len(self.view))
+        return self.view[span]
+
+
+def _cut(path: Path, size: int, expected: int) -> DataError:
+    return DataError(f"has {size} bytes instead of {expected}", place=str(path), remedy=AGAIN)
+
+
+def _map_shard(directory: Path, shard: dict[str, Any]) -> _Mapped:
     path = directory / shard["file"]
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            if size != shard["bytes"]:
-                raise DataError(f"has {size} bytes instead of {shard['bytes']}", place=str(path), remedy=AGAIN)
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if (size := file.seek(0, 2)) != shard["bytes"]:
+                raise _cut(path, size, shard["bytes"])
+            return _Mapped(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -307,6 +308,17 @@ def test_images_of_a_lost_shard_are_replaced_only_if_told_so(how: str, tmp_path:
         open_dataset(tmp_path).split("train")
     split = open_dataset(tmp_path, whole=False).split("train")
     with pytest.raises(DataError, match=r"train-00001.parquet, row \d+"):
+        take(loader(split, global_batch=12, micro_batch=12), 5)
+    source = loader(split, global_batch=12, micro_batch=12, on_bad_sample="replace")
+    samples = torch.cat([batch.samples for batch in take(source, 5)])
+    assert not ((samples >= 20) & (samples < 40)).any() and source.replaced_samples == 20
+
+
+def test_a_shard_that_is_cut_while_it_is_mapped_is_named_or_replaced(tmp_path: Path) -> None:
+    split = make_dataset(tmp_path, {"train": 60}, shard_rows=20).split("train")
+    size = (tmp_path / "train-00001.parquet").stat().st_size
+    os.truncate(tmp_path / "train-00001.parquet", 100)
+    with pytest.raises(DataError, match=rf"train-00001.parquet, row \d+: has 100 bytes instead of {size}"):
         take(loader(split, global_batch=12, micro_batch=12), 5)
     source = loader(split, global_batch=12, micro_batch=12, on_bad_sample="replace")
     samples = torch.cat([batch.samples for batch in take(source, 5)])
