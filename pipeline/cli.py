@@ -229,12 +229,13 @@ def bench_reversible(
     columns: Annotated[str, typer.Option(help="Numbers of columns.")] = "4,8,16,32",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     batch: Annotated[int, typer.Option(help="Images.")] = 8,
+    rounds: Annotated[int, typer.Option(help="How often each case is timed, in a new process each time.")] = 3,
 ) -> None:
     """Reversible columns: memory, time and gradients of every mode, side by side, one process a case."""
     from pipeline.bench import reversible
 
     counts = [int(count) for count in columns.split(",")]
-    reversible.main(counts, json_path=json_file, plot_path=plot, precision=precision, batch=batch)
+    reversible.main(counts, json_path=json_file, plot_path=plot, precision=precision, batch=batch, rounds=rounds)
 
 
 @bench.command("loader")

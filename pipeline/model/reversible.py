@@ -146,13 +146,13 @@ class Inversion:
             del output, upstream, recover
             incoming[i], self.share = _add(incoming[i], self.share), None
             if i:
-                outgoing[i - 1] = _add(outgoing[i - 1], lower.grad)
+                outgoing[i - 1] = _add(outgoing[i - 1], lower.grad, owned=t < self.columns.count - 1)
             else:
-                self.x_gradient = _add(self.x_gradient, lower.grad)
+                self.x_gradient = _add(self.x_gradient, lower.grad, owned=True)
             if upper is not None:
-                incoming[i + 1] = _add(incoming[i + 1], upper.grad)
+                incoming[i + 1] = _add(incoming[i + 1], upper.grad, owned=True)
             if top is not None:
-                incoming[3] = _add(incoming[3], top.grad)
+                incoming[3] = _add(incoming[3], top.grad, owned=True)
         self.values, self.before = self.before, [None] * 4
         return incoming
 
@@ -174,7 +174,8 @@ class Inversion:
         return cast(Tensor, AlphaGradient.apply(f, alpha, gradient))  # type: ignore[no-untyped-call]
 
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _add(a: Tensor | None, b: Tensor | None, owned: bool = False) -> Tensor | None:
+    """a + b, either of which may be missing; in place where ``a`` was made here."""
     if a is None or b is None:
         return a if b is None else b
-    return a + b
+    return a.add_(b) if owned else a + b

@@ -142,9 +142,7 @@ def _headline(figures: dict[str, float]) -> str:
 
 def _prepare(run: Run) -> dict[str, float]:
     with run.stop.at_once():  # what is finished is on disk already
-        return prepare_stage(
-            run.job, partial(artifacts.dataset_dir, run.run_dir), map_tasks, run.display.progress, run.say
-        )
+        return prepare_stage(run.job, partial(artifacts.dataset_dir, run.run_dir), map_tasks, run.display.progress, run.say)
 
 
 def _train_or_use(run: Run, stage: str) -> dict[str, float]:

@@ -136,9 +136,7 @@ def _start(actors: list[Any], entry: Entry, placement: Placement, generation: in
         "MASTER_PORT": str(port),
         "PIPELINE_GENERATION": str(generation),
     }
-    return [
-        actor.run.remote(entry, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, actor in enumerate(actors)
-    ]
+    return [actor.run.remote(entry, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, actor in enumerate(actors)]
 
 
 def _watch(

@@ -73,9 +73,7 @@ def _size(module: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
-def make_engine(
-    spec: NetworkSpec, config: TrainConfig, world: World, micro_batch: int, seed: int, device: torch.device
-) -> Any:
+def make_engine(spec: NetworkSpec, config: TrainConfig, world: World, micro_batch: int, seed: int, device: torch.device) -> Any:
     """A DeepSpeed engine around a freshly initialised network, the same on every rank for the same ``seed``."""
     deepspeed = _deepspeed(world, device)
     torch.manual_seed(seed)

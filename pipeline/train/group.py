@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pipeline.train.allocator import keep_freed_memory
 from pipeline.train.world import World
 
 TIMEOUT = timedelta(minutes=30)
@@ -20,13 +21,14 @@ def process_group(world: World, use_cuda: bool, threads: int) -> Iterator[torch.
     """Join the group, on this process's device, which is given; leave it in the end.
 
     Several processes meet at MASTER_ADDR:MASTER_PORT of the environment; one alone needs neither.
-    ``threads``: compute threads of this process on the CPU.
+    ``threads``: compute threads of this process on the CPU, which then also keeps the memory that it frees.
     """
     device = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads)
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     alone = world.size == 1 and "MASTER_PORT" not in os.environ
     store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
