@@ -69,7 +69,9 @@ def fingerprint(kept: Tensor) -> Tensor:
 
 def bounded(total: Tensor) -> Tensor:
     """Whole float64 numbers within the stream's range: beyond it, and for NaN, its end."""
-    return torch.where(total == total, total, LAST).clamp(-LAST, LAST)
+    # By comparisons, which fail for NaN: compilers make plain vector code of them, and not of a clamp that hands on NaN.
+    total = torch.where(total < LAST, total, LAST)
+    return torch.where(total > -LAST, total, -LAST)
 
 
 def start(f: Tensor, scale: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
