@@ -130,6 +130,8 @@ def _train(run: Run, stop: Callable[[], bool]) -> dict[str, float]:
         run.say(f"going on from step {start}")
     elif config.initial:
         load_initial(initial_weights(run.run_dir, config.initial), masters, config.initial, run.say)
+    elif run.stage == "finetune":
+        run.say("no weights are named by `from`: fine-tuning starts from scratch", "warning")
     positions = len(spec.supervised_columns)
     metrics = Metrics(positions, positions - 1, device)
     if manifest:

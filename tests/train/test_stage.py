@@ -193,6 +193,12 @@ def test_a_stage_of_one_step(tmp_path: Path) -> None:
     assert [event.step for event in staging.events(run_dir, "evaluation")] == [1]
 
 
+def test_fine_tuning_without_weights_says_so(tmp_path: Path) -> None:
+    run_dir = staging.prepared(tmp_path, train=16, validation=1)
+    train(run_dir, 1, staging.job(finetune={"from": "", "max_steps": 1, "image_size": 32}), "finetune")
+    assert "no weights are named by `from`: fine-tuning starts from scratch" in staging.messages(run_dir, "finetune")
+
+
 def outdated(job: Job, run_dir: Path) -> dict[str, float]:
     return train_stage(job, "pretrain", run_dir, World(generation=1), lambda: False)
 
