@@ -30,10 +30,15 @@ def _options() -> dict[str, Any]:
     from torch._inductor import list_options  # takes a while
 
     options: dict[str, Any] = {"cpp.simdlen": 1}
-    if sys.platform != "linux" or "cpp.march" not in list_options():
+    if sys.platform != "linux" or "clang" in _cxx() or "cpp.march" not in list_options():
         return options
     machine = os.environ.get("TORCHINDUCTOR_CPP_MARCH") or "native"
     return options | {"cpp.march": f"{machine} -ftree-loop-vectorize -fno-trapping-math"}
+
+
+def _cxx() -> str:
+    """The C++ compiler that inductor calls."""
+    return os.environ.get("CXX", "g++")
 
 
 class _Compiled:
@@ -80,7 +85,7 @@ def _say_slow(reason: str) -> None:
 
 @cache
 def _cpu_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    return shutil.which(_cxx()) is not None
 
 
 def choose(fused: str, device: torch.device, elements: int) -> Passes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
+import torch._inductor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,6 +85,18 @@ def test_compiled_passes_give_the_same_bits() -> None:
                 results.append([*one.start(f, *UNITS), one.add(f, added, *alpha, *UNITS), added, *encoded, forward, *decoded,
                                 moved, one.check(f, start, UNITS[0])])  # fmt: skip
             torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+def test_flags_are_added_only_where_they_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    if sys.platform == "linux" and "cpp.march" in torch._inductor.list_options():
+        monkeypatch.setenv("TORCHINDUCTOR_CPP_MARCH", "x86-64-v3")
+        assert passes._options()["cpp.march"].startswith("x86-64-v3 -f")
+    monkeypatch.setenv("CXX", "clang++")  # makes vector code by itself
+    assert passes._options() == {"cpp.simdlen": 1}
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr("torch._inductor.list_options", lambda: ["cpp.simdlen"])  # an older PyTorch
+    assert passes._options() == {"cpp.simdlen": 1}
 
 
 def test_a_machine_without_a_compiler_says_so_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
