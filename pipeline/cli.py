@@ -229,7 +229,7 @@ def bench_reversible(
     columns: Annotated[str, typer.Option(help="Numbers of columns.")] = "4,8,16,32",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     batch: Annotated[int, typer.Option(help="Images.")] = 8,
-    rounds: Annotated[int, typer.Option(help="How often each case is timed, in a new process each time.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each case is timed, in a new process each time.")] = 3,
 ) -> None:
     """Reversible columns: memory, time and gradients of every mode, side by side, one process a case."""
     from pipeline.bench import reversible

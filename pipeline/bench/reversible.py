@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,14 +20,13 @@ from torch.nn import functional
 
 from pipeline.bench.chart import Line, chart
 from pipeline.bench.live import LiveBytes
+from pipeline.bench.workers import MIB, run_case
 from pipeline.files import write_json, write_text
 from pipeline.model import Network, build
 from pipeline.model.stream import remainder_width
 from pipeline.train.allocator import keep_freed_memory
 
-MIB = 2.0**20
 CLASSES = 1000
-TOLD = (("peak_mb", 1, "MiB"), ("step_s", 3, "s"))  # while the benchmark runs: figure, digits, unit
 
 
 @dataclass(frozen=True)
@@ -133,11 +131,9 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def _in_new_process(case: Case) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pipeline.bench.reversible", json.dumps(asdict(case))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    told = [f"{figures[key]:.{digits}f} {unit}" for key, digits, unit in TOLD if key in figures]
-    print(f"{case.mode} {case.columns}: {', '.join(told)}", file=sys.stderr, flush=True)
+    figures = run_case("pipeline.bench.reversible", asdict(case))
+    memory = "" if case.timed_only else f"{figures['peak_mb']:.1f} MiB, "
+    print(f"{case.mode} {case.columns}: {memory}{figures['step_s']:.3f} s", file=sys.stderr, flush=True)
     return figures
 
 
@@ -179,13 +175,12 @@ def main(
     """Measure ``modes`` x ``columns`` (``options``: other fields of ``Case``), print a table, write JSON and an SVG plot."""
     cases: list[dict[str, Any]] = []
     for count in columns:
-        cases += [_in_new_process(Case(mode, count, **options)) for mode in modes]
+        own = [_in_new_process(Case(mode, count, **options)) for mode in modes]
         for _ in range(rounds - 1):
-            for case in cases[-len(modes) :]:
+            for case in own:
                 again = _in_new_process(Case(case["mode"], count, timed_only=True, **options))
                 case["step_s"] = min(case["step_s"], again["step_s"])
-        for case in cases[-len(modes) :]:
-            case["images_per_s"] = case["batch"] / case["step_s"]
+        cases += [case | {"images_per_s": case["batch"] / case["step_s"]} for case in own]
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     result = {"cases": cases, "slope_mb_per_column": slopes(cases), **machine}
     print(table(cases))

@@ -38,10 +38,10 @@ class Pooled:
 
 
 def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Run ``python -m module CASE`` (as JSON); the figures are the last line of its output, as JSON, and ``peak_mb``.
+    """Run ``python -m module CASE`` (as JSON). Its last line of output, as JSON, is the result, with ``peak_mb``.
 
-    ``peak_mb``: the largest sum of the resident memory (MiB) of the process and its children at one moment, looked at
-    every SAMPLING seconds. Nothing is taken off it: pages that processes share, and pages of mapped files, count in each.
+    ``peak_mb``, unless the case reports its own: the largest sum of the resident memory (MiB) of the process and its children,
+    sampled every SAMPLING seconds. Pages that processes share, and pages of mapped files, count in each process.
     """
     command = [sys.executable, "-m", module, json.dumps(case)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -52,7 +52,7 @@ def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
         output = process.stdout.read() if process.stdout is not None else ""
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    return {**json.loads(output.splitlines()[-1]), "peak_mb": peak / MIB}
+    return {"peak_mb": peak / MIB, **json.loads(output.splitlines()[-1])}
 
 
 def _resident(pid: int) -> int:

@@ -44,9 +44,9 @@ def _cxx() -> str:
 class _Compiled:
     """One pass under torch.compile; the same pass as single operations where compilation fails."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         self.function = function
-        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, options=_options())
+        self.compiled: Callable[..., Any] | None = torch.compile(function, dynamic=True, options=options)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.compiled is not None:
@@ -75,7 +75,8 @@ EAGER = Passes(stream.start, stream.add, stream.encode, stream.check, stream.dec
 @cache
 def compiled() -> Passes:
     """Compiled at the first call of each, for all shapes."""
-    return Passes(*(_Compiled(f) for f in (stream.start, stream.add, stream.encode, stream.check, stream.decode)))
+    options = _options()
+    return Passes(*(_Compiled(f, options) for f in (stream.start, stream.add, stream.encode, stream.check, stream.decode)))
 
 
 @cache

@@ -70,7 +70,7 @@ class Worker:
             return Outcome(world.rank, figures=entry(world, self._stop.is_set))
         except PipelineError as error:
             return Outcome(world.rank, error=error, traceback=traceback.format_exc())
-        except Exception:
+        except Exception:  # of any kind: its text is the outcome, with which the driver ends the stage as failed
             return Outcome(world.rank, traceback=traceback.format_exc())
 
     def request_stop(self) -> None:
