@@ -78,9 +78,10 @@ def make_engine(spec: NetworkSpec, config: TrainConfig, world: World, micro_batc
     deepspeed = _deepspeed(world, device)
     torch.manual_seed(seed)
     if config.zero_stage == 3:
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         draft = deepspeed_config(config, world.size, micro_batch, 1, 1)
-        with deepspeed.zero.Init(config_dict_or_path=draft, dtype=dtype):
+        # Without ``dtype``: given one, DeepSpeed 0.19.8 takes bf16 on every device that has no fp16 arithmetic, whatever the
+        # argument (`dtype or fp16 if fp16 is supported else bf16`); left out, it follows the configuration.
+        with deepspeed.zero.Init(config_dict_or_path=draft):
             model = Network(spec)
     else:
         model = Network(spec).to(device)

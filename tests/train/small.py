@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from pipeline.config.schema import TrainConfig
 from pipeline.model import Activations, NetworkSpec
@@ -27,7 +28,7 @@ BATCH, SIZE = 8, 32
 @dataclass(frozen=True)
 class Options:
     """``poison``: the step at which rank 0's images are not finite. ``reference``: the stored evaluation of the exact
-    columns' arithmetic instead of the model's own."""
+    columns' arithmetic instead of the model's own. ``fp16``: False simulates a CPU without fp16 arithmetic (no avx512_fp16)."""
 
     root: Path
     stage: int
@@ -37,6 +38,7 @@ class Options:
     accumulation: int = 1
     poison: int = -1
     reference: bool = False
+    fp16: bool = True
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,6 +77,8 @@ def count_gathered(engine: Any, result: dict[str, Any]) -> None:
 def steps(options: Options) -> dict[str, Any]:
     """From the newest checkpoint to ``options.steps``, then a checkpoint; what happened on the way."""
     torch.use_deterministic_algorithms(True)
+    if not options.fp16:
+        get_accelerator().is_fp16_supported = lambda: False
     world = World.from_environment()
     config = TrainConfig(
         epochs=1, lr=1e-3, lr_batch=BATCH, global_batch=BATCH, micro_batch=BATCH // world.size // options.accumulation,

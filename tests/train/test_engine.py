@@ -62,6 +62,14 @@ def test_two_processes_equal_one(stage: int, accumulation: int, tmp_path: Path, 
         assert 1 <= max(found["gathered"][1:-1]) <= 2.1 * accumulation  # once DeepSpeed knows the order; the last one evaluates
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_3_keeps_its_precision_on_a_cpu_without_fp16(precision: str, tmp_path: Path) -> None:
+    """DeepSpeed picks the dtype of partitioned parameters by what the device supports: the job's precision must win."""
+    for name, fp16 in {"with": True, "without": False}.items():
+        train(tmp_path / name, 2, 3, precision=precision, fp16=fp16)
+    assert torch.equal(flat(values(tmp_path / "with")), flat(values(tmp_path / "without")))
+
+
 @pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (2, 2), (3, 1), (3, 2)])
 def test_bf16_gives_the_bits_of_the_stored_evaluation(stage: int, accumulation: int, tmp_path: Path) -> None:
     """Exact columns against everything stored, in the same arithmetic and under the same engine."""
