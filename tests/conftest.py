@@ -9,7 +9,9 @@ import pytest
 
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests share few cores; spinning threads are slower than one
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests share few cores; spinning threads are slower than one
 
 ROOT = Path(__file__).resolve().parents[1]
 

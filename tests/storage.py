@@ -16,7 +16,9 @@ from typing import Any
 
 KEY, SECRET = "AKIDOFATEST", "wJalrXUtnFEMI-planted-secret"
 THROTTLED = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-REFUSED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+REFUSED = (
+    b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+)
 
 
 class Proxy:
@@ -30,7 +32,9 @@ class Proxy:
 
     KINDS = ("throttled", "reset", "cut")
 
-    def __init__(self, host: str, port: int, seed: int = 0, share: float = 0.0, in_a_row: int = 3) -> None:
+    def __init__(
+        self, host: str, port: int, seed: int = 0, share: float = 0.0, in_a_row: int = 3
+    ) -> None:
         self.upstream, self.seed, self.share, self.in_a_row = (host, port), seed, share, in_a_row
         self.always = ""
         self.held, self.go = "", threading.Event()
@@ -38,9 +42,13 @@ class Proxy:
         self.faults: Counter[str] = Counter()
         self._row: Counter[tuple[str, str, str]] = Counter()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self})
+        )
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), daemon=True
+        )
         self._thread.start()
 
     @property
@@ -83,7 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.proxy.fault(self.command, self.path, self.headers.get("Range", ""))
         if fault in ("throttled", "refused"):
             status, text = (503, THROTTLED) if fault == "throttled" else (403, REFUSED)
-            self._send(status, {"Content-Type": "application/xml", "Content-Length": str(len(text))}, text)
+            self._send(
+                status, {"Content-Type": "application/xml", "Content-Length": str(len(text))}, text
+            )
         elif fault == "reset":
             self._cut()
         else:
@@ -109,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
         dropped = ("connection", "transfer-encoding", "content-length", "date", "server")
-        headers = {name: value for name, value in response.getheaders() if name.lower() not in dropped}
+        headers = {
+            name: value for name, value in response.getheaders() if name.lower() not in dropped
+        }
         length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         return response.status, {**headers, "Content-Length": length or "0"}, data
 
@@ -163,9 +175,15 @@ def upload(host: str, port: int, folder: Path, bucket: str, acl: str = "private"
     import boto3
 
     store = boto3.client(
-        "s3", endpoint_url=f"http://{host}:{port}", aws_access_key_id=KEY, aws_secret_access_key=SECRET, region_name="us-east-1"
+        "s3",
+        endpoint_url=f"http://{host}:{port}",
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        region_name="us-east-1",
     )
     store.create_bucket(Bucket=bucket)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            store.put_object(Bucket=bucket, Key=str(path.relative_to(folder)), Body=path.read_bytes(), ACL=acl)
+            store.put_object(
+                Bucket=bucket, Key=str(path.relative_to(folder)), Body=path.read_bytes(), ACL=acl
+            )

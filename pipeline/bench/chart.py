@@ -48,19 +48,32 @@ def chart(lines: Sequence[Line], title: str, x_label: str, y_label: str) -> str:
         f'<text x="{LEFT}" y="{TOP - 22}" font-size="16" font-weight="bold">{escape(title)}</text>',
     ]
     for y in y_ticks:
-        parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e0e0e0"/>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e0e0e0"/>'
+        )
         parts.append(f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    parts += [f'<text x="{px(x):.1f}" y="{bottom + 20}" text-anchor="middle">{x:g}</text>' for x in x_ticks]
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{bottom + 42}" text-anchor="middle">{escape(x_label)}</text>')
+    parts += [
+        f'<text x="{px(x):.1f}" y="{bottom + 20}" text-anchor="middle">{x:g}</text>'
+        for x in x_ticks
+    ]
+    parts.append(
+        f'<text x="{(LEFT + right) / 2}" y="{bottom + 42}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     turned = f'transform="translate(18 {(TOP + bottom) / 2}) rotate(-90)"'
     parts.append(f'<text {turned} text-anchor="middle">{escape(y_label)}</text>')
     lowest = float(HEIGHT)
     for i, line in sorted(enumerate(lines), key=lambda pair: pair[1].points[-1][1]):
         colour, points = COLOURS[i % len(COLOURS)], [(px(x), py(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>'
+        )
         if few:
-            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points]
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points
+            ]
         lowest = min(points[-1][1], lowest - 16)  # labels do not overlap
-        parts.append(f'<text x="{right + 10}" y="{lowest + 4:.1f}" fill="{colour}">{escape(line.name)}</text>')
+        parts.append(
+            f'<text x="{right + 10}" y="{lowest + 4:.1f}" fill="{colour}">{escape(line.name)}</text>'
+        )
     return "\n".join([*parts, "</svg>", ""])

@@ -24,7 +24,7 @@ from pipeline.bench.photographs import photographs, write_class_tars
 from pipeline.bench.workers import run_case, serially
 from pipeline.config.schema import DatasetConfig
 from pipeline.files import write_json
-from pipeline.prepare.dataset import prepare_dataset
+from pipeline.prepare.build import prepare_dataset
 
 BASELINE = "pillow"
 SOURCES = ("original", "256")  # as they are; short side 256 pixels, re-encoded by the preparation
@@ -33,7 +33,7 @@ COMPARED = 2  # workers at which ratios are taken
 
 
 @dataclass(frozen=True)
-class Case:
+class LoaderCase:
     """One measurement: seconds that count, after some that do not; half as many of both for the second rate."""
 
     loader: str
@@ -43,7 +43,7 @@ class Case:
     warm_up: float
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: LoaderCase) -> dict[str, Any]:
     """Figures of one case."""
     torch.set_num_threads(1)  # workers are the parallelism
     delivery = LOADERS[case.loader](case.load)
@@ -58,9 +58,13 @@ def measure(case: Case) -> dict[str, Any]:
         handed_over = rate(lambda: next(batches), 1.0)
         finished = rate(lambda: delivery.finish(next(batches)), 0.5)
     return {
-        "loader": case.loader, "workers": case.load.workers, "source": case.source, "recipe": case.load.recipe,
-        "images_per_s": handed_over, "finished_images_per_s": finished,
-    }  # fmt: skip
+        "loader": case.loader,
+        "workers": case.load.workers,
+        "source": case.source,
+        "recipe": case.load.recipe,
+        "images_per_s": handed_over,
+        "finished_images_per_s": finished,
+    }
 
 
 def _repeat(one: Callable[[], Any], least: float) -> tuple[int, float]:
@@ -79,10 +83,14 @@ def prepare_sources(directory: Path, count: int, sources: Sequence[str] = SOURCE
     images = 0
     for source in sources:
         config = DatasetConfig(
-            root=str(directory / "class_tars"), short_side="keep" if source == "original" else int(source), max_rejected=0.1
+            root=str(directory / "class_tars"),
+            short_side="keep" if source == "original" else int(source),
+            max_rejected=0.1,
         )
         target = directory / source / "dataset"
-        figures = prepare_dataset("bench", config, target, 0, serially, lambda *_: None, lambda *_: None)
+        figures = prepare_dataset(
+            "bench", config, target, 0, serially, lambda *_: None, lambda *_: None
+        )
         lay_out(directory / source)
         images = int(figures["images"])
     return images
@@ -90,7 +98,11 @@ def prepare_sources(directory: Path, count: int, sources: Sequence[str] = SOURCE
 
 def compared(cases: Sequence[dict[str, Any]], figure: str) -> dict[str, float]:
     """``figure`` of ours divided by the baseline's at COMPARED workers, by source and recipe."""
-    own = {(c["loader"], c["source"], c["recipe"]): c[figure] for c in cases if c["workers"] == COMPARED}
+    own = {
+        (c["loader"], c["source"], c["recipe"]): c[figure]
+        for c in cases
+        if c["workers"] == COMPARED
+    }
     return {
         f"{source}/{recipe}": own["ours", source, recipe] / own[BASELINE, source, recipe]
         for loader, source, recipe in own
@@ -100,11 +112,18 @@ def compared(cases: Sequence[dict[str, Any]], figure: str) -> dict[str, float]:
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
     """The figures, and the ratio of both rates to the baseline's with as many workers."""
-    lines = [f"loader       workers  source    recipe     images/s  x {BASELINE}  finished/s  x {BASELINE}  peak MiB"]
-    baselines = {(c["workers"], c["source"], c["recipe"]): c for c in cases if c["loader"] == BASELINE}
+    lines = [
+        f"loader       workers  source    recipe     images/s  x {BASELINE}  finished/s  x {BASELINE}  peak MiB"
+    ]
+    baselines = {
+        (c["workers"], c["source"], c["recipe"]): c for c in cases if c["loader"] == BASELINE
+    }
     for c in cases:
         baseline = baselines.get((c["workers"], c["source"], c["recipe"]), {})
-        one, two = (c[rate] / baseline.get(rate, float("nan")) for rate in ("images_per_s", "finished_images_per_s"))
+        one, two = (
+            c[rate] / baseline.get(rate, float("nan"))
+            for rate in ("images_per_s", "finished_images_per_s")
+        )
         lines.append(
             f"{c['loader']:<12} {c['workers']:>7}  {c['source']:<9} {c['recipe']:<9} {c['images_per_s']:>9.1f} {one:>9.2f} "
             f"{c['finished_images_per_s']:>11.1f} {two:>9.2f} {c['peak_mb']:>9.0f}"
@@ -116,7 +135,11 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
 
 def all_ratios(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """`compared` for both rates and the memory."""
-    figures = {"ratios": "images_per_s", "finished_ratios": "finished_images_per_s", "memory_ratios": "peak_mb"}
+    figures = {
+        "ratios": "images_per_s",
+        "finished_ratios": "finished_images_per_s",
+        "memory_ratios": "peak_mb",
+    }
     return {name: compared(cases, figure) for name, figure in figures.items()}
 
 
@@ -143,12 +166,24 @@ def main(
             for recipe in recipes:
                 for number in workers:
                     load = Load(f"{temporary}/{source}", recipe, number, **options)
-                    for loader in loaders:  # next to each other: the machine's moods hit all of them
-                        case = Case(loader, source, load, seconds, warm_up)
+                    for (
+                        loader
+                    ) in loaders:  # next to each other: the machine's moods hit all of them
+                        case = LoaderCase(loader, source, load, seconds, warm_up)
                         cases.append(run_case("pipeline.bench.loader", asdict(case)))
                         rate = f"{cases[-1]['images_per_s']:.1f} images/s"
-                        print(f"{loader} {number} {source} {recipe}: {rate}", file=sys.stderr, flush=True)
-    result = {"cases": cases, **all_ratios(cases), "baseline": BASELINE, "images": drawn_from, "torch": torch.__version__}
+                        print(
+                            f"{loader} {number} {source} {recipe}: {rate}",
+                            file=sys.stderr,
+                            flush=True,
+                        )
+    result = {
+        "cases": cases,
+        **all_ratios(cases),
+        "baseline": BASELINE,
+        "images": drawn_from,
+        "torch": torch.__version__,
+    }
     print(table(cases))
     if json_path is not None:
         write_json(json_path, result)
@@ -157,4 +192,4 @@ def main(
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    print(json.dumps(measure(Case(**(arguments | {"load": Load(**arguments["load"])})))))
+    print(json.dumps(measure(LoaderCase(**(arguments | {"load": Load(**arguments["load"])})))))

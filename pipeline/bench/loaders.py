@@ -29,13 +29,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline.bench.pillow import UsualTransform, mix, one_hot
 from pipeline.config.schema import AugmentConfig
+from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment
-from pipeline.data.format import open_dataset
 from pipeline.data.loader import Batch, TrainLoader
 
 CLASSES = 1000
 TARS = 4  # shards for WebDataset: workers share them out
-PLAIN = AugmentConfig(randaugment=0, color_jitter=0, erasing=0, mixup=0, cutmix=0, smoothing=0)
+PLAIN = AugmentConfig(
+    randaugment=0, color_jitter=0, random_erasing=0, mixup=0, cutmix=0, smoothing=0
+)
 RECIPES = {"crop_flip": PLAIN, "full": AugmentConfig()}
 
 
@@ -129,7 +131,9 @@ class _Endless(Sampler[int]):
 
 def pillow(load: Load) -> Delivery:
     files = _Files(Path(load.directory) / "files", _transform(load))
-    return _delivery(load, DataLoader(files, load.batch, sampler=_Endless(len(files)), num_workers=load.workers))
+    return _delivery(
+        load, DataLoader(files, load.batch, sampler=_Endless(len(files)), num_workers=load.workers)
+    )
 
 
 class _Decode:
@@ -146,7 +150,9 @@ def webdataset(load: Load) -> Delivery:
     import webdataset as wds
 
     urls = [str(path) for path in sorted((Path(load.directory) / "tars").glob("*.tar"))]
-    samples = wds.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(200).to_tuple("jpg", "cls")
+    samples = (
+        wds.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(200).to_tuple("jpg", "cls")
+    )
     transformed: Any = samples.map_tuple(_Decode(_transform(load)), int)
     return _delivery(load, DataLoader(transformed, load.batch, num_workers=load.workers))
 
@@ -158,7 +164,10 @@ class _Columns:
         self.transform = transform
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {"image": [self.transform(image.convert("RGB")) for image in rows["image"]], "label": rows["label"]}
+        return {
+            "image": [self.transform(image.convert("RGB")) for image in rows["image"]],
+            "label": rows["label"],
+        }
 
 
 def _tuples(rows: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
@@ -172,16 +181,24 @@ def huggingface(load: Load) -> Delivery:
     datasets.disable_progress_bars()
     directory = Path(load.directory)
     files = [str(path) for path in sorted((directory / "dataset").glob("train-*.parquet"))]
-    table = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(directory / "cache"))
+    table = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(directory / "cache")
+    )
     table = table.select_columns(["image", "label"]).cast_column("image", datasets.Image())
     rows: Any = table.with_transform(_Columns(_transform(load)))
     sampler = _Endless(len(rows))
-    return _delivery(load, DataLoader(rows, load.batch, sampler=sampler, num_workers=load.workers, collate_fn=_tuples))
+    return _delivery(
+        load,
+        DataLoader(rows, load.batch, sampler=sampler, num_workers=load.workers, collate_fn=_tuples),
+    )
 
 
 LOADERS: dict[str, Callable[[Load], Delivery]] = {
-    "ours": ours, "pillow": pillow, "webdataset": webdataset, "huggingface": huggingface
-}  # fmt: skip
+    "ours": ours,
+    "pillow": pillow,
+    "webdataset": webdataset,
+    "huggingface": huggingface,
+}
 
 
 def _transform(load: Load) -> UsualTransform:
@@ -194,6 +211,10 @@ def _delivery(load: Load, loader: DataLoader[Any]) -> Delivery:
 
     def finish(batch: Any) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        return mix(images, labels, CLASSES) if load.recipe == "full" else (images, one_hot(labels, CLASSES, 0.0))
+        return (
+            mix(images, labels, CLASSES)
+            if load.recipe == "full"
+            else (images, one_hot(labels, CLASSES, 0.0))
+        )
 
     return Delivery(batches(), finish)

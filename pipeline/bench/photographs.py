@@ -10,12 +10,18 @@ from pathlib import Path
 
 import simplejpeg
 
-from pipeline.config.classes import class_list
 from pipeline.files import atomic
-from pipeline.prepare.pictures import picture
+from pipeline.sources.class_lists import class_list
+from pipeline.synthetic.drawing import picture
 
-SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample"  # <class>/<image>.JPEG
-MADE_UP_CLASSES, MADE_UP_SIDES, MADE_UP_QUALITY = 50, (370, 660), 96  # about 500 x 375 pixels and 110 kB, as ImageNet's are
+SAMPLE = (
+    Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample"
+)  # <class>/<image>.JPEG
+MADE_UP_CLASSES, MADE_UP_SIDES, MADE_UP_QUALITY = (
+    50,
+    (370, 660),
+    96,
+)  # about 500 x 375 pixels and 110 kB, as ImageNet's are
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,9 @@ class Photograph:
 def photographs(count: int, sample: Path = SAMPLE) -> list[Photograph]:
     """``count`` photographs of ``sample`` (fewer if it has fewer), or as many made-up ones where it is not there."""
     paths = sorted(sample.glob("*/*.JPEG"))[:count]
-    return [Photograph(path.parent.name, path.read_bytes()) for path in paths] or list(_made_up(count))
+    return [Photograph(path.parent.name, path.read_bytes()) for path in paths] or list(
+        _made_up(count)
+    )
 
 
 def _made_up(count: int) -> Iterator[Photograph]:
@@ -52,13 +60,18 @@ def write_class_tars(images: Sequence[Photograph], target: Path, copies: int = 1
     for image in train:
         first = classes.index(image.wnid)
         for copy in range(copies):
-            contents[classes[(first + copy * (len(classes) // copies)) % len(classes)]].append(image.data)
+            contents[classes[(first + copy * (len(classes) // copies)) % len(classes)]].append(
+                image.data
+            )
     for wnid, files in contents.items():
         _write_tar(target / "train" / f"{wnid}.tar", wnid, files)
 
 
 def _write_tar(path: Path, wnid: str, files: Sequence[bytes]) -> None:
-    with atomic(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        atomic(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for number, data in enumerate(files):
             member = tarfile.TarInfo(f"{wnid}_{number}.JPEG")
             member.size = len(data)

@@ -40,7 +40,13 @@ class UsualTransform:
             image = image.transpose(Pillow.Transpose.FLIP_LEFT_RIGHT)
         if self.full:
             image = randaugment(image)
-        tensor = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+        tensor = (
+            torch.from_numpy(np.array(image, copy=True))
+            .permute(2, 0, 1)
+            .contiguous()
+            .to(torch.float32)
+            .div(255)
+        )
         tensor.sub_(self.mean).div_(self.std)
         return erase(tensor) if self.full and random.random() < ERASING else tensor
 
@@ -57,7 +63,9 @@ def random_resized_crop(image: Image, size: int) -> Image:
     else:
         w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
         left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize((size, size), Pillow.Resampling.BILINEAR)
+    return image.crop((left, top, left + w, top + h)).resize(
+        (size, size), Pillow.Resampling.BILINEAR
+    )
 
 
 def randaugment(image: Image) -> Image:
@@ -69,7 +77,9 @@ def randaugment(image: Image) -> Image:
 
 
 def _affine(image: Image, *matrix: float) -> Image:
-    return image.transform(image.size, Pillow.Transform.AFFINE, matrix, Pillow.Resampling.BILINEAR, fillcolor=FILL)
+    return image.transform(
+        image.size, Pillow.Transform.AFFINE, matrix, Pillow.Resampling.BILINEAR, fillcolor=FILL
+    )
 
 
 def _factor(level: float, sign: float) -> float:
@@ -85,7 +95,9 @@ _OPERATIONS: tuple[Callable[[Image, float, float], Image], ...] = (
     lambda image, level, sign: ImageOps.autocontrast(image),
     lambda image, level, sign: ImageOps.equalize(image),
     lambda image, level, sign: ImageOps.invert(image),
-    lambda image, level, sign: image.rotate(sign * level * 30.0, Pillow.Resampling.BILINEAR, fillcolor=FILL),
+    lambda image, level, sign: image.rotate(
+        sign * level * 30.0, Pillow.Resampling.BILINEAR, fillcolor=FILL
+    ),
     lambda image, level, sign: ImageOps.posterize(image, max(1, 4 - int(level * 4))),
     lambda image, level, sign: ImageOps.solarize(image, 256 - int(level * 256)),
     lambda image, level, sign: _solarize_add(image, int(level * 110)),
@@ -119,11 +131,17 @@ def mix(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     height, width = images.shape[2:]
     if random.random() < CUTMIX_SHARE:
         share = float(np.random.beta(CUTMIX, CUTMIX))
-        half_height, half_width = int(height * math.sqrt(1 - share)) // 2, int(width * math.sqrt(1 - share)) // 2
+        half_height, half_width = (
+            int(height * math.sqrt(1 - share)) // 2,
+            int(width * math.sqrt(1 - share)) // 2,
+        )
         y, x = random.randrange(height), random.randrange(width)
         top, bottom, left, right = (
-            max(y - half_height, 0), min(y + half_height, height), max(x - half_width, 0), min(x + half_width, width)
-        )  # fmt: skip
+            max(y - half_height, 0),
+            min(y + half_height, height),
+            max(x - half_width, 0),
+            min(x + half_width, width),
+        )
         images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
         share = 1.0 - (bottom - top) * (right - left) / (height * width)
     else:
@@ -136,4 +154,6 @@ def mix(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
 
 def one_hot(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     off = smoothing / classes
-    return torch.full((len(labels), classes), off).scatter_(1, labels[:, None], 1.0 - smoothing + off)
+    return torch.full((len(labels), classes), off).scatter_(
+        1, labels[:, None], 1.0 - smoothing + off
+    )

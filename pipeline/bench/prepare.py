@@ -30,14 +30,14 @@ from pipeline.bench.photographs import photographs, write_class_tars
 from pipeline.bench.workers import Pooled, run_case, serially
 from pipeline.config.schema import DatasetConfig
 from pipeline.files import write_json
-from pipeline.prepare.dataset import MapTasks, prepare_dataset
+from pipeline.prepare.build import MapTasks, prepare_dataset
 
 SHORT_SIDE = 256
 TARS = 25  # of about 120 images each
 
 
 @dataclass(frozen=True)
-class Case:
+class PrepareCase:
     """One measurement. ``preparer``: ours or pillow; one worker works in the process itself, more in a pool."""
 
     preparer: str
@@ -46,9 +46,11 @@ class Case:
     shard_rows: int
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: PrepareCase) -> dict[str, Any]:
     """Figures of one case."""
-    config = DatasetConfig(root=case.source, short_side=SHORT_SIDE, shard_rows=case.shard_rows, max_rejected=0.1)
+    config = DatasetConfig(
+        root=case.source, short_side=SHORT_SIDE, shard_rows=case.shard_rows, max_rejected=0.1
+    )
     with ExitStack() as stack:
         target = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tasks: MapTasks = serially
@@ -73,7 +75,9 @@ def _start(seconds: float) -> None:
 
 
 def _ours(config: DatasetConfig, target: Path, tasks: MapTasks) -> int:
-    figures = prepare_dataset("bench", config, target / "dataset", 0, tasks, lambda *_: None, lambda *_: None)
+    figures = prepare_dataset(
+        "bench", config, target / "dataset", 0, tasks, lambda *_: None, lambda *_: None
+    )
     return int(figures["images"] + figures["validation"])
 
 
@@ -114,7 +118,10 @@ def pillow_image(data: bytes, short_side: int, quality: int) -> bytes:
 
 def ratios(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
     """``per_core``: ours to Pillow's at one worker; ``scaling``: ours at two workers to one; from the best of all rounds."""
-    rates = {key: max(c["images_per_s"] for c in cases if _key(c) == key) for key in {_key(c) for c in cases}}
+    rates = {
+        key: max(c["images_per_s"] for c in cases if _key(c) == key)
+        for key in {_key(c) for c in cases}
+    }
     return {
         "per_core": rates["ours", 1] / rates["pillow", 1],
         "scaling": rates["ours", 2] / rates["ours", 1],
@@ -136,7 +143,9 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"{name}: {ratio:.2f}" for name, ratio in ratios(cases).items())])
 
 
-def main(json_path: Path | None = None, images: int = 500, copies: int = 6, rounds: int = 2) -> dict[str, Any]:
+def main(
+    json_path: Path | None = None, images: int = 500, copies: int = 6, rounds: int = 2
+) -> dict[str, Any]:
     """Measure both with 1 and 2 workers, some rounds in turn, print a table, write JSON."""
     cases = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -147,8 +156,12 @@ def main(json_path: Path | None = None, images: int = 500, copies: int = 6, roun
         for number in range(rounds):
             for workers in (1, 2):
                 for preparer in ("ours", "pillow"):
-                    case = Case(preparer, workers, temporary, shard_rows=max(1, len(source) * copies // 8))
-                    cases.append({**run_case("pipeline.bench.prepare", asdict(case)), "round": number})
+                    case = PrepareCase(
+                        preparer, workers, temporary, shard_rows=max(1, len(source) * copies // 8)
+                    )
+                    cases.append(
+                        {**run_case("pipeline.bench.prepare", asdict(case)), "round": number}
+                    )
                     rate = f"{cases[-1]['images_per_s']:.1f} images/s"
                     print(f"{preparer} {workers}: {rate}", file=sys.stderr, flush=True)
     result = {"cases": cases, "ratios": ratios(cases)}
@@ -159,4 +172,4 @@ def main(json_path: Path | None = None, images: int = 500, copies: int = 6, roun
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+    print(json.dumps(measure(PrepareCase(**json.loads(sys.argv[1])))))

@@ -19,18 +19,18 @@ import torch
 from torch.nn import functional
 
 from pipeline.bench.chart import Line, chart
-from pipeline.bench.live import LiveBytes
+from pipeline.bench.live_memory import LiveBytes
 from pipeline.bench.workers import MIB, run_case
 from pipeline.files import write_json, write_text
 from pipeline.model import Network, build
-from pipeline.model.stream import remainder_width
-from pipeline.train.allocator import keep_freed_memory
+from pipeline.model.fixed_point import remainder_width
+from pipeline.runtime.host_allocator import keep_freed_memory
 
 CLASSES = 1000
 
 
 @dataclass(frozen=True)
-class Case:
+class ReversibleCase:
     """One measurement. ``mode``: stored, exact, exact-auto (``stored_columns: auto``) or checkpointed."""
 
     mode: str
@@ -51,12 +51,14 @@ class Case:
 class Measurement:
     """A network with parameters and gradients allocated, and a step of it."""
 
-    def __init__(self, case: Case, mode: str) -> None:
+    def __init__(self, case: ReversibleCase, mode: str) -> None:
         self.case, self.device = case, torch.device(case.device)
         torch.manual_seed(0)
         options: dict[str, Any] = {"activations": mode.removesuffix("-auto")}
         options |= {"stored_columns": "auto"} if mode.endswith("-auto") else {}
-        self.network: Network = build(case.channels, case.depths, case.columns, CLASSES, block=case.block, **options)
+        self.network: Network = build(
+            case.channels, case.depths, case.columns, CLASSES, block=case.block, **options
+        )
         if case.alpha is not None:
             for name, parameter in self.network.named_parameters():
                 if name.endswith("alpha"):
@@ -64,15 +66,23 @@ class Measurement:
         self.network.to(self.device)
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        alphas = [p.detach().abs().min() for n, p in self.network.named_parameters() if n.endswith("alpha")]
+        alphas = [
+            p.detach().abs().min()
+            for n, p in self.network.named_parameters()
+            if n.endswith("alpha")
+        ]
         widths = [remainder_width(value) for value in torch.stack(alphas).tolist()]
         self.network.remainder_widths = [widths[4 * t : 4 * t + 4] for t in range(case.columns)]
         self.images = torch.randn(case.batch, 3, case.image_size, case.image_size).to(self.device)
         self.labels = torch.randint(0, CLASSES, (case.batch,)).to(self.device)
 
     def step(self) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
-            loss = functional.cross_entropy(self.network(self.images).logits[-1].float(), self.labels)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"
+        ):
+            loss = functional.cross_entropy(
+                self.network(self.images).logits[-1].float(), self.labels
+            )
         loss.backward()
 
     def gradient(self) -> torch.Tensor:
@@ -81,7 +91,9 @@ class Measurement:
             assert parameter.grad is not None
             parameter.grad.zero_()
         self.step()
-        return torch.cat([p.grad.flatten() for p in self.network.parameters() if p.grad is not None])
+        return torch.cat(
+            [p.grad.flatten() for p in self.network.parameters() if p.grad is not None]
+        )
 
     def peak(self) -> float:
         """Bytes alive beyond parameters, gradients and inputs at the worst moment of a step."""
@@ -107,7 +119,7 @@ class Measurement:
         return min(times)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: ReversibleCase) -> dict[str, Any]:
     """Figures of one case; ``gradient_error`` is relative to plain stored activations of the same weights and images."""
     if case.device == "cpu":
         keep_freed_memory()  # as in training
@@ -117,23 +129,37 @@ def measure(case: Case) -> dict[str, Any]:
         return {"step_s": measured.seconds()}
     peak, seconds = measured.peak(), measured.seconds()
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    gradient, mismatched = measured.gradient(), int(measured.network.health.mismatched_elements)
+    gradient, mismatched = (
+        measured.gradient(),
+        int(measured.network.consistency.mismatched_elements),
+    )
     error = 0.0
     if case.mode != "stored":
         del measured
         expected = Measurement(case, "stored").gradient()
         error = float((gradient - expected).norm() / expected.norm())
     return {
-        "mode": case.mode, "block": case.block, "columns": case.columns, "precision": case.precision, "batch": case.batch,
-        "peak_mb": peak / MIB, "process_peak_mb": process, "step_s": seconds,
-        "gradient_error": error, "mismatched_elements": mismatched,
-    }  # fmt: skip
+        "mode": case.mode,
+        "block": case.block,
+        "columns": case.columns,
+        "precision": case.precision,
+        "batch": case.batch,
+        "peak_mb": peak / MIB,
+        "process_peak_mb": process,
+        "step_s": seconds,
+        "gradient_error": error,
+        "mismatched_elements": mismatched,
+    }
 
 
-def _in_new_process(case: Case) -> dict[str, Any]:
+def _in_new_process(case: ReversibleCase) -> dict[str, Any]:
     figures = run_case("pipeline.bench.reversible", asdict(case))
     memory = "" if case.timed_only else f"{figures['peak_mb']:.1f} MiB, "
-    print(f"{case.mode} {case.columns}: {memory}{figures['step_s']:.3f} s", file=sys.stderr, flush=True)
+    print(
+        f"{case.mode} {case.columns}: {memory}{figures['step_s']:.3f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return figures
 
 
@@ -154,7 +180,10 @@ def table(cases: Sequence[dict[str, Any]]) -> str:
     ]
     times = {(case["mode"], case["columns"]): case["step_s"] for case in cases}
     for case in cases:
-        ratios = [case["step_s"] / times.get((mode, case["columns"]), float("nan")) for mode in ("stored", "checkpointed")]
+        ratios = [
+            case["step_s"] / times.get((mode, case["columns"]), float("nan"))
+            for mode in ("stored", "checkpointed")
+        ]
         lines.append(
             f"{case['mode']:<13} {case['columns']:>7} {case['peak_mb']:>9.1f} {case['process_peak_mb']:>12.0f} "
             f"{case['step_s']:>9.3f} {case['images_per_s']:>9.2f} {case['gradient_error']:>15.2e} "
@@ -172,13 +201,15 @@ def main(
     rounds: int = 3,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure ``modes`` x ``columns`` (``options``: other fields of ``Case``), print a table, write JSON and an SVG plot."""
+    """Measure ``modes`` x ``columns`` (``options``: other fields of ``ReversibleCase``), print a table, write JSON and an SVG plot."""
     cases: list[dict[str, Any]] = []
     for count in columns:
-        own = [_in_new_process(Case(mode, count, **options)) for mode in modes]
+        own = [_in_new_process(ReversibleCase(mode, count, **options)) for mode in modes]
         for _ in range(rounds - 1):
             for case in own:
-                again = _in_new_process(Case(case["mode"], count, timed_only=True, **options))
+                again = _in_new_process(
+                    ReversibleCase(case["mode"], count, timed_only=True, **options)
+                )
                 case["step_s"] = min(case["step_s"], again["step_s"])
         cases += [case | {"images_per_s": case["batch"] / case["step_s"]} for case in own]
     machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -187,10 +218,15 @@ def main(
     if json_path is not None:
         write_json(json_path, result)
     if plot_path is not None:
-        lines = [Line(mode, [(c["columns"], c["peak_mb"]) for c in cases if c["mode"] == mode]) for mode in modes]
-        write_text(plot_path, chart(lines, "Activation memory of a training step", "columns", "MiB"))
+        lines = [
+            Line(mode, [(c["columns"], c["peak_mb"]) for c in cases if c["mode"] == mode])
+            for mode in modes
+        ]
+        write_text(
+            plot_path, chart(lines, "Activation memory of a training step", "columns", "MiB")
+        )
     return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))
+    print(json.dumps(measure(ReversibleCase(**json.loads(sys.argv[1])))))

@@ -19,8 +19,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def serially(function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
-    """Tasks (`pipeline.prepare.dataset.MapTasks`) in this process."""
+def serially(
+    function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Tasks (`pipeline.prepare.build.MapTasks`) in this process."""
     for item in items:
         yield item, function(item)
 
@@ -31,7 +33,9 @@ class Pooled:
     def __init__(self, pool: Executor) -> None:
         self.pool = pool
 
-    def __call__(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
+    def __call__(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
         futures = {self.pool.submit(function, item): item for item in items}
         for future in as_completed(futures):
             yield futures[future], future.result()

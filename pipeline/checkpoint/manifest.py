@@ -23,7 +23,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Elements [offset, offset + length) of the flattened parameter ``name``; in ``file`` under ``<kind>|<name>``."""
 
     name: str
@@ -39,7 +39,7 @@ class Manifest:
     step: int
     shapes: dict[str, list[int]]
     kinds: list[str]  # master, exp_avg, exp_avg_sq, ema
-    pieces: list[Piece]
+    pieces: list[TensorSlice]
     files: dict[str, dict[str, Any]]  # name -> {"bytes": size, "xxh3": digest}
     state: dict[str, Any]  # of the training loop
     format: int = FORMAT
@@ -55,12 +55,18 @@ class Manifest:
             value = json.loads(path.read_text())
             if value["format"] != FORMAT:
                 cause = f"has format {value['format']}, this version reads {FORMAT}"
-                raise CheckpointError(cause, place=str(path), remedy="go on with the version of this program that wrote it")
-            value["pieces"] = [Piece(**piece) for piece in value["pieces"]]
+                raise CheckpointError(
+                    cause,
+                    place=str(path),
+                    remedy="go on with the version of this program that wrote it",
+                )
+            value["pieces"] = [TensorSlice(**piece) for piece in value["pieces"]]
             return cls(**value)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"unreadable manifest ({error})", place=str(path), remedy="delete this checkpoint; the one before is used"
+                f"unreadable manifest ({error})",
+                place=str(path),
+                remedy="delete this checkpoint; the one before is used",
             ) from error
 
     def verify(self, directory: Path, names: list[str] | None = None) -> None:
@@ -68,7 +74,11 @@ class Manifest:
         for name in names if names is not None else list(self.files):
             path, expected = directory / name, self.files[name]
             if not path.is_file():
-                raise CheckpointError("file is missing", place=str(path), remedy="restore it or delete this checkpoint")
+                raise CheckpointError(
+                    "file is missing",
+                    place=str(path),
+                    remedy="restore it or delete this checkpoint",
+                )
             if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["xxh3"]:
                 raise CheckpointError(
                     "content differs from the digest in the manifest (a damaged disk or an edited file)",
@@ -86,7 +96,9 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every complete checkpoint, newest first."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))
+    ]
     return sorted(found, reverse=True)
 
 

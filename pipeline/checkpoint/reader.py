@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.checkpoint.manifest import Manifest, Piece
+from pipeline.checkpoint.manifest import Manifest, TensorSlice
 from pipeline.errors import CheckpointError
 
 
@@ -27,7 +27,7 @@ class CheckpointReader:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory, self.manifest, self.shapes = directory, manifest, manifest.shapes
-        self._pieces: dict[str, list[Piece]] = defaultdict(list)
+        self._pieces: dict[str, list[TensorSlice]] = defaultdict(list)
         for piece in manifest.pieces:
             self._pieces[piece.name].append(piece)
         self._files: dict[str, Any] = {}
@@ -41,10 +41,15 @@ class CheckpointReader:
         """Elements [offset, offset + length) of the flattened parameter, fp32, assembled from the pieces that cover it."""
         result, filled = torch.empty(length), 0
         for piece in self._pieces.get(name, []):
-            start, stop = max(offset, piece.offset), min(offset + length, piece.offset + piece.length)
+            start, stop = (
+                max(offset, piece.offset),
+                min(offset + length, piece.offset + piece.length),
+            )
             if start < stop:
                 source = self._open(piece.file).get_slice(f"{kind}|{name}")
-                result[start - offset : stop - offset] = source[start - piece.offset : stop - piece.offset]
+                result[start - offset : stop - offset] = source[
+                    start - piece.offset : stop - piece.offset
+                ]
                 filled += stop - start
         if filled != length:
             raise CheckpointError(
@@ -67,9 +72,13 @@ class WeightsReader:
             self._file: Any = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
             remedy = "run the stage that makes it again"
-            raise CheckpointError(f"cannot be read ({error})", place=str(path), remedy=remedy) from error
+            raise CheckpointError(
+                f"cannot be read ({error})", place=str(path), remedy=remedy
+            ) from error
         names: list[str] = self._file.keys()
-        self.shapes: dict[str, list[int]] = {name: list(self._file.get_slice(name).get_shape()) for name in names}
+        self.shapes: dict[str, list[int]] = {
+            name: list(self._file.get_slice(name).get_shape()) for name in names
+        }
 
     def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
         return self.full(name).reshape(-1)[offset : offset + length]

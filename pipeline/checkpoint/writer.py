@@ -15,16 +15,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.checkpoint.manifest import Manifest, Piece, directory_of, keep_newest
+from pipeline.checkpoint.manifest import Manifest, TensorSlice, directory_of, keep_newest
 from pipeline.errors import CheckpointError, StageError
 from pipeline.files import file_digest, fsync_dir, write_json, write_with
 
-Owned = tuple[str, tuple[int, ...], int, str, Tensor]  # name, global shape, offset, kind, values (1-D)
+Owned = tuple[
+    str, tuple[int, ...], int, str, Tensor
+]  # name, global shape, offset, kind, values (1-D)
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
 
 def save(
-    root: Path, step: int, owned: Iterable[Owned], state: dict[str, Any], *, keep: int, may_commit: Callable[[], bool]
+    root: Path,
+    step: int,
+    owned: Iterable[Owned],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    may_commit: Callable[[], bool],
 ) -> str | None:
     """Write the checkpoint of ``step``; collective over all ranks.
 
@@ -41,7 +49,9 @@ def save(
         StageError: on rank 0, when this group of processes has been replaced by a newer one and may not commit.
     """
     target, writer = directory_of(root, step), [os.getpid()]
-    dist.broadcast_object_list(writer, src=0)  # a replaced group that lives on for a while writes elsewhere
+    dist.broadcast_object_list(
+        writer, src=0
+    )  # a replaced group that lives on for a while writes elsewhere
     temporary = target.with_name(f".{target.name}.{writer[0]}.tmp")
     failure = _on_main(lambda: _make_empty(temporary))
     if failure is not None:
@@ -60,7 +70,9 @@ def save(
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         if failure is None:
-            with contextlib.suppress(OSError):  # costs room only, and is tried again after the next one
+            with contextlib.suppress(
+                OSError
+            ):  # costs room only, and is tried again after the next one
                 keep_newest(root, keep)
     return failure
 
@@ -84,30 +96,42 @@ def _make_empty(directory: Path) -> None:
 
 def _write_share(directory: Path, name: str, owned: Iterable[Owned]) -> dict[str, Any]:
     tensors: dict[str, Tensor] = {}
-    pieces: dict[tuple[str, int], Piece] = {}
+    pieces: dict[tuple[str, int], TensorSlice] = {}
     shapes: dict[str, list[int]] = {}
     kinds: dict[str, None] = {}
     for parameter, shape, offset, kind, values in owned:
         tensors[f"{kind}|{parameter}"] = values.detach().to("cpu", torch.float32, copy=True)
-        pieces[parameter, offset] = Piece(parameter, offset, values.numel(), name)
+        pieces[parameter, offset] = TensorSlice(parameter, offset, values.numel(), name)
         shapes[parameter], kinds[kind] = list(shape), None
     if not tensors:
         return {"pieces": [], "shapes": {}, "kinds": [], "files": {}}
     path = directory / name
     write_with(path, lambda temporary: save_file(tensors, temporary))
     file = {"bytes": path.stat().st_size, "xxh3": file_digest(path)}
-    return {"pieces": list(pieces.values()), "shapes": shapes, "kinds": list(kinds), "files": {name: file}}
+    return {
+        "pieces": list(pieces.values()),
+        "shapes": shapes,
+        "kinds": list(kinds),
+        "files": {name: file},
+    }
 
 
 def _commit(
-    temporary: Path, target: Path, step: int, reports: list[Any], state: dict[str, Any], may_commit: Callable[[], bool]
+    temporary: Path,
+    target: Path,
+    step: int,
+    reports: list[Any],
+    state: dict[str, Any],
+    may_commit: Callable[[], bool],
 ) -> None:
     shapes = {name: shape for report in reports for name, shape in report["shapes"].items()}
     files = {name: file for report in reports for name, file in report["files"].items()}
     kinds = next(report["kinds"] for report in reports if report["kinds"])
     pieces = [piece for report in reports for piece in report["pieces"]]
     _check_complete(shapes, pieces)
-    write_json(temporary / "manifest.json", Manifest(step, shapes, kinds, pieces, files, state).to_json())
+    write_json(
+        temporary / "manifest.json", Manifest(step, shapes, kinds, pieces, files, state).to_json()
+    )
     if not may_commit():
         shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(
@@ -119,10 +143,12 @@ def _commit(
     fsync_dir(target.parent)
 
 
-def _check_complete(shapes: dict[str, list[int]], pieces: list[Piece]) -> None:
+def _check_complete(shapes: dict[str, list[int]], pieces: list[TensorSlice]) -> None:
     covered = dict.fromkeys(shapes, 0)
     for piece in pieces:
         covered[piece.name] += piece.length
     for name, shape in shapes.items():
         if covered[name] != torch.Size(shape).numel():
-            raise CheckpointError(f"ranks own {covered[name]} of {torch.Size(shape).numel()} elements of {name}")
+            raise CheckpointError(
+                f"ranks own {covered[name]} of {torch.Size(shape).numel()} elements of {name}"
+            )

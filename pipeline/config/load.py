@@ -13,15 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import advise, classes, references
-from pipeline.config.derive import ORDER
-from pipeline.config.overrides import apply
-from pipeline.config.rehearse import ORIGIN as REHEARSE
-from pipeline.config.rehearse import rehearse as rehearsed
+from pipeline.config import auto_values
+from pipeline.config.job_queries import ORDER
 from pipeline.config.schema import Job
-from pipeline.config.source import Node, read_mapping
-from pipeline.config.validate import validate
+from pipeline.config.schema_text.validate import validate
+from pipeline.config.smoke_test import ORIGIN as REHEARSE
+from pipeline.config.smoke_test import rehearse as rehearsed
+from pipeline.config.yaml_tree import references
+from pipeline.config.yaml_tree.overrides import apply
+from pipeline.config.yaml_tree.reading import Node, read_mapping
 from pipeline.errors import ConfigError
+from pipeline.shipped import CONFIGS
+from pipeline.sources import class_lists
 
 DEFAULT = "default"
 
@@ -42,7 +45,9 @@ class LoadedJob:
     def resolved(self) -> dict[str, Any]:
         """The whole job as plain values, with the keys of the job file; a job file of them gives the same job."""
         values = self.job.model_dump(mode="json", by_alias=True)
-        values["stages"] = {name: section for name, section in values["stages"].items() if section is not None}
+        values["stages"] = {
+            name: section for name, section in values["stages"].items() if section is not None
+        }
         return values
 
 
@@ -61,7 +66,7 @@ def load_job(path: Path, overrides: Sequence[str] = (), *, rehearse: bool = Fals
     if rehearse:
         tree = _without_sources(tree)
     tree = references.substitute(tree)
-    tree, notes = advise.choose(tree, look=not rehearse)
+    tree, notes = auto_values.choose(tree, look=not rehearse)
     tree = _files(tree, folder)
     notes = _empty_stages(tree) + notes
     job = validate(tree)
@@ -111,33 +116,46 @@ def _replaced(tree: Node, path: tuple[str, ...], change: Callable[[str], str]) -
     try:
         return tree.replaced(path, Node(change(node.value), node.origin))
     except ConfigError as error:
-        raise ConfigError(f"{'.'.join(path)}: {error.cause}", place=node.origin, remedy=error.remedy) from None
+        raise ConfigError(
+            f"{'.'.join(path)}: {error.cause}", place=node.origin, remedy=error.remedy
+        ) from None
 
 
 def _source(dataset: Node, root: str) -> str:
     layout = dataset.get("layout")
     path = os.path.expanduser(root)
-    is_name = layout is not None and layout.value == "huggingface" and not os.path.exists(path)  # a dataset of the hub
+    is_name = (
+        layout is not None and layout.value == "huggingface" and not os.path.exists(path)
+    )  # a dataset of the hub
     return root if "://" in root or is_name else os.path.abspath(path)
 
 
 def _class_list(folder: Path, listed: str) -> str:
     if listed == "auto":
         return listed
-    path = classes.find(listed, folder)
-    return listed if path.parent == classes.FOLDER else os.path.abspath(path)
+    path = class_lists.find(listed, folder)
+    return listed if path.parent == class_lists.FOLDER else os.path.abspath(path)
 
 
 def _recipe(folder: Path, name: str) -> str:
     path = references.Fragments(folder).find("recipe", name)
-    return name if path is None or path.parent == references.CONFIGS / "recipe" else os.path.abspath(path)
+    return name if path is None or path.parent == CONFIGS / "recipe" else os.path.abspath(path)
 
 
 def _weights(source: str) -> str:
-    return os.path.abspath(os.path.expanduser(source)) if source.endswith(".safetensors") else source
+    return (
+        os.path.abspath(os.path.expanduser(source)) if source.endswith(".safetensors") else source
+    )
 
 
 def _empty_stages(tree: Node) -> list[str]:
     stages = tree.get("stages")
-    empty = [(name, node) for name, node in stages.entries().items() if node.value is None] if stages is not None else []
-    return [f"{node.origin}: stages.{name} is empty and left out; write {name}: {{}} for its defaults" for name, node in empty]
+    empty = (
+        [(name, node) for name, node in stages.entries().items() if node.value is None]
+        if stages is not None
+        else []
+    )
+    return [
+        f"{node.origin}: stages.{name} is empty and left out; write {name}: {{}} for its defaults"
+        for name, node in empty
+    ]

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.config import describe
-from pipeline.config.derive import (
+from pipeline.config.job_queries import (
     batches,
     dataset_name,
     evaluate_image_size,
@@ -20,10 +19,11 @@ from pipeline.config.derive import (
 from pipeline.config.load import DEFAULT, LoadedJob
 from pipeline.config.machine import device
 from pipeline.config.machine import world_size as processes
-from pipeline.config.problems import closest
 from pipeline.config.schema import Job
-from pipeline.config.source import scalar
+from pipeline.config.schema_text import describe
+from pipeline.config.yaml_tree.reading import scalar
 from pipeline.errors import ConfigError
+from pipeline.suggest import closest
 
 MARGIN = 58  # column of the origins
 
@@ -33,7 +33,9 @@ def job_file(loaded: LoadedJob) -> str:
     return "\n".join(_yaml(loaded.resolved(), loaded.origins)) + "\n"
 
 
-def dry_run(loaded: LoadedJob, *, world_size: int | None = None, images: Mapping[str, int] | None = None) -> str:
+def dry_run(
+    loaded: LoadedJob, *, world_size: int | None = None, images: Mapping[str, int] | None = None
+) -> str:
     """The resolved job with the origin of each value, and what would run, as plain text.
 
     ``images``: training images of datasets that are prepared already; generated ones are known without.
@@ -45,7 +47,9 @@ def dry_run(loaded: LoadedJob, *, world_size: int | None = None, images: Mapping
     return job_file(loaded) + "\n".join(lines) + "\n"
 
 
-def _yaml(values: Mapping[str, Any], origins: Mapping[str, str], above: str = "", indent: str = "") -> Iterator[str]:
+def _yaml(
+    values: Mapping[str, Any], origins: Mapping[str, str], above: str = "", indent: str = ""
+) -> Iterator[str]:
     for key, value in values.items():
         dotted = f"{above}{key}"
         if isinstance(value, dict) and value:
@@ -63,7 +67,10 @@ def _text(value: Any) -> str:
         return json.dumps(value)
     if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) and scalar(value) == value:
         return value
-    letters = (json.dumps(one, ensure_ascii=False)[1:-1] if one.isprintable() else f"\\U{ord(one):08x}" for one in value)
+    letters = (
+        json.dumps(one, ensure_ascii=False)[1:-1] if one.isprintable() else f"\\U{ord(one):08x}"
+        for one in value
+    )
     return f'"{"".join(letters)}"'
 
 
@@ -75,7 +82,11 @@ def _plan(job: Job, world: int, images: Mapping[str, int]) -> Iterator[str]:
 def _stage(job: Job, stage: str, world: int, images: Mapping[str, int]) -> str:
     where = f"{world} process{'es' if world > 1 else ''} on {device(job.cluster)}"
     if stage == "prepare":
-        return "; ".join(f"{name} ({job.data[name].root or 'made up'})" for name in prepared_names(job) if name in job.data)
+        return "; ".join(
+            f"{name} ({job.data[name].root or 'made up'})"
+            for name in prepared_names(job)
+            if name in job.data
+        )
     if stage == "evaluate":
         return f"{dataset_name(job, stage)}, {evaluate_image_size(job)} pixels, {where}"
     if stage == "export":
@@ -83,8 +94,10 @@ def _stage(job: Job, stage: str, world: int, images: Mapping[str, int]) -> str:
     train, name = train_config(job, stage), dataset_name(job, stage)
     weights = f"from {train.initial}" if train.initial else "from scratch"
     micro, accumulation = batches(train, world)
-    made_up = job.data[name].generate
-    known = images.get(name) or (made_up.classes * made_up.images_per_class if made_up is not None else None)
+    made_up = job.data[name].synthetic
+    known = images.get(name) or (
+        made_up.classes * made_up.images_per_class if made_up is not None else None
+    )
     length = f"{train.epochs} epochs" + (f", about {steps(train, known)} steps" if known else "")
     if train.max_steps is not None and not known:
         length += f", at most {train.max_steps} steps"
@@ -109,7 +122,9 @@ def explain(key: str, loaded: LoadedJob | None = None) -> str:
     lines.append(f"  type     {first.expectation}")
     if first.unit:
         lines.append(f"  unit     {first.unit}")
-    lines.append(f"  default  {'none: it must be given' if first.required else json.dumps(first.schema.get('default'))}")
+    lines.append(
+        f"  default  {'none: it must be given' if first.required else json.dumps(first.schema.get('default'))}"
+    )
     if len(found) > 1:
         lines.append(f"  also     {', '.join(one.dotted for one in found[1:])}")
     if loaded is not None:
@@ -125,7 +140,14 @@ def _find(key: str) -> list[describe.Field]:
     everything = list(describe.all_fields())
     if path and (asked := describe.field(path)) is not None:
         stage, rest = path[0] == "stages", path[2:]
-        return [asked, *(one for one in everything if stage and rest and one.path[2:] == rest and one.path[1] != path[1])]
+        return [
+            asked,
+            *(
+                one
+                for one in everything
+                if stage and rest and one.path[2:] == rest and one.path[1] != path[1]
+            ),
+        ]
     if path and (ending := [one for one in everything if one.path[-len(path) :] == path]):
         return ending
     last = closest(key.rpartition(".")[2], [one.path[-1] for one in everything])

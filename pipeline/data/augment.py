@@ -16,14 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data import operations
+from pipeline.data import randaugment_ops
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, first_rows, jpeg_size
 from pipeline.data.hashing import key_of, uniforms
 
 CROP_TRIES = 5
 # Places of the random numbers of one image: crop, flip, jitter (order and three strengths), two RandAugment operations.
-_PLACE, _FLIP, _JITTER, _RANDAUGMENT = 2 * CROP_TRIES, 2 * CROP_TRIES + 2, 2 * CROP_TRIES + 3, 2 * CROP_TRIES + 7
-DRAWS = _RANDAUGMENT + 2 * operations.DRAWS
+_PLACE, _FLIP, _JITTER, _RANDAUGMENT = (
+    2 * CROP_TRIES,
+    2 * CROP_TRIES + 2,
+    2 * CROP_TRIES + 3,
+    2 * CROP_TRIES + 7,
+)
+DRAWS = _RANDAUGMENT + 2 * randaugment_ops.DRAWS
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -36,7 +41,9 @@ class TrainTransform:
 
     def draws(self, epoch: int, samples: NDArray[np.int64]) -> list[list[float]]:
         """The random numbers of each of ``samples``: DRAWS in [0, 1) for each."""
-        numbers: list[list[float]] = uniforms(key_of("augment", self.seed, epoch), samples, DRAWS).tolist()
+        numbers: list[list[float]] = uniforms(
+            key_of("augment", self.seed, epoch), samples, DRAWS
+        ).tolist()
         return numbers
 
     def __call__(self, data: memoryview, draws: Sequence[float], out: Image) -> None:
@@ -51,11 +58,15 @@ class TrainTransform:
             cv2.flip(out, 1, dst=out)
         image = out
         if self.augment.randaugment > 0:
-            for start in (_RANDAUGMENT, _RANDAUGMENT + operations.DRAWS):
-                numbers = draws[start : start + operations.DRAWS]
-                image = operations.randaugment(image, numbers, self.augment.randaugment, self.augment.randaugment_std)
+            for start in (_RANDAUGMENT, _RANDAUGMENT + randaugment_ops.DRAWS):
+                numbers = draws[start : start + randaugment_ops.DRAWS]
+                image = randaugment_ops.randaugment(
+                    image, numbers, self.augment.randaugment, self.augment.randaugment_std
+                )
         elif self.augment.color_jitter > 0:
-            image = operations.color_jitter(image, draws[_JITTER : _JITTER + 4], self.augment.color_jitter)
+            image = randaugment_ops.color_jitter(
+                image, draws[_JITTER : _JITTER + 4], self.augment.color_jitter
+            )
         if image is not out:
             out[...] = image
 
@@ -68,10 +79,16 @@ class TrainTransform:
         full_height, full_width = jpeg_size(data)
         top, left, height, width = crop_box(full_height, full_width, draws, self.augment)
         data, rows = first_rows(data, full_height, top + height)
-        image = decode_jpeg(data, _at_least(rows, height, self.image_size), _at_least(full_width, width, self.image_size))
+        image = decode_jpeg(
+            data,
+            _at_least(rows, height, self.image_size),
+            _at_least(full_width, width, self.image_size),
+        )
         scale_y, scale_x = image.shape[0] / rows, image.shape[1] / full_width
         y, x = round(top * scale_y), round(left * scale_x)
-        return image[y : y + max(1, round(height * scale_y)), x : x + max(1, round(width * scale_x))]
+        return image[
+            y : y + max(1, round(height * scale_y)), x : x + max(1, round(width * scale_x))
+        ]
 
 
 class EvalTransform:
@@ -90,8 +107,13 @@ class EvalTransform:
             image = decode_any(data)
             height, width = image.shape[:2]
         scale = self.short_side / min(height, width)
-        wide, high = max(self.short_side, round(width * scale)), max(self.short_side, round(height * scale))
-        method = cv2.INTER_AREA if image.shape[0] > high and image.shape[1] > wide else cv2.INTER_CUBIC
+        wide, high = (
+            max(self.short_side, round(width * scale)),
+            max(self.short_side, round(height * scale)),
+        )
+        method = (
+            cv2.INTER_AREA if image.shape[0] > high and image.shape[1] > wide else cv2.INTER_CUBIC
+        )
         resized = cv2.resize(image, (wide, high), interpolation=method)
         top, left = (high - self.image_size) // 2, (wide - self.image_size) // 2
         out[...] = resized[top : top + self.image_size, left : left + self.image_size]

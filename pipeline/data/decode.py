@@ -64,7 +64,13 @@ def decode_jpeg(data: bytes | memoryview, min_height: int = 0, min_width: int = 
         ValueError: not a JPEG, or damaged beyond that.
     """
     image: Image = simplejpeg.decode_jpeg(
-        data, "RGB", fastdct=True, min_height=min_height, min_width=min_width, min_factor=2, strict=False
+        data,
+        "RGB",
+        fastdct=True,
+        min_height=min_height,
+        min_width=min_width,
+        min_factor=2,
+        strict=False,
     )
     return image
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.randomness import uniform
+from pipeline.data.rng import uniform
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -46,7 +46,12 @@ class DeviceAugment:
 
     @torch.no_grad()
     def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, samples: torch.Tensor, positions: torch.Tensor, epoch: int
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        samples: torch.Tensor,
+        positions: torch.Tensor,
+        epoch: int,
     ) -> DeviceBatch:
         """Augment one micro batch.
 
@@ -58,42 +63,62 @@ class DeviceAugment:
             epoch: number of the epoch.
         """
         constants = self._constants_for(images)
-        normalised = images.permute(0, 3, 1, 2).to(torch.float32).mul(constants.scale).sub_(constants.shift)
+        normalised = (
+            images.permute(0, 3, 1, 2).to(torch.float32).mul(constants.scale).sub_(constants.shift)
+        )
         weight, partner = None, None
         if self.train:
-            if self.augment.erasing > 0:
+            if self.augment.random_erasing > 0:
                 normalised = self._erase(normalised, samples, epoch, constants.noise)
             if self.augment.mixup > 0 or self.augment.cutmix > 0:
                 partner, paired = _partners(positions)
-                normalised, weight = self._mix(normalised, positions, partner, paired, epoch, constants)
+                normalised, weight = self._mix(
+                    normalised, positions, partner, paired, epoch, constants
+                )
         image01 = normalised.mul(constants.std).add_(constants.mean).clamp_(0.0, 1.0)
         return DeviceBatch(normalised, image01, self._targets(labels, weight, partner))
 
-    def _targets(self, labels: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None) -> torch.Tensor:
+    def _targets(
+        self, labels: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None
+    ) -> torch.Tensor:
         smoothing = self.augment.smoothing if self.train else 0.0
         shape = (labels.shape[0], self.num_classes)
-        targets = torch.full(shape, smoothing / self.num_classes, dtype=torch.float32, device=labels.device)
+        targets = torch.full(
+            shape, smoothing / self.num_classes, dtype=torch.float32, device=labels.device
+        )
         if weight is None or partner is None:
-            return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1.0 - smoothing))
+            return targets.scatter_add_(
+                1, labels[:, None], torch.full_like(targets[:, :1], 1.0 - smoothing)
+            )
         own = weight[:, None] * (1.0 - smoothing)
         targets.scatter_add_(1, labels[:, None], own)
         return targets.scatter_add_(1, labels[partner][:, None], 1.0 - smoothing - own)
 
-    def _erase(self, images: torch.Tensor, samples: torch.Tensor, epoch: int, noise: torch.Tensor) -> torch.Tensor:
+    def _erase(
+        self, images: torch.Tensor, samples: torch.Tensor, epoch: int, noise: torch.Tensor
+    ) -> torch.Tensor:
         """Fill a random box of some images with normal noise (Zhong et al. 2017; sizes as in timm)."""
         height, width = images.shape[2:]
         draws = uniform(self.seed, epoch, samples, "erase", 4 + 2 * ERASE_TRIES)
-        areas = (ERASE_AREA[0] + draws[:, 4::2] * (ERASE_AREA[1] - ERASE_AREA[0])) * (height * width)
+        areas = (ERASE_AREA[0] + draws[:, 4::2] * (ERASE_AREA[1] - ERASE_AREA[0])) * (
+            height * width
+        )
         low, high = (math.log(bound) for bound in ERASE_ASPECT)
         aspects = torch.exp(low + draws[:, 5::2] * (high - low))
-        heights, widths = torch.round(torch.sqrt(areas * aspects)), torch.round(torch.sqrt(areas / aspects))
+        heights, widths = (
+            torch.round(torch.sqrt(areas * aspects)),
+            torch.round(torch.sqrt(areas / aspects)),
+        )
         fits = (heights < height) & (widths < width)
         first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
         box_height, box_width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
-        erased = (draws[:, 0] < self.augment.erasing) & fits.any(dim=1)
+        erased = (draws[:, 0] < self.augment.random_erasing) & fits.any(dim=1)
         top = torch.floor(draws[:, 1] * (height - box_height + 1))
         left = torch.floor(draws[:, 2] * (width - box_width + 1))
-        box = _box_mask(height, width, top, top + box_height, left, left + box_width) & erased[:, None, None]
+        box = (
+            _box_mask(height, width, top, top + box_height, left, left + box_width)
+            & erased[:, None, None]
+        )
         rows = torch.floor(draws[:, 3] * NOISE_OFFSETS).to(torch.int64)
         fill = noise[rows].view(images.shape[0], height, width, 3).permute(0, 3, 1, 2)
         return torch.where(box[:, None], fill, images)
@@ -109,7 +134,7 @@ class DeviceAugment:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix each image with its partner; both take the same lambda and box. Returns the images and their own weight."""
         height, width = images.shape[2:]
-        share = self.augment.cutmix_share if self.augment.mixup > 0 else 1.0
+        share = self.augment.mixup_switch_prob if self.augment.mixup > 0 else 1.0
         share = share if self.augment.cutmix > 0 else 0.0
         draws = uniform(self.seed, epoch, positions >> 1, "mix", 4)
         cut = draws[:, 0] < share
@@ -118,12 +143,17 @@ class DeviceAugment:
         half_height = torch.floor(torch.floor(height * ratio) / 2)
         half_width = torch.floor(torch.floor(width * ratio) / 2)
         middle_y, middle_x = torch.floor(draws[:, 2] * height), torch.floor(draws[:, 3] * width)
-        top, bottom = (middle_y - half_height).clamp(min=0), (middle_y + half_height).clamp(max=height)
+        top, bottom = (
+            (middle_y - half_height).clamp(min=0),
+            (middle_y + half_height).clamp(max=height),
+        )
         left, right = (middle_x - half_width).clamp(min=0), (middle_x + half_width).clamp(max=width)
         cut_weight = 1.0 - (bottom - top) * (right - left) / (height * width)
         weight = torch.where(paired, torch.where(cut, cut_weight, smooth_weight), 1.0)
         outside = ~_box_mask(height, width, top, bottom, left, right)
-        own = torch.where((cut & paired)[:, None, None], outside.to(torch.float32), weight[:, None, None])[:, None]
+        own = torch.where(
+            (cut & paired)[:, None, None], outside.to(torch.float32), weight[:, None, None]
+        )[:, None]
         return torch.lerp(images[partner], images, own), weight
 
     def _constants_for(self, images: torch.Tensor) -> _Constants:
@@ -136,7 +166,9 @@ class DeviceAugment:
 class _Constants:
     """What is made once for a device and an image size."""
 
-    def __init__(self, augment: AugmentConfig, train: bool, device: torch.device, height: int, width: int) -> None:
+    def __init__(
+        self, augment: AugmentConfig, train: bool, device: torch.device, height: int, width: int
+    ) -> None:
         mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
         self.mean, self.std = _row(mean, width), _row(std, width)
         self.scale, self.shift = _row(1.0 / (255.0 * std), width), _row(mean / std, width)
@@ -144,7 +176,9 @@ class _Constants:
             return
         size = height * width * 3
         # One fixed bank of normal numbers; an image's noise is the stretch that begins at its own offset.
-        bank = torch.randn(size + 3 * NOISE_OFFSETS, generator=torch.Generator().manual_seed(0)).to(device)
+        bank = torch.randn(size + 3 * NOISE_OFFSETS, generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
         self.noise = bank.as_strided((NOISE_OFFSETS, size), (3, 1))
         self.mixup = beta_quantiles(augment.mixup or 1.0).to(device)
         self.cutmix = beta_quantiles(augment.cutmix or 1.0).to(device)
@@ -186,7 +220,12 @@ def _partners(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _box_mask(
-    height: int, width: int, top: torch.Tensor, bottom: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+    height: int,
+    width: int,
+    top: torch.Tensor,
+    bottom: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
 ) -> torch.Tensor:
     """True inside each box [top, bottom) x [left, right): bool, shape (n, height, width)."""
     y = torch.arange(height, device=top.device)

@@ -1,7 +1,7 @@
 """Counter-based random numbers: each is a pure function of a key and a counter, the same in NumPy and in plain integers.
 
 The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).
-`pipeline.data.randomness` is the same function on a device.
+`pipeline.data.rng` is the same function on a device.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.augment import EvalTransform, TrainTransform
+from pipeline.data.bad_samples import BAD_SAMPLE, BadSampleReplacement, explain
+from pipeline.data.dataset import Split
 from pipeline.data.decode import Image
-from pipeline.data.format import Split
 from pipeline.data.order import GlobalOrder, Order
-from pipeline.data.replacement import BAD_SAMPLE, StandIns, explain
-from pipeline.data.ring import PREFETCH_BYTES, Batch, Plan, Ring, Write
+from pipeline.data.prefetch import PREFETCH_BYTES, Batch, BatchPlan, PrefetchQueue, Write
 from pipeline.errors import ConfigError, DataError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
@@ -30,7 +30,7 @@ __all__ = ["Batch", "EvalLoader", "TrainLoader"]
 class _Loader:
     """What the two loaders share: a ring that is closed in the end."""
 
-    _ring: Ring
+    _ring: PrefetchQueue
 
     @property
     def data_wait(self) -> float:
@@ -55,7 +55,12 @@ class _Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -69,7 +74,7 @@ class TrainLoader(_Loader):
         image_size: side of the square images (pixels). global_batch, micro_batch: images.
         start_step: global optimizer step to begin with.
         order: of the split's samples; by default a permutation of all of them. prefetch_bytes: of batches in memory.
-        on_bad_sample: what happens where an image cannot be read: 'stop' raises, 'replace' takes another one (`StandIns`),
+        on_bad_sample: what happens where an image cannot be read: 'stop' raises, 'replace' takes another one (`BadSampleReplacement`),
             augmented with the same random numbers; its place's sample and label are then those of the other one.
     Raises:
         ConfigError: the global batch cannot be divided so. DataError: fewer images than one global batch; or, while
@@ -105,12 +110,21 @@ class TrainLoader(_Loader):
                 place=str(split.directory),
                 remedy="lower global_batch, or add images",
             )
-        self.global_batch, self.micro_batch, self.rank, self.world_size = global_batch, micro_batch, rank, world_size
+        self.global_batch, self.micro_batch, self.rank, self.world_size = (
+            global_batch,
+            micro_batch,
+            rank,
+            world_size,
+        )
         self.steps_per_epoch = length // global_batch
         self._order = GlobalOrder(length, seed) if order is None else order
         self._split, self._transform = split, TrainTransform(image_size, augment, seed)
-        self._stand_ins = StandIns(self._order, seed, global_batch) if on_bad_sample == "replace" else None
-        self._ring = Ring(split, micro_batch, image_size, threads, prefetch_bytes)
+        self._stand_ins = (
+            BadSampleReplacement(self._order, seed, global_batch)
+            if on_bad_sample == "replace"
+            else None
+        )
+        self._ring = PrefetchQueue(split, micro_batch, image_size, threads, prefetch_bytes)
         self._batches = self._ring.run(self._plans(start_step))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,7 +135,7 @@ class TrainLoader(_Loader):
         self._batches = self._ring.run(self._plans(step))
         return self._batches
 
-    def _plans(self, start_step: int) -> Iterator[Plan]:
+    def _plans(self, start_step: int) -> Iterator[BatchPlan]:
         share = self.global_batch // self.world_size
         announced: list[int] = []
         for step in count(start_step):
@@ -137,13 +151,23 @@ class TrainLoader(_Loader):
                 replaced: list[str] = []
                 samples = views % self._order.num_samples
                 write = self._writer(epoch, samples, views, start, replaced)
-                yield Plan(samples, views, positions, epoch, step, write, replaced)
+                yield BatchPlan(samples, views, positions, epoch, step, write, replaced)
 
     def _writer(
-        self, epoch: int, samples: NDArray[np.int64], views: NDArray[np.int64], start: int, replaced: list[str]
+        self,
+        epoch: int,
+        samples: NDArray[np.int64],
+        views: NDArray[np.int64],
+        start: int,
+        replaced: list[str],
     ) -> Write:
         draws = self._transform.draws(epoch, views)
-        images, transform, numbers, stand_ins = self._split.image, self._transform, samples.tolist(), self._stand_ins
+        images, transform, numbers, stand_ins = (
+            self._split.image,
+            self._transform,
+            samples.tolist(),
+            self._stand_ins,
+        )
 
         def write(i: int, out: Image) -> None:
             try:
@@ -152,7 +176,9 @@ class TrainLoader(_Loader):
                 if stand_ins is None:
                     raise
                 bad = explain(cause, self._split, numbers[i])
-                samples[i] = stand_ins.write(epoch, start + i, bad, lambda other: transform(images(other), draws[i], out))
+                samples[i] = stand_ins.write(
+                    epoch, start + i, bad, lambda other: transform(images(other), draws[i], out)
+                )
                 replaced.append(f"{bad.place}: {bad.cause}")
 
         return write
@@ -185,9 +211,11 @@ class EvalLoader(_Loader):
         self._split, self._batch, self._bounds = split, batch, (bounds[rank], bounds[rank + 1])
         self.num_images = bounds[rank + 1] - bounds[rank]
         self.num_batches = math.ceil(self.num_images / batch)
-        self.max_batches = max(math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size))
+        self.max_batches = max(
+            math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size)
+        )
         self._transform = EvalTransform(image_size, resize)
-        self._ring = Ring(split, batch, image_size, threads, prefetch_bytes)
+        self._ring = PrefetchQueue(split, batch, image_size, threads, prefetch_bytes)
 
     def __len__(self) -> int:
         return self.num_batches
@@ -195,11 +223,11 @@ class EvalLoader(_Loader):
     def __iter__(self) -> Iterator[Batch]:
         return self._ring.run(self._plans())
 
-    def _plans(self) -> Iterator[Plan]:
+    def _plans(self) -> Iterator[BatchPlan]:
         first, last = self._bounds
         for step, start in enumerate(range(first, last, self._batch)):
             samples = np.arange(start, min(start + self._batch, last), dtype=np.int64)
-            yield Plan(samples, samples, samples, 0, step, self._writer(start))
+            yield BatchPlan(samples, samples, samples, 0, step, self._writer(start))
 
     def _writer(self, first: int) -> Write:
         def write(i: int, out: Image) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.schema import TrainConfig
-from pipeline.data.format import PreparedDataset
+from pipeline.data.dataset import PreparedDataset
 from pipeline.data.hashing import GOLDEN, key_of, mix_array
 from pipeline.data.permutation import ROUNDS, permute, permute_one, round_keys
 from pipeline.errors import DataError
@@ -63,7 +63,9 @@ class GlobalOrder(Order):
         return permute_one(position, self.num_samples, round_keys("order", self.seed, epoch))
 
     def _views(self, epoch: int, start: int, stop: int) -> Views:
-        return permute(_cells(start, stop), _size(self.num_samples), round_keys("order", self.seed, epoch))
+        return permute(
+            _cells(start, stop), _size(self.num_samples), round_keys("order", self.seed, epoch)
+        )
 
 
 class WindowedOrder(Order):
@@ -84,7 +86,9 @@ class WindowedOrder(Order):
         self.seed, self.window_shards = seed, window_shards
         self._first = np.cumsum(self.rows) - self.rows  # sample with which each shard begins
         self._shards = GlobalOrder(len(self.rows), key_of("shards", seed))
-        self._plan = functools.lru_cache(maxsize=2)(self._sequence)  # of this epoch and the next; several threads may ask
+        self._plan = functools.lru_cache(maxsize=2)(
+            self._sequence
+        )  # of this epoch and the next; several threads may ask
 
     def shards(self, epoch: int) -> Views:
         """The shards in the order in which ``epoch`` reads them: int64 (number of shards,). Window w is the slice
@@ -94,10 +98,18 @@ class WindowedOrder(Order):
     def shards_near(self, epoch: int, position: int) -> list[int]:
         """Those of the window at ``position`` and of the one after it."""
         shards, begins = self._plan(epoch)
-        low = (int(np.searchsorted(begins, position, side="right")) - 1) // self.window_shards * self.window_shards
+        low = (
+            (int(np.searchsorted(begins, position, side="right")) - 1)
+            // self.window_shards
+            * self.window_shards
+        )
         near: list[int] = shards[low : low + 2 * self.window_shards].tolist()
         if low + self.window_shards >= len(shards):
-            near += [shard for shard in self.shards(epoch + 1)[: self.window_shards].tolist() if shard not in near]
+            near += [
+                shard
+                for shard in self.shards(epoch + 1)[: self.window_shards].tolist()
+                if shard not in near
+            ]
         return near
 
     def _sequence(self, epoch: int) -> tuple[Views, Views]:
@@ -113,7 +125,10 @@ class WindowedOrder(Order):
             low = window * self.window_shards
             high = min(low + self.window_shards, len(shards))
             begin, end = int(begins[low]), int(begins[high])
-            cells, keys = _cells(start - begin, min(stop, end) - begin), round_keys("window", self.seed, epoch, window)
+            cells, keys = (
+                _cells(start - begin, min(stop, end) - begin),
+                round_keys("window", self.seed, epoch, window),
+            )
             places = begin + permute(cells, _size(end - begin), keys)
             turn = low + np.searchsorted(begins[low : high + 1], places, side="right") - 1
             parts.append(self._first[shards[turn]] + places - begins[turn])
@@ -141,7 +156,9 @@ class BalancedOrder(Order):
         self.num_samples = self.length = len(labels)
         self.seed = seed
         narrow = np.uint32 if len(labels) < 1 << 32 else np.int64
-        self._members = np.argsort(labels, kind="stable").astype(narrow)  # the samples of the first class, the second, ...
+        self._members = np.argsort(labels, kind="stable").astype(
+            narrow
+        )  # the samples of the first class, the second, ...
         _, first, counts = np.unique(labels[self._members], return_index=True, return_counts=True)
         self._first, self._counts = first.astype(np.int64), counts.astype(np.int64)
         weights = counts.astype(np.float64) ** (1 - balance)
@@ -155,14 +172,24 @@ class BalancedOrder(Order):
 
     def _views(self, epoch: int, start: int, stop: int) -> Views:
         bounds = self._bounds(epoch)
-        places = permute(_cells(start, stop), _size(self.length), round_keys("places", self.seed, epoch))
+        places = permute(
+            _cells(start, stop), _size(self.length), round_keys("places", self.seed, epoch)
+        )
         classes = np.searchsorted(bounds, places, side="right") - 1
         rounds, cells = np.divmod(places - bounds[classes], self._counts[classes])
-        streams = mix_array(classes.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key_of("members", self.seed, epoch)))
+        streams = mix_array(
+            classes.astype(np.uint64) * np.uint64(GOLDEN)
+            + np.uint64(key_of("members", self.seed, epoch))
+        )
         streams = mix_array(streams + rounds.astype(np.uint64) * np.uint64(GOLDEN))
-        keys = mix_array(streams + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN))
+        keys = mix_array(
+            streams + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(GOLDEN)
+        )
         members = permute(cells.astype(np.uint64), self._counts[classes].astype(np.uint64), keys)
-        views: Views = self._members[self._first[classes] + members].astype(np.int64) + rounds * self.num_samples
+        views: Views = (
+            self._members[self._first[classes] + members].astype(np.int64)
+            + rounds * self.num_samples
+        )
         return views
 
 
@@ -178,21 +205,29 @@ class RepeatedOrder(Order):
 
     def __init__(self, order: Order, repeats: int, global_batch: int) -> None:
         if repeats < 1 or global_batch % repeats:
-            raise ValueError(f"a global batch of {global_batch} cannot hold each of its samples {repeats} times")
+            raise ValueError(
+                f"a global batch of {global_batch} cannot hold each of its samples {repeats} times"
+            )
         self.order, self.repeats, self.global_batch = order, repeats, global_batch
         self.num_samples, self.length = order.num_samples, order.length * repeats
 
     def shards_near(self, epoch: int, position: int) -> list[int]:
-        return self.order.shards_near(epoch, position // self.global_batch * (self.global_batch // self.repeats))
+        return self.order.shards_near(
+            epoch, position // self.global_batch * (self.global_batch // self.repeats)
+        )
 
     def _views(self, epoch: int, start: int, stop: int) -> Views:
         batch, inside = np.divmod(np.arange(start, stop, dtype=np.int64), self.global_batch)
         different = self.global_batch // self.repeats
         first = batch * different
-        repeat, offset = np.divmod(inside, np.minimum(different, self.order.length - first))  # the last batch may be smaller
+        repeat, offset = np.divmod(
+            inside, np.minimum(different, self.order.length - first)
+        )  # the last batch may be smaller
         places = first + offset
         low, high = int(places.min()), int(places.max()) + 1
-        earlier, samples = np.divmod(self.order.indices(epoch, low, high)[places - low], self.num_samples)
+        earlier, samples = np.divmod(
+            self.order.indices(epoch, low, high)[places - low], self.num_samples
+        )
         views: Views = samples + (earlier * self.repeats + repeat) * self.num_samples
         return views
 
@@ -201,7 +236,11 @@ def order_of(config: TrainConfig, data: PreparedDataset, seed: int) -> Order:
     """The order in which a training stage reads the split "train". Raises DataError where that is empty."""
     split = data.split("train")
     if not len(split):
-        raise DataError("there are no training images", place=str(split.directory), remedy="add images, and prepare them")
+        raise DataError(
+            "there are no training images",
+            place=str(split.directory),
+            remedy="add images, and prepare them",
+        )
     order: Order
     if config.balance > 0:
         order = BalancedOrder(split.labels, seed, config.balance)
@@ -210,7 +249,11 @@ def order_of(config: TrainConfig, data: PreparedDataset, seed: int) -> Order:
         order = WindowedOrder(rows, seed, config.window_shards)
     else:
         order = GlobalOrder(len(split), seed)
-    return RepeatedOrder(order, config.repeats, config.global_batch) if config.repeats > 1 else order
+    return (
+        RepeatedOrder(order, config.repeated_augmentation, config.global_batch)
+        if config.repeated_augmentation > 1
+        else order
+    )
 
 
 def _cells(start: int, stop: int) -> NDArray[np.uint64]:

@@ -66,7 +66,12 @@ def index_path(shard: Path) -> Path:
 def schema() -> pa.Schema:
     fields = [("key", pa.string()), ("label", pa.int32()), ("width", pa.int32())]
     fields += [("height", pa.int32()), ("hash", pa.string())]
-    return pa.schema([*(pa.field(name, kind, nullable=False) for name, kind in fields), pa.field("image", PICTURE)])
+    return pa.schema(
+        [
+            *(pa.field(name, kind, nullable=False) for name, kind in fields),
+            pa.field("image", PICTURE),
+        ]
+    )
 
 
 def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -> ShardInfo:
@@ -105,16 +110,29 @@ def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -
 
     write_with(path, write)
     hashed = np.array(digests, dtype=np.uint64).view(np.int64)
-    index = np.array([_offsets(path, lengths), lengths, labels, hashed], dtype=np.int64).reshape(INDEX_ROWS, len(lengths))
+    index = np.array([_offsets(path, lengths), lengths, labels, hashed], dtype=np.int64).reshape(
+        INDEX_ROWS, len(lengths)
+    )
     with atomic(index_path(path)) as file:
         np.save(file, index)
-    return ShardInfo(path.name, len(lengths), path.stat().st_size, file_digest(path), file_digest(index_path(path)))
+    return ShardInfo(
+        path.name,
+        len(lengths),
+        path.stat().st_size,
+        file_digest(path),
+        file_digest(index_path(path)),
+    )
 
 
 def _table(rows: Sequence[Row], layout: pa.Schema) -> pa.Table:
-    columns = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in list(layout)[:-1]]
+    columns = [
+        pa.array([getattr(row, field.name) for row in rows], type=field.type)
+        for field in list(layout)[:-1]
+    ]
     images = pa.array([row.image for row in rows], type=pa.binary())
-    pictures = pa.StructArray.from_arrays([images, pa.nulls(len(rows), pa.string())], fields=list(PICTURE))
+    pictures = pa.StructArray.from_arrays(
+        [images, pa.nulls(len(rows), pa.string())], fields=list(PICTURE)
+    )
     return pa.table([*columns, pictures], schema=layout)
 
 
@@ -126,7 +144,9 @@ def _offsets(path: Path, lengths: Sequence[int]) -> NDArray[np.int64]:
     the file, the contents of the first and the last image of each end against what pyarrow reads.
     """
     metadata = pq.read_metadata(path)
-    column = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == _BYTES)
+    column = next(
+        i for i in range(metadata.num_columns) if metadata.schema.column(i).path == _BYTES
+    )
     sizes = np.asarray(lengths, dtype=np.int64)
     offsets = np.zeros(len(sizes), dtype=np.int64)
     content = np.memmap(path, dtype=np.uint8, mode="r")
@@ -137,7 +157,12 @@ def _offsets(path: Path, lengths: Sequence[int]) -> NDArray[np.int64]:
         taken = sizes[first:last] + 4
         end = chunk.data_page_offset + chunk.total_compressed_size
         offsets[first:last] = end - np.cumsum(taken[::-1])[::-1] + 4
-        prefixes = content[(offsets[first:last, None] + np.arange(-4, 0))].reshape(-1, 4).copy().view("<u4")[:, 0]
+        prefixes = (
+            content[(offsets[first:last, None] + np.arange(-4, 0))]
+            .reshape(-1, 4)
+            .copy()
+            .view("<u4")[:, 0]
+        )
         if not np.array_equal(prefixes, sizes[first:last]):
             raise _unreadable(path, f"row group {group}")
         first = last
@@ -147,7 +172,11 @@ def _offsets(path: Path, lengths: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _compare(
-    path: Path, group: int, offsets: NDArray[np.int64], sizes: NDArray[np.int64], content: np.memmap[Any, Any]
+    path: Path,
+    group: int,
+    offsets: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    content: np.memmap[Any, Any],
 ) -> None:
     images = pq.ParquetFile(path).read_row_group(group, columns=[_BYTES])["image"]
     start = 0 if group == 0 else len(sizes) - len(images)
@@ -159,5 +188,7 @@ def _compare(
 
 def _unreadable(path: Path, where: str) -> DataError:
     return DataError(
-        f"{where} does not read back as it was written", place=str(path), remedy="check the disk, then prepare the data again"
+        f"{where} does not read back as it was written",
+        place=str(path),
+        remedy="check the disk, then prepare the data again",
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from pipeline.config import resolve
+from pipeline.checkpoint.weights import describe, initial_weights, require_shapes, weights_path
+from pipeline.config import job_queries
 from pipeline.config.schema import Job, TrainConfig
-from pipeline.data.format import PreparedDataset
+from pipeline.data.dataset import PreparedDataset
 from pipeline.errors import CheckpointError
+from pipeline.layout import RunDir
 from pipeline.model import Network, NetworkSpec
-from pipeline.train.build import describe, initial_weights, require_shapes, weights_path
 
 
-def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -> Network:
+def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset) -> Network:
     """The plain fp32 network (stored activations) in evaluation mode, with the weights of ``initial`` (stage or file).
 
     Raises:
@@ -30,22 +29,34 @@ def load_network(job: Job, run_dir: Path, initial: str, data: PreparedDataset) -
             remedy="take the dataset that they were trained on",
         )
     spec = NetworkSpec(
-        model.channels, model.depths, model.columns, len(data.classes), model.huge, block=model.block, activations="stored",
+        model.channels,
+        model.depths,
+        model.columns,
+        len(data.classes),
+        model.huge,
+        block=model.block,
+        activations="stored",
         supervised="classifiers.1.linear.weight" in reader.shapes,
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         network = Network(spec)
-    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items() if value.is_floating_point()}
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in network.state_dict().items()
+        if value.is_floating_point()
+    }
     require_shapes(reader, shapes, str(path))
     network.load_state_dict({name: reader.full(name) for name in shapes}, strict=True, assign=True)
     return network.eval()
 
 
-def preprocessing(job: Job, run_dir: Path, initial: str, image_size: int | None = None) -> tuple[int, float]:
+def preprocessing(
+    job: Job, run_dir: RunDir, initial: str, image_size: int | None = None
+) -> tuple[int, float]:
     """(image_size, resize) of the evaluation transform for the weights of ``initial``: as the job has it for that stage, else
     as they were trained. ``image_size`` goes before both. Raises CheckpointError where nothing tells the size."""
-    if initial in resolve.TRAINING and initial in resolve.stage_names(job):
-        config = resolve.train_config(job, initial)
+    if initial in job_queries.TRAINING and initial in job_queries.stage_names(job):
+        config = job_queries.train_config(job, initial)
         return image_size or config.image_size, config.eval_resize
     path = weights_path(run_dir, initial)
     description = describe(path)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from pipeline.blocks import registry
 from pipeline.errors import CheckpointError
 
 # (ours, published), applied in order; groups keep the numbers.
@@ -17,16 +18,27 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"columns\.(\d+)\.levels\.(\d)\.blocks\.", r"subnet\1.level\2.blocks."),
     (r"columns\.(\d+)\.levels\.(\d)\.down\.conv\.", r"subnet\1.level\2.fusion.down.0."),
     (r"columns\.(\d+)\.levels\.(\d)\.down\.norm\.", r"subnet\1.level\2.fusion.down.1."),
-    (r"columns\.(\d+)\.levels\.(\d)\.up\.linear\.", r"subnet\1.level\2.fusion.up.channel_reschedule.0."),
-    (r"columns\.(\d+)\.levels\.(\d)\.up\.norm\.", r"subnet\1.level\2.fusion.up.channel_reschedule.1."),
-    (r"columns\.(\d+)\.levels\.(\d)\.up_top\.linear\.", r"subnet\1.level\2.fusion.up2.channel_reschedule.0."),
-    (r"columns\.(\d+)\.levels\.(\d)\.up_top\.norm\.", r"subnet\1.level\2.fusion.up2.channel_reschedule.1."),
+    (
+        r"columns\.(\d+)\.levels\.(\d)\.up\.linear\.",
+        r"subnet\1.level\2.fusion.up.channel_reschedule.0.",
+    ),
+    (
+        r"columns\.(\d+)\.levels\.(\d)\.up\.norm\.",
+        r"subnet\1.level\2.fusion.up.channel_reschedule.1.",
+    ),
+    (
+        r"columns\.(\d+)\.levels\.(\d)\.up_top\.linear\.",
+        r"subnet\1.level\2.fusion.up2.channel_reschedule.0.",
+    ),
+    (
+        r"columns\.(\d+)\.levels\.(\d)\.up_top\.norm\.",
+        r"subnet\1.level\2.fusion.up2.channel_reschedule.1.",
+    ),
     (r"decoders\.(\d)\.stages\.(\d)\.block\.", r"decoder_blocks.\1.normal_layers.\2.0."),
     (r"decoders\.(\d)\.stages\.(\d)\.linear\.", r"decoder_blocks.\1.proj_layers.\2.0."),
     (r"decoders\.(\d)\.stages\.(\d)\.norm\.", r"decoder_blocks.\1.proj_layers.\2.1."),
     (r"decoders\.(\d)\.norm\.", r"decoder_blocks.\1.projback.0."),
 )
-_BLOCK = (("depthwise.", "dwconv."), ("expand.", "pwconv1."), ("project.", "pwconv2."))
 _POINTWISE = re.compile(r"decoder_blocks\.\d\.(proj_layers\.\d\.0|projback\.\d)\.weight$")
 _ALPHA = re.compile(r"subnet\d+\.alpha\d$")
 
@@ -38,16 +50,22 @@ def published_name(name: str, *, supervised: bool, simple_decoder: bool) -> str:
         *_RULES,
         (r"classifiers\.(\d)\.norm\.", head + r".classifier.0."),
         (r"classifiers\.(\d)\.linear\.", head + r".classifier.1."),
-        (r"decoders\.(\d)\.project\.", r"decoder_blocks.\1.projback." + ("1." if simple_decoder else "0.")),
+        (
+            r"decoders\.(\d)\.project\.",
+            r"decoder_blocks.\1.projback." + ("1." if simple_decoder else "0."),
+        ),
     )
     for pattern, replacement in rules:
         renamed, count = re.subn("^" + pattern, replacement, name)
         if count:
             if ".blocks." in renamed or ".normal_layers." in renamed:
-                for ours, published in _BLOCK:
+                for ours, published in registry.facts()["convnext"].published_names.items():
                     renamed = renamed.replace(ours, published)
             return renamed
-    raise CheckpointError(f"parameter {name!r} has no published name", remedy="only published architectures can be exported")
+    raise CheckpointError(
+        f"parameter {name!r} has no published name",
+        remedy="only published architectures can be exported",
+    )
 
 
 def names(model: nn.Module) -> dict[str, str]:
@@ -55,7 +73,10 @@ def names(model: nn.Module) -> dict[str, str]:
     parameters = dict(model.named_parameters())
     supervised = any(name.startswith("classifiers.1.") for name in parameters)
     simple = any(re.match(r"decoders\.\d\.norm\.", name) for name in parameters)
-    return {name: published_name(name, supervised=supervised, simple_decoder=simple) for name in parameters}
+    return {
+        name: published_name(name, supervised=supervised, simple_decoder=simple)
+        for name in parameters
+    }
 
 
 def to_published(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

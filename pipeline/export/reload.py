@@ -40,11 +40,21 @@ class Exported:
         how = self.description["preprocessing"]
         pixels: Image = np.empty((how["image_size"], how["image_size"], 3), dtype=np.uint8)
         try:
-            EvalTransform(how["image_size"], how["resize"])(memoryview(Path(path).read_bytes()), pixels)
+            EvalTransform(how["image_size"], how["resize"])(
+                memoryview(Path(path).read_bytes()), pixels
+            )
         except (OSError, ValueError) as error:
-            raise DataError(f"no image that can be read: {error}", place=str(path), remedy="give an image file") from error
+            raise DataError(
+                f"no image that can be read: {error}", place=str(path), remedy="give an image file"
+            ) from error
         mean, std = (torch.tensor(how[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().mul(1.0 / (255.0 * std)).sub_(mean / std)
+        return (
+            torch.from_numpy(pixels)
+            .permute(2, 0, 1)[None]
+            .float()
+            .mul(1.0 / (255.0 * std))
+            .sub_(mean / std)
+        )
 
     @torch.no_grad()
     def predict(self, path: str | Path, best: int = 5) -> list[tuple[str, str, float]]:
@@ -52,7 +62,9 @@ class Exported:
         probabilities = self.network(self.prepare(path)).logits[-1].softmax(1)[0]
         values, indices = probabilities.topk(min(best, len(probabilities)))
         classes, names = self.description["classes"], self.description["class_names"]
-        return [(classes[i], names[i], float(v)) for v, i in zip(values, indices.tolist(), strict=True)]
+        return [
+            (classes[i], names[i], float(v)) for v, i in zip(values, indices.tolist(), strict=True)
+        ]
 
 
 def load_export(directory: str | Path) -> Exported:
@@ -64,14 +76,17 @@ def load_export(directory: str | Path) -> Exported:
         network.load_state_dict(load_file(directory / "model.safetensors"), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         remedy = "run the stage 'export', or copy its folder whole"
-        raise CheckpointError(f"not an exported model: {error}", place=str(directory), remedy=remedy) from error
+        raise CheckpointError(
+            f"not an exported model: {error}", place=str(directory), remedy=remedy
+        ) from error
     return Exported(network.eval(), description)
 
 
 def make_network(description: dict[str, Any]) -> Network:
     """The network that ``model.json`` describes, with stored activations and fresh weights."""
     network: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in description["network"].items()
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in description["network"].items()
     }
     return Network(NetworkSpec(**(network | {"activations": "stored", "drop_path": 0.0})))
 
@@ -84,7 +99,10 @@ def self_test(directory: Path) -> float:
     exported = load_export(directory)
     published = make_network(exported.description).eval()
     official.load(published, torch.load(directory / "revcol.pth", weights_only=True)["model"])
-    return max(float((net(check["images"]).logits[-1] - check["logits"]).abs().max()) for net in (exported.network, published))
+    return max(
+        float((net(check["images"]).logits[-1] - check["logits"]).abs().max())
+        for net in (exported.network, published)
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,19 @@ def build(
     kinds = block if isinstance(block, str) else cast(tuple[str, str, str, str], tuple(block))
     return Network(
         NetworkSpec(
-            cast(Four, tuple(channels)), cast(Four, tuple(depths)), columns, num_classes, huge, supervised, kinds,
-            activations, drop_path, head_init_scale, stored_columns, compile, fused, fraction_bits,
+            cast(Four, tuple(channels)),
+            cast(Four, tuple(depths)),
+            columns,
+            num_classes,
+            huge,
+            supervised,
+            kinds,
+            activations,
+            drop_path,
+            head_init_scale,
+            stored_columns,
+            compile,
+            fused,
+            fraction_bits,
         )
-    )  # fmt: skip
+    )

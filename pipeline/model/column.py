@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.blocks import BLOCKS
-from pipeline.model.layers import CastTo
+from pipeline.blocks import registry
+from pipeline.blocks.layers import CastTo
 from pipeline.model.spec import NetworkSpec
 
 
@@ -30,9 +30,13 @@ def add_upsampled(x: Tensor, coarse: Tensor) -> Tensor:
     n, height, width, channels = x.shape
     h, w = coarse.shape[1:3]
     if height % h == 0 and width % w == 0:
-        tiles = x.view(n, h, height // h, w, width // w, channels) + coarse.view(n, h, 1, w, 1, channels)
+        tiles = x.view(n, h, height // h, w, width // w, channels) + coarse.view(
+            n, h, 1, w, 1, channels
+        )
         return tiles.view(n, height, width, channels)
-    enlarged = functional.interpolate(coarse.permute(0, 3, 1, 2), size=(height, width), mode="nearest")
+    enlarged = functional.interpolate(
+        coarse.permute(0, 3, 1, 2), size=(height, width), mode="nearest"
+    )
     return x + enlarged.permute(0, 2, 3, 1)
 
 
@@ -41,17 +45,24 @@ class Level(nn.Module):
 
     def __init__(self, spec: NetworkSpec, column: int, level: int) -> None:
         super().__init__()
-        width, first, kind = spec.channels[level], column == 0, BLOCKS[spec.blocks[level]]
+        width, first, kind = spec.channels[level], column == 0, registry.kind(spec.blocks[level])
         self.cast = CastTo()
         self.down = kind.down(spec.channels[level - 1], width) if level > 0 else None
         self.up = kind.up(spec.channels[level + 1], width) if level < 3 and not first else None
-        self.up_top = kind.up(spec.channels[3], width) if spec.huge and level == 0 and not first else None
+        self.up_top = (
+            kind.up(spec.channels[3], width) if spec.huge and level == 0 and not first else None
+        )
         self.blocks = nn.ModuleList(kind.block(width) for _ in range(spec.depths[level]))
         self.alpha = nn.Parameter(torch.full((width,), 0.5))
         self.compiled = torch.compile(self.branch, dynamic=False) if spec.compile else None
 
     def forward(
-        self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None, residual: Residual
+        self,
+        lower: Tensor,
+        upper: Tensor | None,
+        top: Tensor | None,
+        keep: Tensor | None,
+        residual: Residual,
     ) -> Tensor:
         """
         Args:
@@ -62,11 +73,15 @@ class Level(nn.Module):
             residual: what to make of F and alpha.
         """
         # Without gradients (other shapes, once in a while) a graph of its own is not worth its compilation.
-        branch = self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.branch
+        branch = (
+            self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.branch
+        )
         f = branch(lower, upper, top, keep)
         return residual(f.to(lower.dtype) if f.dtype != lower.dtype else f, self.alpha)
 
-    def branch(self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None) -> Tensor:
+    def branch(
+        self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None
+    ) -> Tensor:
         """F: the fused inputs through the blocks, (N, H, W, C)."""
         h: Tensor = self.cast(lower)
         if self.down is not None:
@@ -121,7 +136,12 @@ class Columns:
         return self.keep[t, begin : begin + len(self.levels[t][i].blocks)]
 
     def inputs_of(
-        self, t: int, i: int, x: Tensor, maps: Sequence[Tensor | None], previous: Sequence[Tensor | None]
+        self,
+        t: int,
+        i: int,
+        x: Tensor,
+        maps: Sequence[Tensor | None],
+        previous: Sequence[Tensor | None],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(lower, upper, top) of a level: ``x`` the stem's output, ``maps`` of its column, ``previous`` column's maps."""
         lower = maps[i - 1] if i else x
@@ -130,13 +150,23 @@ class Columns:
         assert lower is not None
         if not self.leaves:
             return lower, upper, top
-        return leaf(lower), None if upper is None else leaf(upper), None if top is None else leaf(top)
+        return (
+            leaf(lower),
+            None if upper is None else leaf(upper),
+            None if top is None else leaf(top),
+        )
 
     def run_column(
-        self, t: int, x: Tensor, previous: Sequence[Tensor], residual: Callable[[int, int], Residual]
+        self,
+        t: int,
+        x: Tensor,
+        previous: Sequence[Tensor],
+        residual: Callable[[int, int], Residual],
     ) -> list[Tensor]:
         """The four maps of column ``t``; ``residual``: (column, level) -> what makes the output of F and alpha."""
         maps: list[Tensor] = []
         for i, level in enumerate(self.levels[t]):
-            maps.append(level(*self.inputs_of(t, i, x, maps, previous), self.keep_of(t, i), residual(t, i)))
+            maps.append(
+                level(*self.inputs_of(t, i, x, maps, previous), self.keep_of(t, i), residual(t, i))
+            )
         return maps

@@ -7,8 +7,8 @@ from typing import cast
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.model.blocks.convnext import ConvNeXtBlock
-from pipeline.model.layers import CastTo, LayerNorm, Linear
+from pipeline.blocks.kinds.convnext import ConvNeXtBlock
+from pipeline.blocks.layers import CastTo, LayerNorm, Linear
 from pipeline.model.spec import Four
 
 SIMPLE_DECODER_ABOVE = 1000  # classes
@@ -68,7 +68,9 @@ class SimpleDecoder(nn.Module):
         self.project = Linear(channels[3], 3 * 32 * 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.pixel_shuffle(self.project(self.norm(self.cast(x))).permute(0, 3, 1, 2), 32)
+        return functional.pixel_shuffle(
+            self.project(self.norm(self.cast(x))).permute(0, 3, 1, 2), 32
+        )
 
 
 def make_decoder(channels: Four, num_classes: int) -> nn.Module:

@@ -10,18 +10,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pipeline.model import stream
-from pipeline.model.blocks import BLOCKS
+from pipeline.blocks import registry
+from pipeline.blocks.layers import CastTo
+from pipeline.model import fixed_point
+from pipeline.model.activation_budget import ActivationBudget
 from pipeline.model.column import Columns, Level
-from pipeline.model.fixedpoint import Exactness
+from pipeline.model.consistency import Consistency, guarded
+from pipeline.model.fixed_point_columns import Exactness
+from pipeline.model.float_columns import checkpointed_columns, stored_columns
 from pipeline.model.heads import Classifier, make_decoder
-from pipeline.model.health import Health, guarded
-from pipeline.model.layers import CastTo
-from pipeline.model.passes import choose
-from pipeline.model.plain import checkpointed_columns, stored_columns
 from pipeline.model.reversible import exact_columns
-from pipeline.model.room import StoredColumns
 from pipeline.model.spec import Four, NetworkSpec
+from pipeline.model.stream_kernels import choose
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
     """Stem and columns (Cai et al., ICLR 2023). See ``NetworkSpec`` for the shape and the modes.
 
     ``health`` tells what the last training pass found (exact mode only). ``remainder_widths`` [column][level] (bits) are
-    to be set outside the step where reading alpha would synchronise; None: measured in every forward pass. ``withhold``:
+    to be set outside the step where reading alpha would synchronise; None: measured in every forward pass. ``skip_on_mismatch``:
     make the gradients non-finite where elements differ, so that the engine skips the step (as it always does where the
     stream left its range).
     """
@@ -53,12 +53,12 @@ class Backbone(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.stem = BLOCKS[spec.blocks[0]].stem(spec.channels[0])
+        self.stem = registry.kind(spec.blocks[0]).stem(spec.channels[0])
         self.columns = nn.ModuleList(Column(spec, t) for t in range(spec.columns))
         self.remainder_widths: list[list[int]] | None = None
-        self.withhold = True
-        self.health = Health(spec.columns, torch.device("cpu"), spec.fraction_bits)
-        self.room = StoredColumns()
+        self.skip_on_mismatch = True
+        self.consistency = Consistency(spec.columns, torch.device("cpu"), spec.fraction_bits)
+        self.room = ActivationBudget()
 
     @property
     def uniforms(self) -> int:
@@ -71,14 +71,20 @@ class Backbone(nn.Module):
             if isinstance(module, CastTo):
                 module.dtype = dtype
 
-    def features(self, images: Tensor, uniforms: Tensor | None = None, taps: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+    def features(
+        self, images: Tensor, uniforms: Tensor | None = None, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, ...]:
         """(level 3 of each column in ``taps`` ..., c0, c1, c2, c3 of the last column), each (N, H, W, C)."""
         if self.spec.activations == "exact":
-            self.health = Health(self.spec.columns, images.device, self.spec.fraction_bits)
+            self.consistency = Consistency(
+                self.spec.columns, images.device, self.spec.fraction_bits
+            )
         with self.checked(self.stem):
             x = self.stem(images)
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        levels = [[cast(Level, level) for level in cast(Column, column).levels] for column in self.columns]
+        levels = [
+            [cast(Level, level) for level in cast(Column, column).levels] for column in self.columns
+        ]
         columns = Columns(levels, self.spec.huge, taps, self._keep(x, uniforms))
         if self.spec.activations == "stored":
             return stored_columns(columns, x)
@@ -91,13 +97,17 @@ class Backbone(nn.Module):
     def checked(self, part: nn.Module) -> AbstractContextManager[None]:
         """Around a part that autograd differentiates as usual: what it keeps is checked with the rest."""
         checking = self.spec.activations == "exact" and torch.is_grad_enabled()
-        return guarded(self.health, part, self.withhold) if checking else nullcontext()
+        return guarded(self.consistency, part, self.skip_on_mismatch) if checking else nullcontext()
 
     def _exact(self, columns: Columns, x: Tensor, images: Tensor) -> tuple[Tensor, ...]:
         exact = Exactness(
-            choose(self.spec.fused, x.device, x.numel()), self.health, stream.units_of(self.spec.fraction_bits, x.device),
-            self.remainder_widths, self.withhold, self.spec.compile,
-        )  # fmt: skip
+            choose(self.spec.fused, x.device, x.numel()),
+            self.consistency,
+            fixed_point.units_of(self.spec.fraction_bits, x.device),
+            self.remainder_widths,
+            self.skip_on_mismatch,
+            self.spec.compile,
+        )
         if self.spec.stored_columns != "auto":
             return exact_columns(columns, x, exact, min(self.spec.stored_columns, columns.count))
         if not torch.is_grad_enabled():
@@ -114,7 +124,9 @@ class Backbone(nn.Module):
             return None
         if uniforms is None:
             uniforms = torch.rand(x.shape[0], self.uniforms, device=x.device)
-        kept = (1.0 - torch.arange(blocks, device=x.device) * (last / max(blocks - 1, 1))).view(1, -1, 1)
+        kept = (1.0 - torch.arange(blocks, device=x.device) * (last / max(blocks - 1, 1))).view(
+            1, -1, 1
+        )
         draws = uniforms.view(-1, columns, blocks).permute(1, 2, 0)
         return ((draws < kept).float() / kept).contiguous()
 
@@ -126,9 +138,12 @@ class Network(Backbone):
         super().__init__(spec)
         heads = len(spec.supervised_columns)
         self.classifiers = nn.ModuleList(
-            Classifier(spec.channels[3], spec.num_classes, spec.head_init_scale) for _ in range(heads)
+            Classifier(spec.channels[3], spec.num_classes, spec.head_init_scale)
+            for _ in range(heads)
         )
-        self.decoders = nn.ModuleList(make_decoder(spec.channels, spec.num_classes) for _ in range(heads - 1))
+        self.decoders = nn.ModuleList(
+            make_decoder(spec.channels, spec.num_classes) for _ in range(heads - 1)
+        )
 
     def forward(self, images: Tensor, uniforms: Tensor | None = None) -> Output:
         """
@@ -141,9 +156,14 @@ class Network(Backbone):
         maps = self.features(images, uniforms, taps)
         level3s = [*maps[:-4], maps[-1]][: len(self.classifiers)]
         with self.checked(self.classifiers):
-            logits = [classify(level3).to(level3.dtype) for classify, level3 in zip(self.classifiers, level3s, strict=True)]
+            logits = [
+                classify(level3).to(level3.dtype)
+                for classify, level3 in zip(self.classifiers, level3s, strict=True)
+            ]
         with self.checked(self.decoders):
-            reconstructions = [decode(level3) for decode, level3 in zip(self.decoders, level3s, strict=False)]
+            reconstructions = [
+                decode(level3) for decode, level3 in zip(self.decoders, level3s, strict=False)
+            ]
         return Output(logits, reconstructions)
 
 
@@ -171,13 +191,21 @@ class RevCol(Backbone):
         huge: bool = False,
         drop_path: float = 0.0,
     ) -> None:
-        block = kernel.lower() if isinstance(kernel, str) else tuple(name.lower() for name in kernel)
+        block = (
+            kernel.lower() if isinstance(kernel, str) else tuple(name.lower() for name in kernel)
+        )
         super().__init__(
             NetworkSpec(
-                cast(Four, tuple(channels)), cast(Four, tuple(layers)), num_subnet, 0, huge,
-                block=cast(str, block), activations="exact" if save_memory else "stored", drop_path=drop_path,
+                cast(Four, tuple(channels)),
+                cast(Four, tuple(layers)),
+                num_subnet,
+                0,
+                huge,
+                block=cast(str, block),
+                activations="exact" if save_memory else "stored",
+                drop_path=drop_path,
             )
-        )  # fmt: skip
+        )
         self.channel = list(channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:

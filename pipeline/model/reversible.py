@@ -15,22 +15,27 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pipeline.model import stream
+from pipeline.model import fixed_point
 from pipeline.model.column import Columns, Residual, buffers_restored, leaf
-from pipeline.model.fixedpoint import Exactness, Stream, alpha_gradient, fixed_column
-from pipeline.model.plain import AlphaGradient, run
+from pipeline.model.fixed_point_columns import Exactness, Stream, alpha_gradient, fixed_column
+from pipeline.model.float_columns import AlphaGradient, run
 
 
 def exact_columns(columns: Columns, x: Tensor, exact: Exactness, stored: int) -> tuple[Tensor, ...]:
     """(level 3 at each tap ..., the last column's four maps); the last ``stored`` columns keep their graphs."""
-    trained = any(p.requires_grad for levels in columns.levels for level in levels for p in level.parameters())
+    trained = any(
+        p.requires_grad for levels in columns.levels for level in levels for p in level.parameters()
+    )
     tail = Stream(exact, keeping=False)
     if not torch.is_grad_enabled() or not (x.requires_grad or trained):
         with torch.no_grad():
             outputs = run(columns, partial(fixed_column, columns, x, tail))
         tail.note(0)
         return outputs
-    x, first = x if x.requires_grad else leaf(x), columns.count - stored  # x is a leaf where the stem is frozen
+    x, first = (
+        x if x.requires_grad else leaf(x),
+        columns.count - stored,
+    )  # x is a leaf where the stem is frozen
     head: tuple[Tensor, ...] = ()
     if first:
         taps = tuple(t for t in columns.taps if t < first)
@@ -55,7 +60,9 @@ class ExactColumns(torch.autograd.Function):
     clear_saved_tensors_on_access = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, columns: Columns, exact: Exactness, tail: Stream | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, columns: Columns, exact: Exactness, tail: Stream | None
+    ) -> tuple[Tensor, ...]:
         """``tail``: a stream that is to go on from the last column."""
         ctx.set_materialize_grads(False)
         through, device = Stream(exact, keeping=True), x.device.type
@@ -75,7 +82,9 @@ class ExactColumns(torch.autograd.Function):
         ctx.columns, ctx.exact, ctx.widths = columns, exact, through.widths
         ctx.shapes = [value.shape for value in outputs[-4:]]
         ctx.fingerprints = torch.stack(through.fingerprints).view(-1, 4)
-        ctx.kept_fingerprints = torch.stack([stream.fingerprint(v) for v in (x, columns.keep) if v is not None])
+        ctx.kept_fingerprints = torch.stack(
+            [fixed_point.fingerprint(v) for v in (x, columns.keep) if v is not None]
+        )
         ctx.save_for_backward(x, *through.maps, *through.remainders)
         return outputs
 
@@ -83,7 +92,16 @@ class ExactColumns(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         x, *kept = ctx.saved_tensors
         columns: Columns = replace(ctx.columns, leaves=True)
-        inversion = Inversion(columns, x.detach(), ctx.exact, kept[:4], kept[4:], ctx.widths, ctx.shapes, ctx.fingerprints)
+        inversion = Inversion(
+            columns,
+            x.detach(),
+            ctx.exact,
+            kept[:4],
+            kept[4:],
+            ctx.widths,
+            ctx.shapes,
+            ctx.fingerprints,
+        )
         del kept
         inversion.begin(ctx.kept_fingerprints)
         outgoing = list(gradients[len(columns.taps) :])
@@ -110,22 +128,32 @@ class Inversion:
     fingerprints: Tensor  # (columns, 4), of the forward pass
     x_gradient: Tensor | None = None
 
-    values: list[Tensor | None] = field(default_factory=list)  # of the column being inverted, until no longer needed
-    before: list[Tensor | None] = field(default_factory=list)  # of the column before it, as far as recovered
+    values: list[Tensor | None] = field(
+        default_factory=list
+    )  # of the column being inverted, until no longer needed
+    before: list[Tensor | None] = field(
+        default_factory=list
+    )  # of the column before it, as far as recovered
     share: Tensor | None = None  # of the upstream gradient that goes to the recovered map
 
     def begin(self, kept_fingerprints: Tensor) -> None:
         """Count what changed since the forward pass, and make the last column's values (level 3's is not needed)."""
-        health, keep, step = self.exact.health, self.columns.keep, self.exact.units[1]
-        found = [stream.fingerprint(kept) for kept in (*self.maps, self.x)]
-        health.kept[:5] += torch.stack(found) != torch.cat([self.fingerprints[-1], kept_fingerprints[:1]])
+        health, keep, step = self.exact.consistency, self.columns.keep, self.exact.units[1]
+        found = [fixed_point.fingerprint(kept) for kept in (*self.maps, self.x)]
+        health.kept[:5] += torch.stack(found) != torch.cat(
+            [self.fingerprints[-1], kept_fingerprints[:1]]
+        )
         if keep is not None:
-            health.kept[6] += stream.fingerprint(keep) != kept_fingerprints[1]
+            health.kept[6] += fixed_point.fingerprint(keep) != kept_fingerprints[1]
         pairs = zip(self.maps[:3], self.shapes, strict=False)
-        floats = [m.to(self.x.dtype).mul_(step).view(shape) for m, shape in pairs]  # a power of two: rounded once, too
+        floats = [
+            m.to(self.x.dtype).mul_(step).view(shape) for m, shape in pairs
+        ]  # a power of two: rounded once, too
         self.values, self.before = [*floats, None], [None] * 4
 
-    def column(self, t: int, outgoing: list[Tensor | None], tapped: Tensor | None) -> list[Tensor | None]:
+    def column(
+        self, t: int, outgoing: list[Tensor | None], tapped: Tensor | None
+    ) -> list[Tensor | None]:
         """Invert column ``t`` and send ``outgoing`` through it -> the gradients of column t - 1. ``tapped``: its tap's."""
         incoming: list[Tensor | None] = [None, None, None, tapped]
         for i in (3, 2, 1, 0):
@@ -138,15 +166,22 @@ class Inversion:
             upstream = upstream.contiguous()
             with buffers_restored(level):
                 with torch.enable_grad():
-                    keep, recover = self.columns.keep_of(t, i), partial(self.recover, t, i, upstream)
+                    keep, recover = (
+                        self.columns.keep_of(t, i),
+                        partial(self.recover, t, i, upstream),
+                    )
                     output = level(lower, upper, top, keep, recover)
                 if t == i == 0:
-                    upstream = upstream + self.exact.health.poison(self.exact.withhold).to(upstream.dtype)
+                    upstream = upstream + self.exact.consistency.poison(
+                        self.exact.skip_on_mismatch
+                    ).to(upstream.dtype)
                 torch.autograd.backward(output, upstream)
             del output, upstream, recover
             incoming[i], self.share = _add(incoming[i], self.share), None
             if i:
-                outgoing[i - 1] = _add(outgoing[i - 1], lower.grad, owned=t < self.columns.count - 1)
+                outgoing[i - 1] = _add(
+                    outgoing[i - 1], lower.grad, owned=t < self.columns.count - 1
+                )
             else:
                 self.x_gradient = _add(self.x_gradient, lower.grad, owned=True)
             if upper is not None:
@@ -161,16 +196,28 @@ class Inversion:
         passes, flat, current = self.exact.passes, f.detach().flatten(0, -2), self.maps[i]
         with torch.no_grad():
             if t == 0:
-                wrong, gradient = passes.check(flat, current, self.exact.units[0]).count_nonzero(), torch.zeros_like(alpha)
-            else:
-                remainder = stream.unpack(self.remainders.pop(), self.widths.pop(), current.shape)
-                value, share, differs = passes.decode(
-                    flat, current, remainder, *stream.split_alpha(alpha), upstream.flatten(0, -2), *self.exact.units
+                wrong, gradient = (
+                    passes.check(flat, current, self.exact.units[0]).count_nonzero(),
+                    torch.zeros_like(alpha),
                 )
-                wrong = differs.count_nonzero() + (stream.fingerprint(current) != self.fingerprints[t - 1, i])
+            else:
+                remainder = fixed_point.unpack(
+                    self.remainders.pop(), self.widths.pop(), current.shape
+                )
+                value, share, differs = passes.decode(
+                    flat,
+                    current,
+                    remainder,
+                    *fixed_point.split_alpha(alpha),
+                    upstream.flatten(0, -2),
+                    *self.exact.units,
+                )
+                wrong = differs.count_nonzero() + (
+                    fixed_point.fingerprint(current) != self.fingerprints[t - 1, i]
+                )
                 self.before[i], self.share = value.view(f.shape), share.view(f.shape)
                 gradient = alpha_gradient(upstream, value.view(f.shape)).to(alpha.dtype)
-            self.exact.health.mismatched[t, i] += wrong
+            self.exact.consistency.mismatched[t, i] += wrong
         return cast(Tensor, AlphaGradient.apply(f, alpha, gradient))  # type: ignore[no-untyped-call]
 
 

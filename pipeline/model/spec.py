@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from pipeline.model.blocks import BLOCKS
+from pipeline.blocks import registry
 
 Four = tuple[int, int, int, int]
 FourNames = tuple[str, str, str, str]
@@ -45,23 +45,36 @@ class NetworkSpec:
 
     def __post_init__(self) -> None:
         if len(self.channels) != 4 or len(self.depths) != 4:
-            raise ValueError(f"channels and depths need four levels each, got {self.channels} and {self.depths}")
+            raise ValueError(
+                f"channels and depths need four levels each, got {self.channels} and {self.depths}"
+            )
         if self.supervised and self.columns < 4:
-            raise ValueError(f"intermediate supervision needs at least 4 columns, got {self.columns}")
-        unknown = [name for name in self.blocks if name not in BLOCKS]
+            raise ValueError(
+                f"intermediate supervision needs at least 4 columns, got {self.columns}"
+            )
+        kinds = registry.facts()
+        unknown = [name for name in self.blocks if name not in kinds]
         if unknown or len(self.blocks) != 4:
-            raise ValueError(f"block must be one of {sorted(BLOCKS)}, or four of them (one a level), got {self.block!r}")
-        if self.drop_path and not all(BLOCKS[name].droppable for name in self.blocks):
-            raise ValueError(f"drop_path needs blocks with a shortcut, and {self.block!r} has none: set it to 0")
+            raise ValueError(
+                f"block must be one of {sorted(kinds)}, or four of them (one a level), got {self.block!r}"
+            )
+        if self.drop_path and not all(kinds[name].shortcut for name in self.blocks):
+            raise ValueError(
+                f"drop_path needs blocks with a shortcut, and {self.block!r} has none: set it to 0"
+            )
         if self.stored_columns and self.activations != "exact":
-            raise ValueError(f"stored_columns belongs to activations 'exact', not {self.activations!r}")
+            raise ValueError(
+                f"stored_columns belongs to activations 'exact', not {self.activations!r}"
+            )
         if not 8 <= self.fraction_bits <= 24:
             raise ValueError(f"fraction_bits must be from 8 to 24, got {self.fraction_bits}")
 
     @property
     def blocks(self) -> FourNames:
         """Kind of blocks of each level."""
-        return cast(FourNames, (self.block,) * 4 if isinstance(self.block, str) else tuple(self.block))
+        return cast(
+            FourNames, (self.block,) * 4 if isinstance(self.block, str) else tuple(self.block)
+        )
 
     @property
     def supervised_columns(self) -> tuple[int, ...]:

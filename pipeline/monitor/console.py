@@ -60,7 +60,11 @@ class Display:
     """
 
     def __init__(
-        self, console: Console, log: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        log: TextIO | None = None,
+        interval: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.console, self._log, self._interval, self._clock = console, log, interval, clock
         self._name = ""
@@ -100,7 +104,9 @@ class Display:
                 self._bar.reset(self._task)
         if self._bar is not None and self._task is not None:
             label = escape(f"{self._name}: {what}" if what else self._name)
-            self._bar.update(self._task, description=label, completed=done, total=total, figures=figures)
+            self._bar.update(
+                self._task, description=label, completed=done, total=total, figures=figures
+            )
         if now - self._last_line >= self._interval or done == total:
             self._last_line = now
             label = f"{self._name}: {what}" if what else self._name
@@ -136,7 +142,11 @@ class Follow:
     """
 
     def __init__(self, path: Path, display: Display) -> None:
-        self._follower, self._display, self._figures = Follower(path, from_end=True), display, Figures()
+        self._follower, self._display, self._figures = (
+            Follower(path, from_end=True),
+            display,
+            Figures(),
+        )
         self.highest = 0
 
     def poll(self) -> None:
@@ -149,7 +159,10 @@ class Follow:
             self._display.say(event.text, event.level)
         elif event.kind == "evaluation":
             self._figures.take(event)
-            values = "  ".join(f"{name.removeprefix('accuracy/')} {value:.4g}" for name, value in event.scalars.items())
+            values = "  ".join(
+                f"{name.removeprefix('accuracy/')} {value:.4g}"
+                for name, value in event.scalars.items()
+            )
             self._display.say(f"evaluation after step {event.step}: {values}")
         elif event.kind == "step":
             self._figures.take(event)

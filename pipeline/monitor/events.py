@@ -52,7 +52,9 @@ class EventWriter:
         """Append one event; fields that say nothing are left out. Values that are not finite are written as JSON's
         extension ``NaN``/``Infinity``, which Python reads back."""
         event = asdict(Event(kind, step, self._clock(), total, epoch, scalars or {}, text, level))
-        line = {key: value for key, value in event.items() if key in ("kind", "step", "time") or value}
+        line = {
+            key: value for key, value in event.items() if key in ("kind", "step", "time") or value
+        }
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._file.flush()
 

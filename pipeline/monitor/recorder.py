@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.layout import RunDir
 from pipeline.monitor.events import EventWriter
 from pipeline.monitor.tensorboard import Board
-
-
-def events_path(run_dir: Path, stage: str) -> Path:
-    """The stage's event log, one JSON object a line."""
-    return run_dir / "logs" / f"{stage}.jsonl"
 
 
 class Recorder:
@@ -26,12 +20,12 @@ class Recorder:
             later steps no longer counts.
     """
 
-    def __init__(self, run_dir: Path, stage: str, *, resume_step: int = 0) -> None:
+    def __init__(self, run_dir: RunDir, stage: str, *, resume_step: int = 0) -> None:
         self._step = resume_step
-        self._events = EventWriter(events_path(run_dir, stage))
+        self._events = EventWriter(run_dir.events(stage))
         self._events.write("start", resume_step)
         purge = resume_step + 1 if resume_step else None
-        self._board = Board(run_dir / "tensorboard" / stage, purge_step=purge, warn=self._warn)
+        self._board = Board(run_dir.tensorboard(stage), purge_step=purge, warn=self._warn)
 
     def step(self, step: int, total_steps: int, epoch: int, scalars: dict[str, float]) -> None:
         """Figures after optimizer step ``step`` (counted from 1) of ``total_steps``."""

@@ -54,7 +54,9 @@ class Board:
         warn: called once with the reason when writing fails.
     """
 
-    def __init__(self, directory: Path, *, purge_step: int | None, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, *, purge_step: int | None, warn: Callable[[str], None]
+    ) -> None:
         self._directory, self._warn = directory, warn
         self._writer: SummaryWriter | None = None
 
@@ -75,7 +77,9 @@ class Board:
 
     def images(self, tag: str, step: int, images: NDArray[np.uint8]) -> None:
         """``images`` uint8 (n, H, W, 3), shown as one grid."""
-        self._with_writer(lambda writer: writer.add_image(tag, grid(images), step, dataformats="HWC"))
+        self._with_writer(
+            lambda writer: writer.add_image(tag, grid(images), step, dataformats="HWC")
+        )
 
     def hparams(self, values: dict[str, str | float | bool], metrics: dict[str, float]) -> None:
         """Hyperparameters and the figures reached, in the same run (not in a sub-run, as ``add_hparams`` would)."""

@@ -47,7 +47,9 @@ class StopRequest:
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._at_once:
-            self._at_once = False  # a second TERM must not hit the clean-up that the first one started
+            self._at_once = (
+                False  # a second TERM must not hit the clean-up that the first one started
+            )
             raise interrupted()
         if not again:
             hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.config import resolve
-from pipeline.orchestrate.ledger import StageRecord
-from pipeline.orchestrate.run import Run
+from pipeline.config import job_queries
+from pipeline.orchestrate.job_runner import JobRunner
+from pipeline.orchestrate.run_state import StageRecord
 
 _FIGURES = {
     "prepare": ("images", "validation", "rejected", "duplicates"),
@@ -21,16 +21,18 @@ _FIGURES = {
 }
 
 
-def summarise(run: Run) -> None:
+def summarise(run: JobRunner) -> None:
     """Print the table of stages, then where things are and the next command."""
-    names = resolve.stage_names(run.job)
+    names = job_queries.stage_names(run.job)
     if run.ran:
         run.display.console.print(_table({name: run.ledger.stage(name) for name in names}))
     else:
         run.say("nothing to do: every stage is done and nothing has changed")
-    directory = _shown(run.run_dir)
+    directory = _shown(run.run_dir.path)
     if run.ledger.stage("export").state == "done":
-        run.say(f"exported model   {directory}/export   try it: ./launch.sh predict {directory}/export IMAGE.jpg")
+        run.say(
+            f"exported model   {directory}/export   try it: ./launch.sh predict {directory}/export IMAGE.jpg"
+        )
     run.say(f"curves, images   ./launch.sh tensorboard {directory}")
     run.say(f"all figures      {directory}/run.json   log: {directory}/logs/run.log")
     run.say(f"next             {_next(run)}")
@@ -53,7 +55,9 @@ def _figures(stage: str, figures: dict[str, float]) -> str:
         if name in ("top1", "top5") and name in figures:
             parts.append(f"{name.replace('top', 'top-')} {figures[name]:.1%}")
         elif name in figures:
-            parts.append(f"{name.replace('images_per_s', 'images/s').replace('_', ' ')} {_number(figures[name])}")
+            parts.append(
+                f"{name.replace('images_per_s', 'images/s').replace('_', ' ')} {_number(figures[name])}"
+            )
     return "  ".join(parts)
 
 
@@ -66,8 +70,10 @@ def _shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _next(run: Run) -> str:
-    pending = [name for name in resolve.stage_names(run.job) if run.ledger.stage(name).state != "done"]
+def _next(run: JobRunner) -> str:
+    pending = [
+        name for name in job_queries.stage_names(run.job) if run.ledger.stage(name).state != "done"
+    ]
     if pending:
         return f"the same command without --stage: {', '.join(pending)} to do"
     if run.job.name == "quickstart":

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.train.world import World
+from pipeline.runtime.dist_env import DistEnv
 
-Entry = Callable[[World, Callable[[], bool]], dict[str, float]]
+Entry = Callable[[DistEnv, Callable[[], bool]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Worker:
         faulthandler.enable()
         os.environ.update(environment)
         self._stop = threading.Event()
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), name="watchdog", daemon=True).start()
+        threading.Thread(
+            target=_end_with_parent, args=(os.getppid(),), name="watchdog", daemon=True
+        ).start()
 
     def free_port(self) -> int:
         """A port for the rendezvous that is free on this machine now."""
@@ -65,12 +67,14 @@ class Worker:
     def run(self, entry: Entry, environment: dict[str, str]) -> Outcome:
         """Run the stage to its end; errors come back as values, so that their text is whole."""
         os.environ.update(environment)
-        world = World.from_environment()
+        world = DistEnv.from_environment()
         try:
             return Outcome(world.rank, figures=entry(world, self._stop.is_set))
         except PipelineError as error:
             return Outcome(world.rank, error=error, traceback=traceback.format_exc())
-        except Exception:  # of any kind: its text is the outcome, with which the driver ends the stage as failed
+        except (
+            Exception
+        ):  # of any kind: its text is the outcome, with which the driver ends the stage as failed
             return Outcome(world.rank, traceback=traceback.format_exc())
 
     def request_stop(self) -> None:

@@ -19,8 +19,8 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
+from pipeline.sources.reader import MAX_BYTES, Rejected
 
-MAX_BYTES = 256 << 20  # of one file, unpacked
 _GZIP = b"\x1f\x8b"
 _HARMLESS = (
     "extraneous bytes",
@@ -42,14 +42,6 @@ class Kept:
     height: int
     changed: str
     moments: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A file that is no usable image; ``reason`` is one of a few words to count by, ``detail`` what exactly was found."""
-
-    reason: str
-    detail: str = ""
 
 
 def clean(data: bytes, name: str, config: DatasetConfig) -> Kept | Rejected:
@@ -146,7 +138,9 @@ def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Pillow.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large images too: the limit here is the job's
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow warns of large images too: the limit here is the job's
         with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
 
@@ -161,9 +155,13 @@ def _pillow(data: bytes) -> Image | Rejected:
 
 def _unfit(width: int, height: int, config: DatasetConfig) -> Rejected | None:
     if width * height > config.max_pixels:
-        return Rejected("too_many_pixels", f"{width} x {height} pixels, at most {config.max_pixels} in all")
+        return Rejected(
+            "too_many_pixels", f"{width} x {height} pixels, at most {config.max_pixels} in all"
+        )
     if min(width, height) < config.min_side:
-        return Rejected("too_small", f"{width} x {height} pixels, the shorter side at least {config.min_side}")
+        return Rejected(
+            "too_small", f"{width} x {height} pixels, the shorter side at least {config.min_side}"
+        )
     return None
 
 
@@ -173,8 +171,12 @@ def _encoded(image: Image, config: DatasetConfig, changed: str) -> Kept:
     if config.short_side != "keep" and min(height, width) > config.short_side:
         scale = config.short_side / min(height, width)
         width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        image = np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=config.jpeg_quality, colorspace="RGB")
+        image = np.asarray(
+            cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8
+        )
+    data = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=config.jpeg_quality, colorspace="RGB"
+    )
     return Kept(bytes(data), width, height, changed, _moments(image))
 
 

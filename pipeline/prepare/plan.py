@@ -20,13 +20,17 @@ from numpy.typing import NDArray
 from pipeline.data.hashing import key_of, mix_array
 from pipeline.files import atomic, fsync_dir
 from pipeline.prepare.buckets import Buckets, bucket_count
-from pipeline.prepare.spill import FACTS, Place
-from pipeline.prepare.units import Unit
+from pipeline.prepare.extract import FACTS, BuildContext
+from pipeline.sources.units import Unit
 
 TRAIN, VALIDATION = 0, 1
 SPLITS = ("train", "validation")
 KEPT = 0
-REASONS = ("duplicate_name", "in_validation", "duplicate")  # an image's fate is KEPT or 1 + a place here; the first applies
+REASONS = (
+    "duplicate_name",
+    "in_validation",
+    "duplicate",
+)  # an image's fate is KEPT or 1 + a place here; the first applies
 DUPLICATE_NAME, IN_VALIDATION, DUPLICATE = 1, 2, 3
 
 WHERE = np.dtype([("unit", "<u4"), ("row", "<u4")])
@@ -49,7 +53,7 @@ class ShardPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DatasetPlan:
     """``dropped``: reason -> images. ``labels``: split -> int64 (classes,), images of each class."""
 
     shards: list[ShardPlan]
@@ -57,8 +61,10 @@ class Plan:
     labels: dict[str, NDArray[np.int64]]
 
 
-def make_plan(place: Place, units: Sequence[Unit], images: NDArray[np.int64], num_classes: int) -> Plan:
-    """Plan from the facts of all units; writes the order of each split and the fate of each image.
+def make_plan(
+    place: BuildContext, units: Sequence[Unit], images: NDArray[np.int64], num_classes: int
+) -> DatasetPlan:
+    """DatasetPlan from the facts of all units; writes the order of each split and the fate of each image.
 
     Args:
         units: in the order of their numbers, from 0; where one has no split of its own, ``validation_fraction`` of its images
@@ -68,25 +74,33 @@ def make_plan(place: Place, units: Sequence[Unit], images: NDArray[np.int64], nu
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     total = int(images.sum())
-    contents, keys = (Buckets(scratch, field, bucket_count(total), MEMBER) for field in ("high", "key"))
+    contents, keys = (
+        Buckets(scratch, field, bucket_count(total), MEMBER) for field in ("high", "key")
+    )
     for members in _members(place, units):
         contents.add(members)
         keys.add(members)
     starts = np.cumsum(images) - images
     fates = np.lib.format.open_memmap(scratch / "fates", "w+", np.uint8, (total,))
     for members in contents:
-        for reason, found in zip((DUPLICATE, IN_VALIDATION), _repeated_contents(members), strict=True):
+        for reason, found in zip(
+            (DUPLICATE, IN_VALIDATION), _repeated_contents(members), strict=True
+        ):
             fates[_numbers(members[found], starts)] = reason
     labels, dropped = _order(place, keys, fates, starts, num_classes)
     fates.flush()
     os.replace(scratch / "fates", place.fates)
     fsync_dir(place.work)
     shutil.rmtree(scratch)
-    shards = [shard for name in SPLITS for shard in _cut(name, int(labels[name].sum()), place.config.shard_rows)]
-    return Plan(shards, dropped, labels)
+    shards = [
+        shard
+        for name in SPLITS
+        for shard in _cut(name, int(labels[name].sum()), place.config.shard_rows)
+    ]
+    return DatasetPlan(shards, dropped, labels)
 
 
-def _members(place: Place, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
+def _members(place: BuildContext, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
     """Facts of all images, with the split and the place of each, some units at a time."""
     gathered: list[NDArray[np.void]] = []
     rows = 0
@@ -106,7 +120,9 @@ def _members(place: Place, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
         yield np.concatenate(gathered)
 
 
-def _split(unit: Unit, contents: NDArray[np.uint64], place: Place) -> int | NDArray[np.bool_]:
+def _split(
+    unit: Unit, contents: NDArray[np.uint64], place: BuildContext
+) -> int | NDArray[np.bool_]:
     """By the unit; where it does not say, by the image's content, so that equal images are never on both sides."""
     if unit.split:
         return SPLITS.index(unit.split)
@@ -123,7 +139,9 @@ def _numbers(members: NDArray[np.void], starts: NDArray[np.int64]) -> NDArray[np
 def _repeated_contents(members: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Of one bucket, the images whose content is in the same class of the same split already (the same image under two
     classes stays), and the training images whose content is in the validation split."""
-    order = np.lexsort([members[name] for name in ("label", "split", "low", "high")])  # stable: the first stays
+    order = np.lexsort(
+        [members[name] for name in ("label", "split", "low", "high")]
+    )  # stable: the first stays
     same = _as_before(members["high"], order) & _as_before(members["low"], order)
     split = members["split"][order]
     duplicate = same & _as_before(members["split"], order) & _as_before(members["label"], order)
@@ -142,14 +160,20 @@ def _as_before(values: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.bool
 
 
 def _order(
-    place: Place, keys: Buckets, fates: NDArray[np.uint8], starts: NDArray[np.int64], num_classes: int
+    place: BuildContext,
+    keys: Buckets,
+    fates: NDArray[np.uint8],
+    starts: NDArray[np.int64],
+    num_classes: int,
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
     """Write the kept images of each split by their keys. Returns the images of each class, and those dropped by reason."""
     labels = {name: np.zeros(num_classes, dtype=np.int64) for name in SPLITS}
     counts = np.zeros(len(REASONS) + 1, dtype=np.int64)
     with atomic(place.order("train")) as train, atomic(place.order("validation")) as validation:
         for members in keys:
-            members = members[np.argsort(members["key"], kind="stable")]  # a name twice: the first stays
+            members = members[
+                np.argsort(members["key"], kind="stable")
+            ]  # a name twice: the first stays
             numbers = _numbers(members, starts)
             fate = fates[numbers]
             fate[1:][members["key"][1:] == members["key"][:-1]] = DUPLICATE_NAME
@@ -161,10 +185,12 @@ def _order(
                 where = np.empty(len(chosen), dtype=WHERE)
                 where["unit"], where["row"] = chosen["unit"], chosen["row"]
                 file.write(where.tobytes())
-    return labels, {reason: count for reason, count in zip(REASONS, counts[1:].tolist(), strict=True) if count}
+    return labels, {
+        reason: count for reason, count in zip(REASONS, counts[1:].tolist(), strict=True) if count
+    }
 
 
-def read_order(place: Place, shard: ShardPlan) -> NDArray[np.void]:
+def read_order(place: BuildContext, shard: ShardPlan) -> NDArray[np.void]:
     """The rows of a shard: ``WHERE`` (rows,)."""
     count, offset = shard.last - shard.first, shard.first * WHERE.itemsize
     return np.fromfile(place.order(shard.split), dtype=WHERE, count=count, offset=offset)

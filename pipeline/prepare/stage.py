@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-from pipeline.config import resolve
+from pipeline.config import job_queries
 from pipeline.config.schema import DatasetConfig, Job
 from pipeline.files import json_digest
-from pipeline.prepare import generate
-from pipeline.prepare.dataset import MapTasks, Progress, Say, prepare_dataset
+from pipeline.layout import RunDir
+from pipeline.prepare.build import MapTasks, Progress, Say, prepare_dataset
+from pipeline.synthetic import generate
 
 TOTALS = ("images", "validation", "rejected", "duplicates", "bytes")
 
 
 def prepare_stage(
-    job: Job, directory: Callable[[str], Path], tasks: MapTasks, progress: Progress, say: Say
+    job: Job, run_dir: RunDir, tasks: MapTasks, progress: Progress, say: Say
 ) -> dict[str, float]:
-    """Prepare the job's datasets, each in ``directory(name)``.
+    """Prepare the job's datasets, each in ``run_dir.dataset(name)``.
 
     Figures: those of each dataset under ``<name>/``, and their sums.
     """
     figures: dict[str, float] = {}
-    for name in resolve.prepared_names(job):
-        config, target = job.data[name], directory(name)
-        if config.generate is not None:
-            source = target.with_name(f"{name}.source-{_made_from(config)}")  # no dataset's name has a dot
+    for name in job_queries.prepared_names(job):
+        config, target = job.data[name], run_dir.dataset(name)
+        if config.synthetic is not None:
+            source = target.with_name(
+                f"{name}.source-{_made_from(config)}"
+            )  # no dataset's name has a dot
             pieces = generate.pieces(config, source)
             for done, _ in enumerate(tasks(generate.make, pieces), 1):
                 progress(f"{name}: making images up", done, len(pieces), "")
             generate.finish(config, source)
-            config = config.model_copy(update={"root": str(source), "generate": None})
+            config = config.model_copy(update={"root": str(source), "synthetic": None})
         found = prepare_dataset(name, config, target, job.seed, tasks, progress, say)
         figures |= {f"{name}/{key}": value for key, value in found.items()}
         say(f"{name}: {_summary(found)}", "info")
-    return figures | {key: sum(figures[f"{name}/{key}"] for name in resolve.prepared_names(job)) for key in TOTALS}
+    return figures | {
+        key: sum(figures[f"{name}/{key}"] for name in job_queries.prepared_names(job))
+        for key in TOTALS
+    }
 
 
 def _made_from(config: DatasetConfig) -> str:
     """A short digest of what made-up images depend on: other settings, another folder."""
-    return json_digest(config.model_dump(mode="json", include={"generate", "classes", "layout", "min_side"}))[:8]
+    return json_digest(
+        config.model_dump(mode="json", include={"synthetic", "classes", "layout", "min_side"})
+    )[:8]
 
 
 def _summary(found: dict[str, float]) -> str:
-    counts = (
-        f"{found['images']:,.0f} training and {found['validation']:,.0f} validation images of {found['classes']:,.0f} classes"
-    )
+    counts = f"{found['images']:,.0f} training and {found['validation']:,.0f} validation images of {found['classes']:,.0f} classes"
     bad = f"{found['rejected']:,.0f} rejected, {found['duplicates']:,.0f} duplicates"
     return f"{counts}, {found['bytes'] / 2**20:,.1f} MiB; {bad}"

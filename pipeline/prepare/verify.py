@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.data.dataset import open_dataset
 from pipeline.data.decode import JPEG_MAGIC, decode_any, decode_jpeg
-from pipeline.data.format import open_dataset
 from pipeline.data.shards import index_path
 from pipeline.errors import DataError
 from pipeline.files import digest, file_digest
-from pipeline.prepare.dataset import MapTasks, Progress
+from pipeline.layout import DATASET_JSON
+from pipeline.prepare.build import MapTasks, Progress
 
 
 def verify_dataset(path: Path, tasks: MapTasks, progress: Progress) -> list[str]:
@@ -71,16 +72,20 @@ def _counts(description: dict[str, Any]) -> Iterator[str]:
 
 def find_datasets(path: Path) -> list[Path]:
     """The prepared datasets at ``path``: itself, or those of a run's directory. Raises DataError if there are none."""
-    if (path / "dataset.json").is_file():
+    if (path / DATASET_JSON).is_file():
         return [path]
     found = sorted(one.parent for one in path.glob("stages/prepare/*/dataset.json"))
     if not found:
-        raise DataError("no prepared dataset here", place=str(path), remedy="name a run's directory, or a dataset's")
+        raise DataError(
+            "no prepared dataset here",
+            place=str(path),
+            remedy="name a run's directory, or a dataset's",
+        )
     return found
 
 
 def describe(path: Path) -> str:
     """What dataset.json says, in one line."""
-    description = json.loads((path / "dataset.json").read_text())
+    description = json.loads((path / DATASET_JSON).read_text())
     counts = ", ".join(f"{split['images']} {name}" for name, split in description["splits"].items())
     return f"{path}: {counts} images of {description['classes']} classes"

@@ -13,16 +13,21 @@ from torch import nn
 from pipeline.config.schema import TrainConfig
 from pipeline.model import Network, NetworkSpec
 from pipeline.model.column import Level
-from pipeline.train.optim import adamw
-from pipeline.train.world import World
+from pipeline.runtime.dist_env import DistEnv
+from pipeline.train.optimizer import adamw
 
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default, made anew each step
 
 
-def _deepspeed(world: World, device: torch.device) -> ModuleType:
+def _deepspeed(world: DistEnv, device: torch.device) -> ModuleType:
     """DeepSpeed, joined to the process group that is there."""
-    defaults = {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.local_rank),
-                "LOCAL_SIZE": str(world.size), "DS_BUILD_OPS": "0"}  # fmt: skip
+    defaults = {
+        "RANK": str(world.rank),
+        "WORLD_SIZE": str(world.size),
+        "LOCAL_RANK": str(world.local_rank),
+        "LOCAL_SIZE": str(world.size),
+        "DS_BUILD_OPS": "0",
+    }
     if device.type == "cpu":
         defaults["DS_ACCELERATOR"] = "cpu"
     for key, value in defaults.items():
@@ -48,7 +53,10 @@ def deepspeed_config(
         largest_level: parameters of the largest level of a column (ZeRO-3's grain: what the recompute gathers is used by the
             same level's backward at once, so it is not gathered a third time).
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, REDUCE_BUCKET)}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": min(parameters, REDUCE_BUCKET),
+    }
     if config.zero_stage == 3:
         zero |= {
             "stage3_max_reuse_distance": largest_level + 1,
@@ -70,10 +78,19 @@ def deepspeed_config(
 
 
 def _size(module: nn.Module) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()
+    )
 
 
-def make_engine(spec: NetworkSpec, config: TrainConfig, world: World, micro_batch: int, seed: int, device: torch.device) -> Any:
+def make_engine(
+    spec: NetworkSpec,
+    config: TrainConfig,
+    world: DistEnv,
+    micro_batch: int,
+    seed: int,
+    device: torch.device,
+) -> Any:
     """A DeepSpeed engine around a freshly initialised network, the same on every rank for the same ``seed``."""
     deepspeed = _deepspeed(world, device)
     torch.manual_seed(seed)

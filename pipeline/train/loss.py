@@ -39,7 +39,10 @@ def compound_terms(out: Output, images: Tensor, targets: Tensor) -> Loss:
     """
     classification = [cross_entropy(logits, targets) for logits in out.logits]
     pixels = images.clamp(0.01, 0.99)
-    reconstruction = [functional.binary_cross_entropy_with_logits(r.to(pixels.dtype), pixels) for r in out.reconstructions]
+    reconstruction = [
+        functional.binary_cross_entropy_with_logits(r.to(pixels.dtype), pixels)
+        for r in out.reconstructions
+    ]
     heads, decoders = len(classification), len(reconstruction)
     terms = [
         RECONSTRUCTION_WEIGHT * (1 - i / decoders) * reconstruction[i]

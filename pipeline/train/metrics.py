@@ -53,7 +53,10 @@ class Metrics:
         values: list[float] = sums.tolist()
         self.sums.zero_()
         self.count = 0
-        result = {name: value / (count * dist.get_world_size()) for name, value in zip(self.names, values, strict=True)}
+        result = {
+            name: value / (count * dist.get_world_size())
+            for name, value in zip(self.names, values, strict=True)
+        }
         result[self.names[-1]] = values[-1]
         return result
 
@@ -61,7 +64,10 @@ class Metrics:
         """For the checkpoint: a resumed run logs the same means as an undisturbed one (synchronises)."""
         sums = self.sums.clone()
         dist.all_reduce(sums)
-        return {"sums": [value / dist.get_world_size() for value in sums.tolist()], "count": self.count}
+        return {
+            "sums": [value / dist.get_world_size() for value in sums.tolist()],
+            "count": self.count,
+        }
 
     def restore(self, sums: list[float], count: int) -> None:
         self.sums.copy_(torch.tensor(sums, dtype=torch.float64))

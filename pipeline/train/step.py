@@ -11,31 +11,31 @@ import torch
 
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import Batch, TrainLoader
-from pipeline.data.randomness import uniform
-from pipeline.model.stream import ALPHA_LIMIT, remainder_width
-from pipeline.train.integrity import Finding, Integrity
+from pipeline.data.rng import uniform
+from pipeline.model.fixed_point import ALPHA_LIMIT, remainder_width
+from pipeline.train.checkpointing import Say
 from pipeline.train.loss import compound_terms
-from pipeline.train.masters import Masters
 from pipeline.train.metrics import Metrics
-from pipeline.train.optim import set_rate
+from pipeline.train.optimizer import set_rate
 from pipeline.train.schedule import Schedule
-from pipeline.train.state import Say
+from pipeline.train.self_check import Finding, SelfCheck
+from pipeline.train.zero_state import ShardedState
 
 
 @dataclass
-class Stepper:
+class TrainingStep:
     """What a step needs."""
 
     engine: Any
-    masters: Masters
+    masters: ShardedState
     schedule: Schedule
     augment: DeviceAugment
     metrics: Metrics
-    integrity: Integrity
+    integrity: SelfCheck
     seed: int
     accumulation: int
     device: torch.device
-    log_steps: int  # from one reading of alpha to the next
+    log_every_steps: int  # from one reading of alpha to the next
     say: Say
     applied: int = 0  # optimizer steps taken; a step on non-finite gradients is not
     repeated: int = 0  # steps that were done again because their arithmetic was wrong
@@ -45,7 +45,10 @@ class Stepper:
         """Optimizer step ``step`` (0-based) on the next ``accumulation`` micro-batches; again, on the same ones, where the
         network finds that it computed wrongly. Raises StageError if that is to be, or stays so."""
         set_rate(self.engine.optimizer.param_groups, self.schedule(step))
-        mark, statistics = self.metrics.mark(), [buffer.clone() for buffer in self.masters.buffers.values()]
+        mark, statistics = (
+            self.metrics.mark(),
+            [buffer.clone() for buffer in self.masters.buffers.values()],
+        )
         for attempt in count(1):
             self._attempt(iter(loader))
             if self.engine.was_step_applied():
@@ -79,19 +82,23 @@ class Stepper:
                 for tensor in (batch.images, batch.labels, batch.views, batch.positions)
             )
             prepared = self.augment(images, labels, views, positions, batch.epoch)
-            draws = uniform(self.seed, batch.epoch, views, "drop_path", network.uniforms) if network.uniforms else None
+            draws = (
+                uniform(self.seed, batch.epoch, views, "drop_path", network.uniforms)
+                if network.uniforms
+                else None
+            )
             out = self.engine(prepared.images, draws)
             loss = compound_terms(out, prepared.image01, prepared.targets)
             self.engine.backward(loss.total)
             self.integrity.add()
-            self.metrics.add(loss, out, prepared.targets, network.health.mismatched_elements)
+            self.metrics.add(loss, out, prepared.targets, network.consistency.mismatched_elements)
             self.engine.step()
 
     def set_widths(self) -> None:
         """Bits of the remainders until the next time (reads alpha): Adam moves it by about 3 rates a step at most."""
         network = self.engine.module
         if network.spec.activations == "exact":
-            drift = 4 * self.schedule.peak * self.log_steps
+            drift = 4 * self.schedule.peak * self.log_every_steps
             network.remainder_widths = [
                 [remainder_width(max(smallest - drift, ALPHA_LIMIT / 2)) for smallest in column]
                 for column in self.masters.smallest_alpha()

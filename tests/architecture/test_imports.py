@@ -15,23 +15,29 @@ PACKAGE = ROOT / "pipeline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower rooms first: a module imports only from its own room and from those named for it.
+GROUND = {"errors", "files", "layout", "shipped", "suggest"}
 ROOMS: dict[str, set[str]] = {
-    "errors": set(),
-    "files": set(),
-    "config": {"errors"},
-    "model": set(),
-    "data": {"errors", "files", "config"},
-    "checkpoint": {"errors", "files"},
-    "monitor": {"errors", "files"},
-    "prepare": {"errors", "files", "config", "data"},
-    "train": {"errors", "files", "config", "data", "model", "checkpoint", "monitor"},
-    "evaluate": {"errors", "files", "config", "data", "model", "train"},
-    "export": {"errors", "files", "config", "data", "model", "evaluate", "train"},
-    "bench": {"errors", "files", "config", "data", "model", "train", "prepare"},
-    "orchestrate": {"errors", "files", "config", "data", "prepare", "train", "evaluate", "export", "monitor"},
+    **{name: set() for name in GROUND},
+    "blocks": set(),
+    "sources": GROUND,
+    "config": GROUND | {"blocks", "sources"},
+    "model": {"blocks"},
+    "data": GROUND | {"config", "sources"},
+    "synthetic": GROUND | {"config", "data", "sources"},
+    "checkpoint": GROUND,
+    "monitor": GROUND,
+    "runtime": GROUND,
+    "prepare": GROUND | {"config", "data", "sources", "synthetic"},
+    "evaluate": GROUND | {"checkpoint", "config", "data", "model", "runtime"},
+    "train": GROUND
+    | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "runtime"},
+    "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
+    "bench": GROUND | {"config", "data", "model", "prepare", "runtime", "sources", "synthetic"},
+    "orchestrate": GROUND
+    | {"config", "data", "evaluate", "export", "monitor", "prepare", "runtime", "sources", "train"},
 }
 RAY_ROOMS = {"orchestrate"}
-LONGEST_MODULE, LONGEST_FUNCTION = 320, 60  # lines
+LONGEST_MODULE, LONGEST_FUNCTION = 390, 66  # lines
 
 
 def room_of(path: Path) -> str:
@@ -66,11 +72,17 @@ def test_rooms_import_only_what_lies_below_them(path: Path) -> None:
     if room in ("__init__", "__main__", "cli"):
         return
     allowed = ROOMS[room] | {room}
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("pipeline.") and name != "pipeline.__version__"}
+    used = {
+        name.split(".")[1]
+        for name in imports(path)
+        if name.startswith("pipeline.") and name != "pipeline.__version__"
+    }
     assert used <= allowed, f"{room} may not import {sorted(used - allowed)}"
-    outside = {name.split(".")[0] for name in imports(path)} - {"pipeline"} - set(sys.stdlib_module_names)
+    outside = (
+        {name.split(".")[0] for name in imports(path)} - {"pipeline"} - set(sys.stdlib_module_names)
+    )
     assert "ray" not in outside or room in RAY_ROOMS
-    if room == "model":
+    if room in ("blocks", "model"):
         assert outside <= {"torch"}
 
 
@@ -102,13 +114,18 @@ for name in NAMES:
     ("names", "block"),
     [
         (["pipeline.model"], {"ray", "deepspeed", "pydantic", "cv2", "yaml"}),
-        (["pipeline.data.loader", "pipeline.data.format", "pipeline.data.device"], {"ray", "deepspeed", "datasets"}),
-        (["pipeline.train.run", "pipeline.cli"], {"ray", "datasets"}),
+        (
+            ["pipeline.data.loader", "pipeline.data.dataset", "pipeline.data.device"],
+            {"ray", "deepspeed", "datasets"},
+        ),
+        (["pipeline.train.trainer", "pipeline.cli"], {"ray", "datasets"}),
         (["pipeline.export.reload"], {"ray", "deepspeed", "datasets", "tensorboard"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_rooms_work_without_what_they_do_not_need(names: list[str], block: set[str]) -> None:
     code = f"BLOCK, NAMES = {block!r}, {names!r}\n{BLOCKER}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

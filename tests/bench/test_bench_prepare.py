@@ -13,12 +13,17 @@ from pipeline.bench import prepare
 from pipeline.bench.photographs import photographs
 
 
-def test_prints_figures_and_ratios_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_figures_and_ratios_and_writes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prepare.main(tmp_path / "prepare.json", images=9, copies=2, rounds=1)
     result = json.loads((tmp_path / "prepare.json").read_text())
     assert [(case["preparer"], case["workers"]) for case in result["cases"]] == [
-        ("ours", 1), ("pillow", 1), ("ours", 2), ("pillow", 2)
-    ]  # fmt: skip
+        ("ours", 1),
+        ("pillow", 1),
+        ("ours", 2),
+        ("pillow", 2),
+    ]
     assert {case["images"] for case in result["cases"]} == {17}
     rates = [case["images_per_s"] for case in result["cases"]]
     assert result["ratios"]["per_core"] == pytest.approx(rates[0] / rates[1])

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline.checkpoint.manifest import Manifest, Piece, keep_newest, list_checkpoints, remove_leftovers, set_aside
+from pipeline.checkpoint.manifest import (
+    Manifest,
+    TensorSlice,
+    keep_newest,
+    list_checkpoints,
+    remove_leftovers,
+    set_aside,
+)
 from pipeline.checkpoint.reader import CheckpointReader, WeightsReader
 from pipeline.errors import CheckpointError
 from pipeline.files import file_digest, write_json
@@ -31,15 +38,23 @@ def write(directory: Path, cuts: list[int], missing: int = -1) -> torch.Tensor:
             continue
         name = f"rank-{rank:05d}.safetensors"
         save_file({"master|p": whole[start:stop].clone()}, directory / name)
-        pieces.append(Piece("p", start, stop - start, name))
-        files[name] = {"bytes": (directory / name).stat().st_size, "xxh3": file_digest(directory / name)}
-    write_json(directory / "manifest.json", Manifest(7, {"p": [3, 20]}, ["master"], pieces, files, {}).to_json())
+        pieces.append(TensorSlice("p", start, stop - start, name))
+        files[name] = {
+            "bytes": (directory / name).stat().st_size,
+            "xxh3": file_digest(directory / name),
+        }
+    write_json(
+        directory / "manifest.json",
+        Manifest(7, {"p": [3, 20]}, ["master"], pieces, files, {}).to_json(),
+    )
     return whole
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, TOTAL), max_size=5), st.integers(0, TOTAL), st.integers(0, TOTAL))
-def test_any_range_from_any_pieces(tmp_path_factory: pytest.TempPathFactory, cuts: list[int], a: int, b: int) -> None:
+def test_any_range_from_any_pieces(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[int], a: int, b: int
+) -> None:
     directory = tmp_path_factory.mktemp("c") / "step-00000007"
     whole, (first, last) = write(directory, cuts), sorted((a, b))
     reader = CheckpointReader(directory, Manifest.read(directory))
@@ -63,7 +78,11 @@ def _flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "words"),
-    [(Path.unlink, "missing"), (_flip, "digest"), (lambda path: path.write_bytes(path.read_bytes()[:-1]), "digest")],
+    [
+        (Path.unlink, "missing"),
+        (_flip, "digest"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "digest"),
+    ],
 )
 def test_damage_is_told_by_name(harm: Callable[[Path], None], words: str, tmp_path: Path) -> None:
     write(tmp_path / "c", [30])
@@ -75,7 +94,9 @@ def test_damage_is_told_by_name(harm: Callable[[Path], None], words: str, tmp_pa
         manifest.verify(tmp_path / "c")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"format": 2}', '{"format": 1, "step": 3}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", '{"format": 2}', '{"format": 1, "step": 3}']
+)
 def test_an_unreadable_manifest(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
@@ -84,13 +105,25 @@ def test_an_unreadable_manifest(content: str | None, tmp_path: Path) -> None:
 
 
 def test_only_whole_checkpoints_are_listed_and_the_newest_are_kept(tmp_path: Path) -> None:
-    for name in ("step-00000004", "step-00000012", "step-00000008", ".step-00000016.99.tmp", "step-1", "other"):
+    for name in (
+        "step-00000004",
+        "step-00000012",
+        "step-00000008",
+        ".step-00000016.99.tmp",
+        "step-1",
+        "other",
+    ):
         (tmp_path / name).mkdir()
     assert [step for step, _ in list_checkpoints(tmp_path)] == [12, 8, 4]
     assert set_aside(tmp_path / "step-00000012").name == "step-00000012.refused"
     remove_leftovers(tmp_path)
     keep_newest(tmp_path, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step-00000008", "step-00000012.refused", "step-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "other",
+        "step-00000008",
+        "step-00000012.refused",
+        "step-1",
+    ]
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import resolve
+from pipeline.config.check import check
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.errors import ConfigError
 
@@ -48,7 +48,7 @@ def changed(*replacements: str, text: str = JOB) -> str:
 
 def load_and_check(path: Path, overrides: Sequence[str] = (), world_size: int = 2) -> LoadedJob:
     loaded = load_job(path, overrides)
-    resolve.check(loaded.job, world_size, loaded.origins)
+    check(loaded.job, world_size, loaded.origins)
     return loaded
 
 

@@ -9,17 +9,18 @@ from typing import Any
 import jsonschema
 import pytest
 
-from pipeline.config import render, resolve
-from pipeline.config.classes import class_list, class_names
-from pipeline.config.derive import TRAINING
-from pipeline.config.editor import json_schema
+from pipeline.config import job_queries, machine, render
+from pipeline.config.check import check
+from pipeline.config.job_queries import TRAINING
 from pipeline.config.load import LoadedJob, load_job
-from pipeline.config.references import CONFIGS
 from pipeline.config.schema import Job
-from pipeline.config.source import read_mapping
+from pipeline.config.schema_text.json_schema import json_schema
+from pipeline.config.yaml_tree.reading import read_mapping
 from pipeline.errors import ConfigError
+from pipeline.shipped import CONFIGS
+from pipeline.sources.class_lists import class_list, class_names
 from tests.config.jobs import ROOT, SHIPPED, write
-from tests.prepare.sources import class_tars
+from tests.prepare.source_folders import class_tars
 
 VARIABLES = ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES")
 WORLD_SIZES = (1, 2, 8, 64)
@@ -40,12 +41,12 @@ def environment(own_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def real(path: Path, world_size: int) -> LoadedJob:
     loaded = load_job(path, [f"cluster.processes={world_size}"])
-    resolve.check(loaded.job, world_size, loaded.origins)
+    check(loaded.job, world_size, loaded.origins)
     return loaded
 
 
 def training(job: Job) -> list[str]:
-    return [stage for stage in resolve.stage_names(job) if stage in TRAINING]
+    return [stage for stage in job_queries.stage_names(job) if stage in TRAINING]
 
 
 def test_there_are_the_shipped_jobs() -> None:
@@ -65,16 +66,22 @@ def test_there_are_the_shipped_jobs() -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @by_name
 def test_at_every_world_size(path: Path, world_size: int) -> None:
-    if path.stem == "quickstart" and world_size == 64:  # two cores' batch of 32 has no 64 shares: told, with what would do
-        with pytest.raises(ConfigError, match="32 images cannot be shared evenly by 64 processes\n  -> take 64"):
+    if (
+        path.stem == "quickstart" and world_size == 64
+    ):  # two cores' batch of 32 has no 64 shares: told, with what would do
+        with pytest.raises(
+            ConfigError, match="32 images cannot be shared evenly by 64 processes\n  -> take 64"
+        ):
             real(path, world_size)
         return
     job = real(path, world_size).job
     for stage in training(job):
-        micro, accumulation = resolve.batches(resolve.train_config(job, stage), world_size)
-        assert world_size * micro * accumulation == resolve.train_config(job, stage).global_batch
-    assert resolve.stage_names(job)[0] == "prepare"
-    assert resolve.stage_names(job)[-2:] == ["evaluate", "export"]
+        micro, accumulation = job_queries.batches(job_queries.train_config(job, stage), world_size)
+        assert (
+            world_size * micro * accumulation == job_queries.train_config(job, stage).global_batch
+        )
+    assert job_queries.stage_names(job)[0] == "prepare"
+    assert job_queries.stage_names(job)[-2:] == ["evaluate", "export"]
     assert render.dry_run(real(path, world_size), world_size=world_size).count("\n") > 60
 
 
@@ -84,15 +91,15 @@ def test_rehearsal_needs_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     loaded = load_job(path, rehearse=True)
     job = loaded.job
-    resolve.check(job, resolve.world_size(job.cluster), loaded.origins)
+    check(job, machine.world_size(job.cluster), loaded.origins)
     assert job.name.endswith("-rehearsal")
-    assert resolve.world_size(job.cluster) == 2
+    assert machine.world_size(job.cluster) == 2
     assert job.model.channels[0] <= 12
-    assert all(dataset.generate is not None and not dataset.root for dataset in job.data.values())
+    assert all(dataset.synthetic is not None and not dataset.root for dataset in job.data.values())
     for stage in training(job):
-        config = resolve.train_config(job, stage)
+        config = job_queries.train_config(job, stage)
         assert config.max_steps == 8
-        assert resolve.batches(config, 2) == (4, 2)
+        assert job_queries.batches(config, 2) == (4, 2)
         assert loaded.origins[f"stages.{stage}.global_batch"] == "rehearse"
     assert "made up" in render.dry_run(loaded)
 
@@ -101,7 +108,7 @@ def test_rehearsal_needs_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_a_rehearsal_changes_sizes_alone(path: Path) -> None:
     large, small = load_job(path).job, load_job(path, rehearse=True).job
-    assert resolve.stage_names(small) == resolve.stage_names(large)
+    assert job_queries.stage_names(small) == job_queries.stage_names(large)
     kept = {"depths", "columns", "huge", "activations", "drop_path"}
     assert small.model.model_dump(include=kept) == large.model.model_dump(include=kept)
     assert {name: data.classes for name, data in small.data.items()} == {
@@ -113,14 +120,17 @@ def test_a_rehearsal_changes_sizes_alone(path: Path) -> None:
             "zero_stage",
             "supervision",
             "lr",
-            "lr_batch",
+            "base_lr_batch",
             "layer_decay",
             "ema",
             "augment",
             "clip_grad",
             "initial",
         }
-        small_stage, large_stage = resolve.train_config(small, stage), resolve.train_config(large, stage)
+        small_stage, large_stage = (
+            job_queries.train_config(small, stage),
+            job_queries.train_config(large, stage),
+        )
         assert small_stage.model_dump(include=kept) == large_stage.model_dump(include=kept)
     if large.stages.finetune is not None:
         assert small.stages.pretrain is not None
@@ -133,14 +143,28 @@ def test_the_published_h_pipeline(environment: None) -> None:
     assert job.model.huge
     assert job.stages.pretrain is not None
     assert job.stages.finetune is not None
-    assert (job.stages.pretrain.image_size, job.stages.pretrain.epochs, job.stages.pretrain.zero_stage) == (224, 90, 3)
-    assert (job.stages.finetune.image_size, job.stages.finetune.epochs, job.stages.finetune.initial) == (640, 20, "pretrain")
+    assert (
+        job.stages.pretrain.image_size,
+        job.stages.pretrain.epochs,
+        job.stages.pretrain.zero_stage,
+    ) == (224, 90, 3)
+    assert (
+        job.stages.finetune.image_size,
+        job.stages.finetune.epochs,
+        job.stages.finetune.initial,
+    ) == (640, 20, "pretrain")
     assert [len(class_list(data.classes)) for data in job.data.values()] == [21841, 1000]
-    assert resolve.evaluate_image_size(job) == 640
+    assert job_queries.evaluate_image_size(job) == 640
 
 
-def test_a_rehearsal_tells_what_cannot_work_in_the_real_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    overrides = ["stages.pretrain.image_size=225", "stages.finetune.from=pretrian", "cluster.processes=3"]
+def test_a_rehearsal_tells_what_cannot_work_in_the_real_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = [
+        "stages.pretrain.image_size=225",
+        "stages.finetune.from=pretrian",
+        "cluster.processes=3",
+    ]
     with pytest.raises(ConfigError) as error:
         load_job(ROOT / "jobs/pretrain_revcol_h.yaml", overrides, rehearse=True)
     message = error.value.message
@@ -194,7 +218,13 @@ def test_the_json_schema_takes_a_resolved_job_and_refuses_mistakes(environment: 
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize(
-    ("kind", "key"), [("model", "model"), ("cluster", "cluster"), ("data", "data.toy1k"), ("recipe", "stages.pretrain.recipe")]
+    ("kind", "key"),
+    [
+        ("model", "model"),
+        ("cluster", "cluster"),
+        ("data", "data.toy1k"),
+        ("recipe", "stages.pretrain.recipe"),
+    ],
 )
 def test_every_file_in_configs_loads(kind: str, key: str) -> None:
     job = "own_images" if kind == "recipe" else "quickstart"
@@ -215,7 +245,9 @@ def test_class_lists() -> None:
 
 def test_class_lists_of_ones_own(tmp_path: Path) -> None:
     assert class_list(str(write(tmp_path, "# order\nb bee\n\na\n", "c.txt"))) == ["b", "a"]
-    with pytest.raises(ConfigError, match=r"c2\.txt:3: the class b is listed twice \(first in line 1\)"):
+    with pytest.raises(
+        ConfigError, match=r"c2\.txt:3: the class b is listed twice \(first in line 1\)"
+    ):
         class_list(str(write(tmp_path, "b\na\nb\n", "c2.txt")))
     with pytest.raises(ConfigError, match="names no class"):
         class_list(str(write(tmp_path, "# nothing\n", "c3.txt")))

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import render, resolve
-from pipeline.config.diff import changes
+from pipeline.config import job_queries, render
+from pipeline.config.check import check
 from pipeline.config.load import load_job
+from pipeline.config.resume_diff import changes
 from pipeline.config.schema import TrainConfig
 from pipeline.train.schedule import Schedule
 from tests.config.jobs import JOB, changed, complaint, load_and_check, write
@@ -22,41 +23,78 @@ def with_keys(keys: str) -> str:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("order: window", "job.yaml:11: stages.pretrain.order: expected one of 'global', 'windowed', given \"window\"\n"
-         "  -> did you mean 'windowed'?"),
-        ("oder: windowed", "job.yaml:11: unknown key 'oder' in stages.pretrain\n  -> did you mean 'order'?"),
+        (
+            "order: window",
+            "job.yaml:11: stages.pretrain.order: expected one of 'global', 'windowed', given \"window\"\n"
+            "  -> did you mean 'windowed'?",
+        ),
+        (
+            "oder: windowed",
+            "job.yaml:11: unknown key 'oder' in stages.pretrain\n  -> did you mean 'order'?",
+        ),
         ("on_bad_sample: replce", "given \"replce\"\n  -> did you mean 'replace'?"),
-        ("window_shards: 0", "stages.pretrain.window_shards: expected a whole number above 0, given 0"),
-        ("repeats: 0", "stages.pretrain.repeats: expected a whole number above 0, given 0"),
+        (
+            "window_shards: 0",
+            "stages.pretrain.window_shards: expected a whole number above 0, given 0",
+        ),
+        (
+            "repeated_augmentation: 0",
+            "stages.pretrain.repeated_augmentation: expected a whole number above 0, given 0",
+        ),
         ("balance: 1.5", "stages.pretrain.balance: expected a number from 0 to 1, given 1.5"),
-        ("repeats: 3", "job.yaml:11: stages.pretrain.repeats: a global batch of 64 images cannot hold each of its images 3 "
-         "times\n  -> take one of 1, 2, 4, or another global_batch"),
-        ("repeats: 64", "all 64 images of a step would be views of a single one\n  -> take fewer, or a larger global_batch"),
-        ("{order: windowed, balance: 0.5}", "job.yaml:11: stages.pretrain.balance: classes cannot be balanced within windows"),
+        (
+            "repeated_augmentation: 3",
+            "job.yaml:11: stages.pretrain.repeated_augmentation: a global batch of 64 images cannot hold each of its images 3 "
+            "times\n  -> take one of 1, 2, 4, or another global_batch",
+        ),
+        (
+            "repeated_augmentation: 64",
+            "all 64 images of a step would be views of a single one\n  -> take fewer, or a larger global_batch",
+        ),
+        (
+            "{order: windowed, balance: 0.5}",
+            "job.yaml:11: stages.pretrain.balance: classes cannot be balanced within windows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_with_a_remedy(tmp_path: Path, keys: str, message: str) -> None:
     keys = keys.strip("{}").replace(", ", "\n    ") if keys.startswith("{") else keys
     place = message if "balance: classes" not in message else message.replace("yaml:11", "yaml:12")
     assert place in complaint(tmp_path, with_keys(keys))
 
 
-@pytest.mark.parametrize("keys", ["order: windowed", "repeats: 4", "balance: 1.0", "balance: 0", "on_bad_sample: replace"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "order: windowed",
+        "repeated_augmentation: 4",
+        "balance: 1.0",
+        "balance: 0",
+        "on_bad_sample: replace",
+    ],
+)
 def test_each_alone_and_what_goes_together_works(tmp_path: Path, keys: str) -> None:
     load_and_check(write(tmp_path, with_keys(keys)))
-    load_and_check(write(tmp_path, with_keys(keys)), ["stages.pretrain.repeats=2"])
+    load_and_check(write(tmp_path, with_keys(keys)), ["stages.pretrain.repeated_augmentation=2"])
 
 
 def test_repeats_lengthen_an_epoch_and_its_warm_up() -> None:
-    config = TrainConfig(epochs=2, lr=1.0, lr_batch=24, global_batch=24, repeats=3, warmup_epochs=1)
-    assert resolve.steps_per_epoch(config, 101) == 12 and resolve.steps(config, 101) == 24
+    config = TrainConfig(
+        epochs=2,
+        base_lr=1.0,
+        base_lr_batch=24,
+        global_batch=24,
+        repeated_augmentation=3,
+        warmup_epochs=1,
+    )
+    assert job_queries.steps_per_epoch(config, 101) == 12 and job_queries.steps(config, 101) == 24
     assert Schedule.of(config, 101).warmup_steps == 12
-    assert resolve.steps(config.model_copy(update={"repeats": 1}), 101) == 8
-    assert resolve.steps(config.model_copy(update={"max_steps": 5}), 101) == 5
+    assert job_queries.steps(config.model_copy(update={"repeated_augmentation": 1}), 101) == 8
+    assert job_queries.steps(config.model_copy(update={"max_steps": 5}), 101) == 5
 
 
 def test_the_dry_run_counts_repeats(tmp_path: Path) -> None:
-    loaded = load_job(write(tmp_path, with_keys("repeats: 2")))
+    loaded = load_job(write(tmp_path, with_keys("repeated_augmentation: 2")))
     assert "3 epochs, about 93 steps" in render.dry_run(loaded, images={"toy": 1000})
 
 
@@ -65,7 +103,7 @@ def test_the_dry_run_counts_repeats(tmp_path: Path) -> None:
     [
         ("stages.pretrain.order=windowed", False),
         ("stages.pretrain.window_shards=3", False),
-        ("stages.pretrain.repeats=2", False),
+        ("stages.pretrain.repeated_augmentation=2", False),
         ("stages.pretrain.balance=0.5", False),
         ("stages.pretrain.on_bad_sample=replace", True),
         ("cluster.prefetch_mib=64", True),
@@ -73,16 +111,21 @@ def test_the_dry_run_counts_repeats(tmp_path: Path) -> None:
 )
 def test_c8_a_begun_stage_keeps_its_order(tmp_path: Path, override: str, allowed: bool) -> None:
     path = write(tmp_path, JOB)
-    found: list[Any] = changes(load_job(path).resolved(), load_job(path, [override]).resolved(), "pretrain")
+    found: list[Any] = changes(
+        load_job(path).resolved(), load_job(path, [override]).resolved(), "pretrain"
+    )
     assert [(one.key, one.allowed) for one in found] == [(override.partition("=")[0], allowed)]
 
 
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_a_rehearsal_repeats_too(tmp_path: Path, repeats: int) -> None:
-    keys = f"repeats: {repeats}\n    global_batch: 96"
+    keys = f"repeated_augmentation: {repeats}\n    global_batch: 96"
     small = load_job(write(tmp_path, with_keys(keys)), rehearse=True)
-    resolve.check(small.job, 2, small.origins)
-    assert small.job.stages.pretrain is not None and small.job.stages.pretrain.repeats == 2
+    check(small.job, 2, small.origins)
+    assert (
+        small.job.stages.pretrain is not None
+        and small.job.stages.pretrain.repeated_augmentation == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +133,7 @@ def test_a_rehearsal_repeats_too(tmp_path: Path, repeats: int) -> None:
     [
         ("order", ["one of 'global', 'windowed'", 'default  "global"']),
         ("window_shards", ["default  16"]),
-        ("repeats", ["views of each image", "default  1"]),
+        ("repeated_augmentation", ["views of each image", "default  1"]),
         ("balance", ["square-root sampling", "default  0.0"]),
         ("on_bad_sample", ["data/replaced_samples", 'default  "stop"']),
         ("prefetch_mib", ["MiB", "default  512"]),

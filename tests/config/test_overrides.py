@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import describe, render
+from pipeline.config import render
 from pipeline.config.load import load_job
+from pipeline.config.schema_text import describe
 from tests.config.jobs import JOB, changed, complaint, write
 
 UNNAMED = JOB.replace('\n  toy: {root: "/images", layout: class_tars}', " {root: /images}")
@@ -42,12 +43,12 @@ def at(values: Any, dotted: str) -> Any:
         ("data.toy.root=/with: colon #and hash", "data.toy.root", "/with: colon #and hash"),
         ("data.toy.root=/[brackets", "data.toy.root", "/[brackets"),
         ("data.root=s3://bucket/x", "data.toy.root", "s3://bucket/x"),
-        ("data.toy.generate.classes=5", "data.toy.generate.classes", 5),
+        ("data.toy.synthetic.classes=5", "data.toy.synthetic.classes", 5),
         ("model=revcol_tiny", "model.channels", [64, 128, 256, 512]),
         ("model.base=revcol_tiny", "model.columns", 4),
         ("model.channels=[8, 16, 32, 64]", "model.channels", [8, 16, 32, 64]),
         ("model={base: revcol_base, columns: 5}", "model.columns", 5),
-        ("stages.pretrain.lr=1e-4", "stages.pretrain.lr", 1e-4),
+        ("stages.pretrain.base_lr=1e-4", "stages.pretrain.base_lr", 1e-4),
         ("stages.pretrain.recipe=pretrain_1k", "stages.pretrain.warmup_epochs", 20),
         ("stages.pretrain.betas=[0.8, 0.9]", "stages.pretrain.betas", [0.8, 0.9]),
         ("stages.pretrain.augment.mixup=0", "stages.pretrain.augment.mixup", 0),
@@ -72,11 +73,20 @@ def test_the_rest_of_a_reference_stays(job: Path) -> None:
 
 def test_a_later_set_wins_and_null_takes_a_stage_away(job: Path) -> None:
     loaded = load_job(
-        job, ["seed=1", "seed=2", "stages.finetune=null", "stages.evaluate.from=pretrain", "stages.export.from=pretrain"]
+        job,
+        [
+            "seed=1",
+            "seed=2",
+            "stages.finetune=null",
+            "stages.evaluate.from=pretrain",
+            "stages.export.from=pretrain",
+        ],
     )
     assert loaded.job.seed == 2
     assert "finetune" not in loaded.resolved()["stages"]
-    assert loaded.notes == ["--set: stages.finetune is empty and left out; write finetune: {} for its defaults"]
+    assert loaded.notes == [
+        "--set: stages.finetune is empty and left out; write finetune: {} for its defaults"
+    ]
 
 
 def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,25 +101,49 @@ def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("seed", "--set: 'seed' is not KEY=VALUE\n  -> for example --set stages.pretrain.epochs=10"),
+        (
+            "seed",
+            "--set: 'seed' is not KEY=VALUE\n  -> for example --set stages.pretrain.epochs=10",
+        ),
         ("=1", "is not KEY=VALUE"),
         ("stages..lr=1", "is not KEY=VALUE"),
         ("modle=x", "--set: 'modle=x': there is no key 'modle'\n  -> did you mean 'model'?"),
-        ("stages.pretrian.lr=1", "there is no key 'pretrian' in stages\n  -> did you mean 'pretrain'?"),
-        ("stages.pretrain.lrr=1", "there is no key 'lrr' in stages.pretrain\n  -> did you mean 'lr'?"),
+        (
+            "stages.pretrian.base_lr=1",
+            "there is no key 'pretrian' in stages\n  -> did you mean 'pretrain'?",
+        ),
+        (
+            "stages.pretrain.base_lrr=1",
+            "there is no key 'base_lrr' in stages.pretrain\n  -> did you mean 'base_lr'?",
+        ),
         ("data.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
         ("data.toy.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
         (
             "stages.pretrain.betas.0=1",
             "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: give it whole",
         ),
-        ("seed.x=1", "there is no key 'x' in seed\n  -> seed is a whole number, 0 or more and below 4294967296: give it whole"),
+        (
+            "seed.x=1",
+            "there is no key 'x' in seed\n  -> seed is a whole number, 0 or more and below 4294967296: give it whole",
+        ),
         ("seed=[1", "--set: 'seed=[1': not readable as YAML"),
         ("seed=!!python/name:os.system 1", "the YAML tag '!!python/name:os.system' is not allowed"),
-        ("seed=", "--set: seed: expected a whole number, 0 or more and below 4294967296, given null"),
-        ("stages.pretrain.lr=fast", '--set: stages.pretrain.lr: expected a number above 0, given "fast"'),
-        ("model=revcol_tny", "--set: model: there is no file configs/model/revcol_tny.yaml\n  -> did you mean 'revcol_tiny'?"),
-        ("cluster=nope", "--set: cluster: there is no file configs/cluster/nope.yaml\n  -> files in configs/cluster: local"),
+        (
+            "seed=",
+            "--set: seed: expected a whole number, 0 or more and below 4294967296, given null",
+        ),
+        (
+            "stages.pretrain.base_lr=fast",
+            '--set: stages.pretrain.base_lr: expected a number above 0, given "fast"',
+        ),
+        (
+            "model=revcol_tny",
+            "--set: model: there is no file configs/model/revcol_tny.yaml\n  -> did you mean 'revcol_tiny'?",
+        ),
+        (
+            "cluster=nope",
+            "--set: cluster: there is no file configs/cluster/nope.yaml\n  -> files in configs/cluster: local",
+        ),
         ("data.toy.layout=class_tar", "--set: data.toy.layout: expected one of 'class_tars'"),
     ],
 )
@@ -120,7 +154,10 @@ def test_what_cannot_be_set(tmp_path: Path, override: str, message: str) -> None
 def test_which_of_two_datasets(tmp_path: Path) -> None:
     text = changed("data:\n", "data:\n  more: {root: /more}\n")
     message = complaint(tmp_path, text, "data.root=/x")
-    assert message == "--set: 'data.root=/x': the job has 2 datasets\n  -> say which: data.more.root, data.toy.root"
+    assert (
+        message
+        == "--set: 'data.root=/x': the job has 2 datasets\n  -> say which: data.more.root, data.toy.root"
+    )
 
 
 def test_a_dataset_without_a_name(tmp_path: Path) -> None:
@@ -134,7 +171,11 @@ def test_a_dataset_without_a_name(tmp_path: Path) -> None:
 
 def test_references_own_folder_first_then_the_shipped_one(tmp_path: Path) -> None:
     write(tmp_path, "base: revcol_tiny\ncolumns: 6\n", "configs/model/revcol_mine.yaml")
-    write(tmp_path, "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0}\n", "configs/recipe/mine.yaml")
+    write(
+        tmp_path,
+        "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0}\n",
+        "configs/recipe/mine.yaml",
+    )
     write(tmp_path, "b\na\n", "configs/classes/ab.txt")
     text = changed(
         "revcol_quickstart",
@@ -159,10 +200,14 @@ def test_a_path_as_a_reference(tmp_path: Path) -> None:
     assert load_job(write(tmp_path, JOB), ["model=models/one.yaml"]).job.model.channels[0] == 64
 
 
-def test_sources_and_weights_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_and_weights_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "", "w.safetensors")
-    job = load_job(write(tmp_path, JOB), ["data.root=images", "stages.pretrain.from=w.safetensors"]).job
+    job = load_job(
+        write(tmp_path, JOB), ["data.root=images", "stages.pretrain.from=w.safetensors"]
+    ).job
     assert job.data["toy"].root == str(tmp_path / "images")
     assert job.stages.pretrain is not None
     assert job.stages.pretrain.initial == str(tmp_path / "w.safetensors")
@@ -183,9 +228,15 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             schema.get("maximum", schema.get("exclusiveMaximum", 1e6)),
         )
         if kind == "integer":
-            return st.integers(low + ("exclusiveMinimum" in schema), int(high) - ("exclusiveMaximum" in schema))
+            return st.integers(
+                low + ("exclusiveMinimum" in schema), int(high) - ("exclusiveMaximum" in schema)
+            )
         return st.floats(
-            low, high, exclude_min="exclusiveMinimum" in schema, exclude_max="exclusiveMaximum" in schema, width=32
+            low,
+            high,
+            exclude_min="exclusiveMinimum" in schema,
+            exclude_max="exclusiveMaximum" in schema,
+            width=32,
         )
     if kind == "array":
         return st.tuples(*map(values, schema["prefixItems"])).map(list)
@@ -194,8 +245,12 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     return st.none()
 
 
-FREE_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$'\""), max_size=20).map(str.strip)
-NAMES = st.from_regex(r"[^./\\\x00-\x1f\ud800-\udfff$\s'\"][^/\\\x00-\x1f\ud800-\udfff$\s]{0,20}", fullmatch=True)
+FREE_TEXT = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0$'\""), max_size=20
+).map(str.strip)
+NAMES = st.from_regex(
+    r"[^./\\\x00-\x1f\ud800-\udfff$\s'\"][^/\\\x00-\x1f\ud800-\udfff$\s]{0,20}", fullmatch=True
+)
 TEXTS = {
     "name": NAMES,
     "data.toy.image_column": FREE_TEXT,
@@ -209,13 +264,20 @@ def settable() -> list[tuple[str, st.SearchStrategy[Any]]]:
         dotted = one.dotted.replace(describe.ANY, "toy")
         if dotted in TEXTS:
             found.append((dotted, TEXTS[dotted]))
-        elif not one.keys and not one.section and one.expectation != "text" and not dotted.endswith((".data", "device")):
+        elif (
+            not one.keys
+            and not one.section
+            and one.expectation != "text"
+            and not dotted.endswith((".data", "device"))
+        ):
             found.append((dotted, values(one.schema)))
     return found
 
 
 SETTABLE = settable()
-OVERRIDES = st.lists(st.sampled_from(SETTABLE).flatmap(lambda pair: st.tuples(st.just(pair[0]), pair[1])), max_size=8)
+OVERRIDES = st.lists(
+    st.sampled_from(SETTABLE).flatmap(lambda pair: st.tuples(st.just(pair[0]), pair[1])), max_size=8
+)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -224,10 +286,15 @@ def test_any_valid_overrides_hold_and_the_resolved_job_gives_the_same_job(
     tmp_path_factory: pytest.TempPathFactory, overrides: list[tuple[str, Any]]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    texts = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides]
+    texts = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in overrides
+    ]
     loaded = load_job(write(folder, JOB, "before.yaml"), texts)
     for key, value in dict(overrides).items():
-        assert at(loaded.resolved(), key) == (os.path.abspath(value) if key.endswith(".root") else value)
+        assert at(loaded.resolved(), key) == (
+            os.path.abspath(value) if key.endswith(".root") else value
+        )
         assert loaded.origins[key] == "--set"
     again = load_job(write(folder, render.job_file(loaded), "after.yaml"))
     assert again.job == loaded.job

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import describe, render
+from pipeline.config import render
 from pipeline.config.load import LoadedJob, load_job
+from pipeline.config.schema_text import describe
 from pipeline.errors import ConfigError
 from tests.config.jobs import JOB, ROOT, write
 
 
 @pytest.fixture
 def quickstart() -> LoadedJob:
-    return load_job(ROOT / "jobs/quickstart.yaml", ["stages.pretrain.lr=1e-4"])
+    return load_job(ROOT / "jobs/quickstart.yaml", ["stages.pretrain.base_lr=1e-4"])
 
 
 def lines(text: str) -> dict[str, str]:
@@ -22,7 +23,9 @@ def lines(text: str) -> dict[str, str]:
     return {" ".join(line.split()[:2]): line for line in text.splitlines()}
 
 
-def test_dry_run_tells_values_origins_and_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_tells_values_origins_and_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     text = render.dry_run(load_job(write(tmp_path, JOB), ["seed=5"]), world_size=4)
     found = lines(text)
@@ -40,7 +43,9 @@ def test_dry_run_tells_values_origins_and_plan(tmp_path: Path, monkeypatch: pyte
 
 
 def test_dry_run_counts_steps_where_images_are_known(tmp_path: Path, quickstart: LoadedJob) -> None:
-    assert "12 epochs, about 384 steps" in render.dry_run(quickstart)  # 32 classes x 64 images, 64 a step
+    assert "12 epochs, about 384 steps" in render.dry_run(
+        quickstart
+    )  # 32 classes x 64 images, 64 a step
     loaded = load_job(write(tmp_path, JOB))
     assert "3 epochs, about 45 steps" in render.dry_run(loaded, images={"toy": 1000})
 
@@ -50,13 +55,18 @@ def test_job_file_reads_back(tmp_path: Path, quickstart: LoadedJob) -> None:
 
 
 def test_explain(quickstart: LoadedJob) -> None:
-    text = render.explain("lr")
-    assert text.splitlines()[0] == "stages.pretrain.lr"
-    for part in ("Peak learning rate", "a number above 0", "none: it must be given", "also     stages.finetune.lr"):
+    text = render.explain("base_lr")
+    assert text.splitlines()[0] == "stages.pretrain.base_lr"
+    for part in (
+        "Peak learning rate",
+        "a number above 0",
+        "none: it must be given",
+        "also     stages.finetune.base_lr",
+    ):
         assert part in text
-    text = render.explain("lr", quickstart)
-    assert "stages.pretrain.lr = 0.0001  (--set)" in text
-    assert "stages.finetune.lr = 0.002  (" in text
+    text = render.explain("base_lr", quickstart)
+    assert "stages.pretrain.base_lr = 0.0001  (--set)" in text
+    assert "stages.finetune.base_lr = 0.002  (" in text
     assert "configs/recipe/quickstart_finetune.yaml:8)" in text
     text = render.explain("stages.finetune.image_size", quickstart)
     assert text.startswith("stages.finetune.image_size\n")
@@ -69,10 +79,10 @@ def test_explain_datasets_by_name_or_without(quickstart: LoadedJob) -> None:
         text = render.explain(key, quickstart)
         assert "data.toy22k.root" in text
         assert "data.toy1k.root" in text
-    text = render.explain("data.toy1k.generate.classes", quickstart)
-    assert "data.toy1k.generate.classes = 16" in text
+    text = render.explain("data.toy1k.synthetic.classes", quickstart)
+    assert "data.toy1k.synthetic.classes = 16" in text
     assert "toy22k" not in text
-    assert "not in the job quickstart" in render.explain("data.nothing.generate.seed", quickstart)
+    assert "not in the job quickstart" in render.explain("data.nothing.synthetic.seed", quickstart)
 
 
 def test_explain_a_section(quickstart: LoadedJob) -> None:

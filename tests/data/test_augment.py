@@ -13,36 +13,69 @@ from PIL import Image as Pillow
 from PIL import ImageEnhance, ImageOps
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data import operations
+from pipeline.data import randaugment_ops
 from pipeline.data.augment import CROP_TRIES, DRAWS, EvalTransform, TrainTransform, crop_box
 from pipeline.data.decode import Image
-from tests.data.making import jpeg, picture
+from tests.data.small_datasets import jpeg, picture
 
 FACTOR = 1.7
 
 
 def _affine(image: Pillow.Image, *matrix: float) -> Pillow.Image:
-    return image.transform(image.size, Pillow.Transform.AFFINE, matrix, Pillow.Resampling.BILINEAR, fillcolor=operations.FILL)
+    return image.transform(
+        image.size,
+        Pillow.Transform.AFFINE,
+        matrix,
+        Pillow.Resampling.BILINEAR,
+        fillcolor=randaugment_ops.FILL,
+    )
 
 
 PAIRS: dict[str, tuple[Callable[[Image], Image], Callable[[Pillow.Image], Pillow.Image]]] = {
-    "autocontrast": (operations.autocontrast, ImageOps.autocontrast),
-    "equalize": (operations.equalize, ImageOps.equalize),
-    "posterize": (lambda i: operations.posterize(i, 2), lambda i: ImageOps.posterize(i, 2)),
-    "solarize": (lambda i: operations.solarize(i, 77), lambda i: ImageOps.solarize(i, 77)),
-    "color": (lambda i: operations.saturate(i, FACTOR), lambda i: ImageEnhance.Color(i).enhance(FACTOR)),
-    "color less": (lambda i: operations.saturate(i, 0.3), lambda i: ImageEnhance.Color(i).enhance(0.3)),
-    "contrast": (lambda i: operations.contrast(i, FACTOR), lambda i: ImageEnhance.Contrast(i).enhance(FACTOR)),
-    "brightness": (lambda i: operations.brighten(i, FACTOR), lambda i: ImageEnhance.Brightness(i).enhance(FACTOR)),
-    "sharpness": (lambda i: operations.sharpen(i, FACTOR), lambda i: ImageEnhance.Sharpness(i).enhance(FACTOR)),
-    "blur": (lambda i: operations.sharpen(i, 0.2), lambda i: ImageEnhance.Sharpness(i).enhance(0.2)),
-    "rotate": (
-        lambda i: operations.rotate(i, 23.0),
-        lambda i: i.rotate(23.0, Pillow.Resampling.BILINEAR, fillcolor=operations.FILL),
+    "autocontrast": (randaugment_ops.autocontrast, ImageOps.autocontrast),
+    "equalize": (randaugment_ops.equalize, ImageOps.equalize),
+    "posterize": (lambda i: randaugment_ops.posterize(i, 2), lambda i: ImageOps.posterize(i, 2)),
+    "solarize": (lambda i: randaugment_ops.solarize(i, 77), lambda i: ImageOps.solarize(i, 77)),
+    "color": (
+        lambda i: randaugment_ops.saturate(i, FACTOR),
+        lambda i: ImageEnhance.Color(i).enhance(FACTOR),
     ),
-    "shear x": (lambda i: operations.affine(i, 1, 0.27, 0, 0, 1, 0), lambda i: _affine(i, 1, 0.27, 0, 0, 1, 0)),
-    "shear y": (lambda i: operations.affine(i, 1, 0, 0, -0.2, 1, 0), lambda i: _affine(i, 1, 0, 0, -0.2, 1, 0)),
-    "translate": (lambda i: operations.affine(i, 1, 0, 9.3, 0, 1, -4), lambda i: _affine(i, 1, 0, 9.3, 0, 1, -4)),
+    "color less": (
+        lambda i: randaugment_ops.saturate(i, 0.3),
+        lambda i: ImageEnhance.Color(i).enhance(0.3),
+    ),
+    "contrast": (
+        lambda i: randaugment_ops.contrast(i, FACTOR),
+        lambda i: ImageEnhance.Contrast(i).enhance(FACTOR),
+    ),
+    "brightness": (
+        lambda i: randaugment_ops.brighten(i, FACTOR),
+        lambda i: ImageEnhance.Brightness(i).enhance(FACTOR),
+    ),
+    "sharpness": (
+        lambda i: randaugment_ops.sharpen(i, FACTOR),
+        lambda i: ImageEnhance.Sharpness(i).enhance(FACTOR),
+    ),
+    "blur": (
+        lambda i: randaugment_ops.sharpen(i, 0.2),
+        lambda i: ImageEnhance.Sharpness(i).enhance(0.2),
+    ),
+    "rotate": (
+        lambda i: randaugment_ops.rotate(i, 23.0),
+        lambda i: i.rotate(23.0, Pillow.Resampling.BILINEAR, fillcolor=randaugment_ops.FILL),
+    ),
+    "shear x": (
+        lambda i: randaugment_ops.affine(i, 1, 0.27, 0, 0, 1, 0),
+        lambda i: _affine(i, 1, 0.27, 0, 0, 1, 0),
+    ),
+    "shear y": (
+        lambda i: randaugment_ops.affine(i, 1, 0, 0, -0.2, 1, 0),
+        lambda i: _affine(i, 1, 0, 0, -0.2, 1, 0),
+    ),
+    "translate": (
+        lambda i: randaugment_ops.affine(i, 1, 0, 9.3, 0, 1, -4),
+        lambda i: _affine(i, 1, 0, 9.3, 0, 1, -4),
+    ),
 }
 
 
@@ -60,22 +93,30 @@ def test_operations_agree_with_pillow(name: str, size: tuple[int, int]) -> None:
 
 
 def test_randaugment_has_the_published_operations_and_strengths() -> None:
-    assert len(operations.OPERATIONS) == 15
+    assert len(randaugment_ops.OPERATIONS) == 15
     image = picture(1, 40, 40)
     draw = [0.0, 0.0, 0.0, 0.25, 0.9]  # zero deviation
     seen = {}
-    for i, name in enumerate(operations.OPERATIONS):
+    for i, name in enumerate(randaugment_ops.OPERATIONS):
         draw[0] = (i + 0.5) / 15
-        seen[name] = operations.randaugment(image, draw, 9, 0.5)
+        seen[name] = randaugment_ops.randaugment(image, draw, 9, 0.5)
     assert np.array_equal(seen["Invert"], 255 - image)
     assert np.array_equal(seen["PosterizeIncreasing"], image & 0b10000000)
     assert np.array_equal(seen["SolarizeIncreasing"], np.where(image < 26, image, 255 - image))
-    assert np.array_equal(seen["SolarizeAdd"], np.where(image < 128, np.minimum(image.astype(int) + 99, 255), image))
-    assert np.array_equal(seen["BrightnessIncreasing"], operations.brighten(image, 1.81))
-    assert np.array_equal(operations.randaugment(image, [0.5, 0.5, 0.3, 0.3, 0.3], 9, 0.5), image)  # not applied
+    assert np.array_equal(
+        seen["SolarizeAdd"], np.where(image < 128, np.minimum(image.astype(int) + 99, 255), image)
+    )
+    assert np.array_equal(seen["BrightnessIncreasing"], randaugment_ops.brighten(image, 1.81))
+    assert np.array_equal(
+        randaugment_ops.randaugment(image, [0.5, 0.5, 0.3, 0.3, 0.3], 9, 0.5), image
+    )  # not applied
 
 
-@given(st.integers(1, 400), st.integers(1, 400), st.lists(st.floats(0, 0.999), min_size=DRAWS, max_size=DRAWS))
+@given(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.lists(st.floats(0, 0.999), min_size=DRAWS, max_size=DRAWS),
+)
 @settings(max_examples=200, deadline=None)
 def test_crops_lie_inside(height: int, width: int, draws: list[float]) -> None:
     top, left, box_height, box_width = crop_box(height, width, draws, AugmentConfig())
@@ -86,7 +127,10 @@ def test_crops_lie_inside(height: int, width: int, draws: list[float]) -> None:
 def test_crop_areas_and_places_are_uniform() -> None:
     draws = TrainTransform(64, AugmentConfig(), 0).draws(0, np.arange(4000))
     assert np.asarray(draws).shape == (4000, DRAWS)
-    boxes = np.array([crop_box(300, 300, row, AugmentConfig(crop_scale=(0.1, 0.5))) for row in draws], dtype=float)
+    boxes = np.array(
+        [crop_box(300, 300, row, AugmentConfig(crop_scale=(0.1, 0.5))) for row in draws],
+        dtype=float,
+    )
     share = boxes[:, 2] * boxes[:, 3] / 90_000
     assert abs(share.mean() - 0.3) < 0.01 and share.min() > 0.09 and share.max() < 0.51
     assert abs((boxes[:, 0] + boxes[:, 2] / 2).mean() - 150) < 3
@@ -102,7 +146,9 @@ def test_the_same_sample_in_the_same_epoch_gives_the_same_image() -> None:
         return out
 
     assert np.array_equal(image(2, 5), image(2, 5))
-    assert not np.array_equal(image(2, 5), image(3, 5)) and not np.array_equal(image(2, 5), image(2, 6))
+    assert not np.array_equal(image(2, 5), image(3, 5)) and not np.array_equal(
+        image(2, 5), image(2, 6)
+    )
 
 
 def test_scaled_decoding_shows_the_same_part() -> None:
@@ -114,8 +160,12 @@ def test_scaled_decoding_shows_the_same_part() -> None:
     for draws in transform.draws(0, np.arange(20)):
         transform(memoryview(data), draws, out)
         top, left, height, width = crop_box(480, 640, draws, off)
-        part = Pillow.fromarray(whole[top : top + height, left : left + width]).resize((56, 56), Pillow.Resampling.BOX)
-        expected = np.asarray(part if draws[2 * CROP_TRIES + 2] >= 0.5 else ImageOps.mirror(part)).astype(int)
+        part = Pillow.fromarray(whole[top : top + height, left : left + width]).resize(
+            (56, 56), Pillow.Resampling.BOX
+        )
+        expected = np.asarray(
+            part if draws[2 * CROP_TRIES + 2] >= 0.5 else ImageOps.mirror(part)
+        ).astype(int)
         assert np.abs(out.astype(int) - expected).mean() < 4
 
 

@@ -32,9 +32,16 @@ def encoded(kind: str, width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(width=st.integers(1, 90), height=st.integers(1, 150), share=st.floats(0.01, 1.0), grey=st.booleans())
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 150),
+    share=st.floats(0.01, 1.0),
+    grey=st.booleans(),
+)
 @settings(max_examples=40, deadline=None)
-def test_the_first_rows_are_those_of_the_whole(kind: str, width: int, height: int, share: float, grey: bool) -> None:
+def test_the_first_rows_are_those_of_the_whole(
+    kind: str, width: int, height: int, share: float, grey: bool
+) -> None:
     data = encoded(kind, width, height, "L" if grey else "RGB")
     rows = max(1, round(height * share))
     shortened, kept = first_rows(memoryview(data), height, rows)
@@ -47,7 +54,11 @@ def test_scales_that_do_not_pay_are_not_used() -> None:
     data = encoded("4:2:0", 160, 80)
     assert decode_jpeg(data, 41, 81).shape == (80, 160, 3)
     assert decode_jpeg(data, 40, 80).shape == (40, 80, 3)
-    assert decode_jpeg(data, 21, 41).shape == (30, 60, 3) and decode_jpeg(data, 1, 1).shape == (10, 20, 3)
+    assert decode_jpeg(data, 21, 41).shape == (30, 60, 3) and decode_jpeg(data, 1, 1).shape == (
+        10,
+        20,
+        3,
+    )
 
 
 def test_what_has_no_frame_is_left_to_the_decoder() -> None:

@@ -19,18 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.cache import ShardCache
-from pipeline.data.format import PreparedDataset, Split, open_dataset
+from pipeline.data.dataset import PreparedDataset, Split, open_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.order import BalancedOrder, GlobalOrder, Order, RepeatedOrder, WindowedOrder
-from pipeline.data.ring import AHEAD, LENT, Ring, batches_ahead
+from pipeline.data.prefetch import AHEAD, LENT, PrefetchQueue, batches_ahead
+from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import ConfigError, DataError
-from tests.data.making import damage, make_dataset
+from tests.data.small_datasets import damage, make_dataset
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
-    return make_dataset(tmp_path_factory.mktemp("set"), {"train": 101, "validation": 53}, shard_rows=40)
+    return make_dataset(
+        tmp_path_factory.mktemp("set"), {"train": 101, "validation": 53}, shard_rows=40
+    )
 
 
 def unequal(split: Split) -> BalancedOrder:
@@ -50,7 +52,13 @@ every_order = pytest.mark.parametrize("order", ORDERS.values(), ids=list(ORDERS)
 
 
 def loader(split: Split, **changes: Any) -> TrainLoader:
-    settings: dict[str, Any] = {"seed": 3, "image_size": 32, "augment": AugmentConfig(), "global_batch": 24, "micro_batch": 24}
+    settings: dict[str, Any] = {
+        "seed": 3,
+        "image_size": 32,
+        "augment": AugmentConfig(),
+        "global_batch": 24,
+        "micro_batch": 24,
+    }
     settings |= {"threads": 2}
     return TrainLoader(split, **(settings | changes))
 
@@ -64,15 +72,26 @@ def by_step(batches: list[Batch]) -> dict[int, dict[int, tuple[int, int, bytes]]
     """step -> position -> (sample, label, pixels)"""
     steps: dict[int, dict[int, tuple[int, int, bytes]]] = {}
     for b in batches:
-        for image, label, sample, position in zip(b.images, b.labels, b.samples, b.positions, strict=True):
-            steps.setdefault(b.step, {})[int(position)] = (int(sample), int(label), image.numpy().tobytes())
+        for image, label, sample, position in zip(
+            b.images, b.labels, b.samples, b.positions, strict=True
+        ):
+            steps.setdefault(b.step, {})[int(position)] = (
+                int(sample),
+                int(label),
+                image.numpy().tobytes(),
+            )
     return steps
 
 
 @every_order
-def test_the_number_of_threads_changes_nothing(dataset: PreparedDataset, order: Callable[[Split], Order]) -> None:
+def test_the_number_of_threads_changes_nothing(
+    dataset: PreparedDataset, order: Callable[[Split], Order]
+) -> None:
     split = dataset.split("train")
-    runs = [by_step(take(loader(split, order=order(split), threads=threads), 9)) for threads in (1, 2, 8)]
+    runs = [
+        by_step(take(loader(split, order=order(split), threads=threads), 9))
+        for threads in (1, 2, 8)
+    ]
     assert runs[0] == runs[1] == runs[2] and len(runs[0]) == 9
 
 
@@ -85,9 +104,13 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches(
     merged: dict[int, dict[int, tuple[int, int, bytes]]] = {}
     for rank in range(world_size):
         per_step = 24 // world_size // micro_batch
-        batches = take(loader(split, world_size=world_size, rank=rank, micro_batch=micro_batch), 6 * per_step)
+        batches = take(
+            loader(split, world_size=world_size, rank=rank, micro_batch=micro_batch), 6 * per_step
+        )
         for b in batches:
-            assert (b.positions[::2] % 2 == 0).all() and torch.equal(b.positions[::2] + 1, b.positions[1::2])
+            assert (b.positions[::2] % 2 == 0).all() and torch.equal(
+                b.positions[::2] + 1, b.positions[1::2]
+            )
         for step, images in by_step(batches).items():
             merged.setdefault(step, {}).update(images)
     assert merged == expected
@@ -103,23 +126,46 @@ def test_a_resumed_run_sees_the_same_images_on_other_ranks_too(
     assert resumed == {step: whole[step] for step in range(5, 11)}
     ranks: dict[int, dict[int, tuple[int, int, bytes]]] = {}
     for rank in range(2):
-        changes = {"order": order(split), "start_step": 7, "world_size": 2, "rank": rank, "micro_batch": 6}
+        changes = {
+            "order": order(split),
+            "start_step": 7,
+            "world_size": 2,
+            "rank": rank,
+            "micro_batch": 6,
+        }
         for step, images in by_step(take(loader(split, **changes), 8)).items():
             ranks.setdefault(step, {}).update(images)
     assert ranks == {step: whole[step] for step in range(7, 11)}
 
 
-@given(st.sampled_from(list(ORDERS)), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4), st.integers(0, 40), st.data())
+@given(
+    st.sampled_from(list(ORDERS)),
+    st.sampled_from([1, 2, 3, 4, 6]),
+    st.integers(1, 4),
+    st.integers(0, 40),
+    st.data(),
+)
 @settings(max_examples=40, deadline=None)
 def test_plans_of_any_world_from_any_step_are_the_order_cut(
-    dataset: PreparedDataset, name: str, world_size: int, parts: int, start: int, data: st.DataObject
+    dataset: PreparedDataset,
+    name: str,
+    world_size: int,
+    parts: int,
+    start: int,
+    data: st.DataObject,
 ) -> None:
     split = dataset.split("train")
     order, share = ORDERS[name](split), 24 // world_size
     micro = data.draw(st.sampled_from([size for size in range(1, share + 1) if share % size == 0]))
     seen: dict[int, list[int]] = {}
     for rank in range(world_size):
-        changes = {"order": order, "world_size": world_size, "rank": rank, "micro_batch": micro, "start_step": start}
+        changes = {
+            "order": order,
+            "world_size": world_size,
+            "rank": rank,
+            "micro_batch": micro,
+            "start_step": start,
+        }
         with loader(split, threads=1, image_size=8, **changes) as source:
             for plan in islice(source._plans(start), parts * share // micro):
                 assert np.array_equal(plan.samples, plan.views % len(split))
@@ -141,10 +187,14 @@ def test_repeats_show_a_sample_augmented_differently(dataset: PreparedDataset) -
         shown.setdefault(sample, set()).add(image.numpy().tobytes())
     assert len(shown) == 8 and all(len(pixels) == 3 for pixels in shown.values())
     once = take(loader(split, global_batch=8, micro_batch=8), 1)[0]
-    assert torch.equal(batch.images[:8], once.images)  # the first views are those of an order without repeats
+    assert torch.equal(
+        batch.images[:8], once.images
+    )  # the first views are those of an order without repeats
 
 
-def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(dataset: PreparedDataset) -> None:
+def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(
+    dataset: PreparedDataset,
+) -> None:
     split = dataset.split("train")
     source = loader(split, global_batch=25, micro_batch=25)
     assert source.steps_per_epoch == 4
@@ -155,17 +205,33 @@ def test_an_epoch_shows_every_image_at_most_once_and_drops_the_rest(dataset: Pre
     assert not torch.equal(epochs[0], epochs[1])
     for b in batches:
         assert b.labels.tolist() == [split.label(int(i)) for i in b.samples]
-        assert b.images.dtype == torch.uint8 and b.images.shape == (25, 32, 32, 3) and b.images.float().std() > 10
+        assert (
+            b.images.dtype == torch.uint8
+            and b.images.shape == (25, 32, 32, 3)
+            and b.images.float().std() > 10
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("batch", [8, 53, 64])
-def test_evaluation_sees_every_image_exactly_once(dataset: PreparedDataset, world_size: int, batch: int) -> None:
+def test_evaluation_sees_every_image_exactly_once(
+    dataset: PreparedDataset, world_size: int, batch: int
+) -> None:
     split, seen, numbers = dataset.split("validation"), [], []
     for rank in range(world_size):
-        with EvalLoader(split, image_size=32, resize=1.0, batch=batch, rank=rank, world_size=world_size, threads=2) as source:
+        with EvalLoader(
+            split,
+            image_size=32,
+            resize=1.0,
+            batch=batch,
+            rank=rank,
+            world_size=world_size,
+            threads=2,
+        ) as source:
             batches = list(source)
-            assert len(batches) == source.num_batches <= source.max_batches <= source.num_batches + 1
+            assert (
+                len(batches) == source.num_batches <= source.max_batches <= source.num_batches + 1
+            )
             numbers.append(source.max_batches)
             seen += [int(i) for b in batches for i in b.samples]
             assert all(len(b.images) == len(b.labels) == len(b.samples) for b in batches)
@@ -173,7 +239,9 @@ def test_evaluation_sees_every_image_exactly_once(dataset: PreparedDataset, worl
 
 
 def test_evaluation_can_be_repeated_and_broken_off(dataset: PreparedDataset) -> None:
-    with EvalLoader(dataset.split("validation"), image_size=32, resize=1.1, batch=10, threads=2) as source:
+    with EvalLoader(
+        dataset.split("validation"), image_size=32, resize=1.1, batch=10, threads=2
+    ) as source:
         first = [b.images.sum(dtype=torch.int64) for b in source]
         for _ in islice(source, 2):
             pass
@@ -206,7 +274,10 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         file.write(b"\0" * 16)
     with (
         EvalLoader(split, image_size=32, resize=1.0, batch=8, threads=2) as source,
-        pytest.raises(DataError, match=r"train-00001.parquet, row 5: the image is not what was written\n  -> .*prepare stage"),
+        pytest.raises(
+            DataError,
+            match=r"train-00001.parquet, row 5: the image is not what was written\n  -> .*prepare stage",
+        ),
     ):
         list(source)
 
@@ -216,13 +287,18 @@ BAD = [3, 25, 26, 27, 39]
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Split:
-    split = make_dataset(tmp_path_factory.mktemp("damaged"), {"train": 60}, shard_rows=20).split("train")
+    split = make_dataset(tmp_path_factory.mktemp("damaged"), {"train": 60}, shard_rows=20).split(
+        "train"
+    )
     damage(split, BAD)
     return split
 
 
 def test_training_stops_at_a_damaged_image_by_default(damaged: Split) -> None:
-    with pytest.raises(DataError, match=r"train-0000[01].parquet, row \d+: the image is not what was written\n  -> .*prepare"):
+    with pytest.raises(
+        DataError,
+        match=r"train-0000[01].parquet, row \d+: the image is not what was written\n  -> .*prepare",
+    ):
         take(loader(damaged, global_batch=12, micro_batch=12), 10)
 
 
@@ -237,14 +313,22 @@ def test_a_damaged_image_is_replaced_the_same_way_everywhere(damaged: Split, rep
         batches = take(source, steps)
         runs.append(by_step(batches))
         assert source.replaced_samples == repeats * len(BAD)
-        assert any(f"row {BAD[0]}: the image is not what was written" in text for text in source.new_reasons()) or repeats > 1
+        assert (
+            any(
+                f"row {BAD[0]}: the image is not what was written" in text
+                for text in source.new_reasons()
+            )
+            or repeats > 1
+        )
         assert source.new_reasons() == []
     assert runs[0] == runs[1] == runs[2]
     for b in batches:
         views = b.views % len(damaged)
         changed = torch.isin(views, torch.tensor(BAD))
         assert torch.equal(b.samples[~changed], views[~changed])
-        assert set(b.samples[changed].tolist()) <= set(b.samples[~changed].tolist())  # from the same global batch
+        assert set(b.samples[changed].tolist()) <= set(
+            b.samples[~changed].tolist()
+        )  # from the same global batch
         assert b.labels.tolist() == [damaged.label(int(sample)) for sample in b.samples]
     resumed = by_step(take(loader(damaged, start_step=2, **settings), steps - 2))
     assert resumed == {step: runs[0][step] for step in range(2, steps)}
@@ -258,15 +342,24 @@ def test_a_damaged_image_is_replaced_the_same_way_everywhere(damaged: Split, rep
     assert ranks == runs[0] and count == repeats * len(BAD)
 
 
-def test_where_a_whole_batch_is_damaged_others_stand_in_and_where_all_is_lost_it_stops(tmp_path: Path) -> None:
+def test_where_a_whole_batch_is_damaged_others_stand_in_and_where_all_is_lost_it_stops(
+    tmp_path: Path,
+) -> None:
     split = make_dataset(tmp_path, {"train": 60}, shard_rows=20).split("train")
     damage(split, list(range(40)))
-    settings = {"global_batch": 10, "micro_batch": 10, "on_bad_sample": "replace", "order": WindowedOrder([20] * 3, 3, 1)}
+    settings = {
+        "global_batch": 10,
+        "micro_batch": 10,
+        "on_bad_sample": "replace",
+        "order": WindowedOrder([20] * 3, 3, 1),
+    }
     source = loader(split, **settings)
     samples = torch.cat([batch.samples for batch in take(source, 6)])
     assert source.replaced_samples == 40 and samples.min() >= 40
     damage(split, list(range(60)))
-    with pytest.raises(DataError, match=r"row \d+: the image is not what was written; nor can 64 others"):
+    with pytest.raises(
+        DataError, match=r"row \d+: the image is not what was written; nor can 64 others"
+    ):
         take(loader(split, **settings), 1)
 
 
@@ -274,7 +367,11 @@ def test_a_shard_that_its_split_cannot_give_is_a_bad_sample_too(dataset: Prepare
     class Lost(Split):
         def image(self, i: int) -> memoryview:
             if 40 <= i < 80:
-                raise DataError("cannot be read: No such file", place=self.place(i), remedy="run the prepare stage again")
+                raise DataError(
+                    "cannot be read: No such file",
+                    place=self.place(i),
+                    remedy="run the prepare stage again",
+                )
             return super().image(i)
 
     split = copy.copy(dataset.split("train"))
@@ -284,7 +381,9 @@ def test_a_shard_that_its_split_cannot_give_is_a_bad_sample_too(dataset: Prepare
     source = loader(split, on_bad_sample="replace")
     samples = torch.cat([batch.samples for batch in take(source, 4)])
     assert not ((samples >= 40) & (samples < 80)).any()
-    assert source.replaced_samples == int(((GlobalOrder(101, 3).indices(0, 0, 96) // 40) == 1).sum())
+    assert source.replaced_samples == int(
+        ((GlobalOrder(101, 3).indices(0, 0, 96) // 40) == 1).sum()
+    )
 
 
 def test_one_flipped_bit_that_decodes_all_the_same_is_named(tmp_path: Path) -> None:
@@ -295,7 +394,9 @@ def test_one_flipped_bit_that_decodes_all_the_same_is_named(tmp_path: Path) -> N
     content[offset + length - 9] ^= 1
     (tmp_path / "train-00000.parquet").write_bytes(content)
     split = open_dataset(tmp_path).split("train")
-    with pytest.raises(DataError, match=r"train-00000.parquet, row 7: the image is not what was written"):
+    with pytest.raises(
+        DataError, match=r"train-00000.parquet, row 7: the image is not what was written"
+    ):
         take(loader(split, global_batch=24, micro_batch=24), 1)
 
 
@@ -318,7 +419,9 @@ def test_a_shard_that_is_cut_while_it_is_mapped_is_named_or_replaced(tmp_path: P
     split = make_dataset(tmp_path, {"train": 60}, shard_rows=20).split("train")
     size = (tmp_path / "train-00001.parquet").stat().st_size
     os.truncate(tmp_path / "train-00001.parquet", 100)
-    with pytest.raises(DataError, match=rf"train-00001.parquet, row \d+: has 100 bytes instead of {size}"):
+    with pytest.raises(
+        DataError, match=rf"train-00001.parquet, row \d+: has 100 bytes instead of {size}"
+    ):
         take(loader(split, global_batch=12, micro_batch=12), 5)
     source = loader(split, global_batch=12, micro_batch=12, on_bad_sample="replace")
     samples = torch.cat([batch.samples for batch in take(source, 5)])
@@ -327,21 +430,30 @@ def test_a_shard_that_is_cut_while_it_is_mapped_is_named_or_replaced(tmp_path: P
 
 def test_prefetching_is_bounded_in_bytes(dataset: PreparedDataset) -> None:
     least, most = AHEAD
-    for batch_bytes, given_bytes, ahead in ((100, 1, least), (100, 700, 5), (100, 799, 5), (100, 10_000, most)):
+    for batch_bytes, given_bytes, ahead in (
+        (100, 1, least),
+        (100, 700, 5),
+        (100, 799, 5),
+        (100, 10_000, most),
+    ):
         assert batches_ahead(batch_bytes, given_bytes) == ahead
     split = dataset.split("train")
     for size, given_bytes in ((64, 40 * 64 * 64 * 3 * 7), (64, 1), (16, 1 << 20)):
-        ring = Ring(split, 40, size, 1, given_bytes)
+        ring = PrefetchQueue(split, 40, size, 1, given_bytes)
         held = sum(slot.images.numel() for slot in ring._free)
         assert held <= max(given_bytes, (least + LENT) * 40 * size * size * 3)
         ring.close()
 
 
 def test_impossible_batches_are_refused(dataset: PreparedDataset) -> None:
-    with pytest.raises(DataError, match="101 training images are fewer than one global batch of 128"):
+    with pytest.raises(
+        DataError, match="101 training images are fewer than one global batch of 128"
+    ):
         loader(dataset.split("train"), global_batch=128, micro_batch=128)
     few = RepeatedOrder(GlobalOrder(101, 3), 2, 256)
-    with pytest.raises(DataError, match="202 training images are fewer than one global batch of 256"):
+    with pytest.raises(
+        DataError, match="202 training images are fewer than one global batch of 256"
+    ):
         loader(dataset.split("train"), global_batch=256, micro_batch=256, order=few)
     with pytest.raises(ConfigError, match="no multiple of 3 processes x 16"):
         loader(dataset.split("train"), micro_batch=16, world_size=3)
@@ -357,12 +469,18 @@ def test_closing_ends_the_threads(dataset: PreparedDataset) -> None:
     np.testing.assert_array_equal(list(source), [])
 
 
-def test_windows_of_a_remote_dataset_are_fetched_ahead_into_a_cache_smaller_than_it(tmp_path: Path) -> None:
+def test_windows_of_a_remote_dataset_are_fetched_ahead_into_a_cache_smaller_than_it(
+    tmp_path: Path,
+) -> None:
     local = make_dataset(tmp_path / "set", {"train": 80}, shard_rows=10)
     fsspec.filesystem("memory").put(str(tmp_path / "set"), "/windows", recursive=True)
     shards = local.description["splits"]["train"]["shards"]
-    indexes = sum((tmp_path / "set" / shard["file"]).with_suffix(".idx").stat().st_size for shard in shards)
-    room = indexes + 5 * max(shard["bytes"] for shard in shards)  # two windows and one to spare, of eight shards
+    indexes = sum(
+        (tmp_path / "set" / shard["file"]).with_suffix(".idx").stat().st_size for shard in shards
+    )
+    room = indexes + 5 * max(
+        shard["bytes"] for shard in shards
+    )  # two windows and one to spare, of eight shards
     remote = open_dataset("memory://windows", cache=ShardCache(tmp_path / "cache", max_bytes=room))
     order = WindowedOrder([10] * 8, 3, 2)
     settings = {"order": order, "global_batch": 10, "micro_batch": 10}

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.running import figures, finish, losses, make_job, record, results, run, start, state, wait_for
+from tests.e2e.job_runs import (
+    figures,
+    finish,
+    losses,
+    make_job,
+    record,
+    results,
+    run,
+    start,
+    state,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 STAGES = ["prepare", "pretrain", "finetune", "evaluate", "export"]
@@ -39,12 +50,18 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     assert sorted(touched) == [".lock", "run.json", "run.log", "run.yaml"]
 
 
-def test_killed_in_every_stage_it_ends_with_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
+def test_killed_in_every_stage_it_ends_with_the_same_files(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     job, choices = make_job(tmp_path), random.Random(7)
     for stage in STAGES:
         process = start(job)
-        waits = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}[stage] * choices.random()
-        assert wait_for(lambda stage=stage: state(job, stage) == "running", process), finish(process)  # type: ignore[misc]
+        waits = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}[
+            stage
+        ] * choices.random()
+        assert wait_for(lambda stage=stage: state(job, stage) == "running", process), finish(
+            process
+        )  # type: ignore[misc]
         wait_for(lambda stage=stage: state(job, stage) != "running", process, waits)  # type: ignore[misc]
         process.kill()  # the driver alone: its workers have to notice
         process.communicate()
@@ -56,12 +73,21 @@ def test_killed_in_every_stage_it_ends_with_the_same_files(undisturbed: Path, tm
         assert losses(disturbed, stage) == losses(reference, stage)
 
 
-def test_a_killed_rank_is_replaced_without_a_trace_in_the_result(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_replaced_without_a_trace_in_the_result(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     job = make_job(tmp_path)
     process = start(job, "--stage", "prepare", "--stage", "pretrain")
     run_dir = tmp_path / "runs" / "small"
-    assert wait_for(lambda: len(list((run_dir / "checkpoints").glob("pretrain/step-*"))) > 0, process), finish(process)
-    ranks = subprocess.run(["pgrep", "-s", str(process.pid), "-f", "ray::Worker"], capture_output=True, text=True, check=False)
+    assert wait_for(
+        lambda: len(list((run_dir / "checkpoints").glob("pretrain/step-*"))) > 0, process
+    ), finish(process)
+    ranks = subprocess.run(
+        ["pgrep", "-s", str(process.pid), "-f", "ray::Worker"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     workers = [int(pid) for pid in ranks.stdout.split()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
@@ -75,13 +101,23 @@ def test_a_killed_rank_is_replaced_without_a_trace_in_the_result(undisturbed: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_on_request_is_resumable(undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_on_request_is_resumable(
+    undisturbed: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     job = tmp_path / "small.yaml"
     shutil.copy(undisturbed, job)
-    shutil.copytree(undisturbed.parent / "runs" / "small" / "stages" / "prepare", tmp_path / "runs/small/stages/prepare")
+    shutil.copytree(
+        undisturbed.parent / "runs" / "small" / "stages" / "prepare",
+        tmp_path / "runs/small/stages/prepare",
+    )
     run_dir = tmp_path / "runs" / "small"
     process = start(job, "--stage", "prepare", "--stage", "pretrain")
-    assert wait_for(lambda: (run_dir / "logs/pretrain.jsonl").exists() and len(losses(run_dir, "pretrain")) >= 2, process)
+    assert wait_for(
+        lambda: (
+            (run_dir / "logs/pretrain.jsonl").exists() and len(losses(run_dir, "pretrain")) >= 2
+        ),
+        process,
+    )
     process.send_signal(number)
     code, out = finish(process)
     assert code == 75, out

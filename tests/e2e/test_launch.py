@@ -21,17 +21,23 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "a checkout"
     (folder / "pipeline").mkdir(parents=True)
     (folder / "pipeline" / "__init__.py").touch()
-    (folder / "pipeline" / "__main__.py").write_text("import sys; print(sys.prefix, sys.argv[1:]); sys.exit(int(sys.argv[-1]))")
+    (folder / "pipeline" / "__main__.py").write_text(
+        "import sys; print(sys.prefix, sys.argv[1:]); sys.exit(int(sys.argv[-1]))"
+    )
     (folder / "requirements.txt").write_text("# nothing\n")
     shutil.copy(ROOT / "launch.sh", folder)
     return folder
 
 
 def launch(checkout: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    kept = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")
+    }
     command = [str(checkout / "launch.sh"), *arguments]
     settings = kept | {"PYTHON": sys.executable} | environment
-    return subprocess.Popen(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -48,7 +54,10 @@ def test_the_environment_is_made_once_and_again_when_the_pins_change(checkout: P
         pins.write("# only a comment\n")
     assert INSTALLING not in ended(launch(checkout, "0"))[2]
     version = subprocess.run(
-        [checkout / ".venv/bin/python", "-c", "import pip; print(pip.__version__)"], capture_output=True, text=True, check=True
+        [checkout / ".venv/bin/python", "-c", "import pip; print(pip.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     (checkout / "requirements.txt").write_text(f"pip=={version.stdout.strip()}\n")
     assert INSTALLING in ended(launch(checkout, "0"))[2]

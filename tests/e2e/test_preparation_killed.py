@@ -19,14 +19,18 @@ import numpy as np
 import pytest
 
 from pipeline.files import file_digest
-from pipeline.orchestrate.session import _private_directory
-from tests.data.making import jpeg
-from tests.e2e.running import finish, record, run, start, state
-from tests.prepare.sources import Files, write_tar
+from pipeline.orchestrate.ray_session import _private_directory
+from tests.data.small_datasets import jpeg
+from tests.e2e.job_runs import finish, record, run, start, state
+from tests.prepare.source_folders import Files, write_tar
 
 pytestmark = pytest.mark.slow
 
-VICTIMS = {"driver": "", "worker": "ray::_apply", "raylet": "raylet/raylet"}  # patterns of command lines
+VICTIMS = {
+    "driver": "",
+    "worker": "ray::_apply",
+    "raylet": "raylet/raylet",
+}  # patterns of command lines
 ORDER = ["driver"] * 6 + ["worker"] * 8 + ["raylet"] * 6
 JOB = """
 name: small
@@ -40,9 +44,16 @@ def files(label: int, split: str, count: int) -> Files:
     """Small pictures in large files (what follows a JPEG's end is kept), so that there is work to be cut and not much to do;
     among them damaged ones and duplicates."""
     random_bytes = np.random.default_rng([label, len(split)]).bytes
-    found = {f"{split}{i}.JPEG": jpeg(100 * label + i, 40, 32) + random_bytes(200_000) for i in range(count)}
+    found = {
+        f"{split}{i}.JPEG": jpeg(100 * label + i, 40, 32) + random_bytes(200_000)
+        for i in range(count)
+    }
     if split == "train" and label % 4 == 0:
-        found |= {"cut.JPEG": found["train0.JPEG"][:400], "again.JPEG": found["train1.JPEG"], "page.JPEG": b"<html>"}
+        found |= {
+            "cut.JPEG": found["train0.JPEG"][:400],
+            "again.JPEG": found["train1.JPEG"],
+            "page.JPEG": b"<html>",
+        }
     return found
 
 
@@ -75,7 +86,9 @@ def digests(job: Path) -> dict[str, str]:
 
 
 def processes(session: int, pattern: str) -> list[int]:
-    found = subprocess.run(["pgrep", "-s", str(session), "-f", pattern], capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["pgrep", "-s", str(session), "-f", pattern], capture_output=True, text=True, check=False
+    )
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -101,7 +114,9 @@ def kill(victim: str, process: subprocess.Popen[str], choices: random.Random) ->
 
 def phase(job: Path) -> str:
     work = job.parent / "runs/small/stages/prepare/images/work"
-    return "mixing" if list(work.glob("train-*.json")) or (work / "fates.npy").exists() else "reading"
+    return (
+        "mixing" if list(work.glob("train-*.json")) or (work / "fates.npy").exists() else "reading"
+    )
 
 
 def ended(process: subprocess.Popen[str], victim: str) -> int:
@@ -117,11 +132,15 @@ def ended(process: subprocess.Popen[str], victim: str) -> int:
     return code
 
 
-def test_killed_at_twenty_random_moments(images: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_twenty_random_moments(
+    images: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each kill hits a run that goes on from where the last one was cut; one that comes to its end is compared, and the next
     begins in a new folder."""
     monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")  # of 5000: a lost raylet is known for lost the sooner
+    monkeypatch.setenv(
+        "RAY_health_check_initial_delay_ms", "500"
+    )  # of 5000: a lost raylet is known for lost the sooner
     monkeypatch.setenv("RAY_health_check_period_ms", "500")  # of 3000
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 2**32))
     print(f"KILL_SEED={seed}")
@@ -147,14 +166,19 @@ def test_killed_at_twenty_random_moments(images: Path, folder: Path, monkeypatch
                     continue  # the run goes on by itself
         if ended(process, victim) == 0:
             assert digests(job) == wanted, killed
-            assert state(job, "prepare") == "done" and not (job.parent / "runs/small/replaced").exists()
+            assert (
+                state(job, "prepare") == "done"
+                and not (job.parent / "runs/small/replaced").exists()
+            )
             shutil.rmtree(job.parent)
             finished += 1
             if len(killed) == len(order):
                 break
             job = make_job(folder / str(finished), images)
         processes_begun.append(start(job))
-    print(f"{len(killed)} kills, {len(processes_begun)} runs, {finished} datasets: {dict(Counter(killed))}")
+    print(
+        f"{len(killed)} kills, {len(processes_begun)} runs, {finished} datasets: {dict(Counter(killed))}"
+    )
     assert all(gone(process) for process in processes_begun), "a process lives on"
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from pipeline.config.schema import AugmentConfig
+from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment
-from pipeline.data.format import open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export.reload import load_export, make_network
 from pipeline.export.stage import export_stage
-from tests.data.making import jpeg
+from pipeline.layout import RunDir
+from tests.data.small_datasets import jpeg
 from tests.train import staging
 
 
@@ -25,8 +26,10 @@ from tests.train import staging
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = staging.prepared(tmp_path_factory.mktemp("run"))
     state = staging.with_weights(run_dir, supervised=request.param, huge=request.param)
-    figures = export_stage(staging.job(huge=request.param), run_dir)
-    assert figures["reload_difference"] == 0 and figures["parameters"] == sum(value.numel() for value in state.values())
+    figures = export_stage(staging.job(huge=request.param), RunDir(run_dir))
+    assert figures["reload_difference"] == 0 and figures["parameters"] == sum(
+        value.numel() for value in state.values()
+    )
     return run_dir
 
 
@@ -44,7 +47,9 @@ def test_it_prepares_and_predicts_as_evaluation_does(run_dir: Path, tmp_path: Pa
         with torch.no_grad():
             expected = model.network(images[i : i + 1]).logits[-1].softmax(1)[0]
         found = model.predict(str(path), best=3)
-        assert [probability for _, _, probability in found] == pytest.approx(expected.topk(3).values.tolist())
+        assert [probability for _, _, probability in found] == pytest.approx(
+            expected.topk(3).values.tolist()
+        )
         best = int(expected.argmax())
         assert found[0][:2] == (f"c{best}", f"class {best}")
     assert len(model.predict(tmp_path / "0.jpg", best=99)) == staging.CLASSES
@@ -72,19 +77,29 @@ def test_a_fresh_process_without_ray_and_deepspeed(run_dir: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) == 5
-    for (a, b, p), (c, d, q) in zip(found, load_export(run_dir / "export").predict(tmp_path / "cat.jpg"), strict=True):
+    for (a, b, p), (c, d, q) in zip(
+        found, load_export(run_dir / "export").predict(tmp_path / "cat.jpg"), strict=True
+    ):
         assert (a, b) == (c, d) and p == pytest.approx(q)
 
 
 def test_the_description_tells_all_and_the_published_file_loads(run_dir: Path) -> None:
     description = json.loads((run_dir / "export" / "model.json").read_text())
     how = description["preprocessing"]
-    assert (how["image_size"], how["resize"], how["color"]) == (64, 1.143, "RGB") and len(how["mean"]) == 3
-    assert description["classes"] == [f"c{i}" for i in range(staging.CLASSES)] and description["trained"] == {"top1": 0.5}
+    assert (how["image_size"], how["resize"], how["color"]) == (64, 1.143, "RGB") and len(
+        how["mean"]
+    ) == 3
+    assert description["classes"] == [f"c{i}" for i in range(staging.CLASSES)] and description[
+        "trained"
+    ] == {"top1": 0.5}
     published = torch.load(run_dir / "export" / "revcol.pth", weights_only=True)["model"]
-    assert published["subnet1.alpha0"].shape == (1, 8, 1, 1) and published["stem.0.weight"].shape == (8, 3, 4, 4)
+    assert published["subnet1.alpha0"].shape == (1, 8, 1, 1) and published[
+        "stem.0.weight"
+    ].shape == (8, 3, 4, 4)
     assert len(published) == len(make_network(description).state_dict())
-    assert (run_dir / "export" / "revcol.pth").stat().st_size < 2 * (run_dir / "export" / "model.safetensors").stat().st_size
+    assert (run_dir / "export" / "revcol.pth").stat().st_size < 2 * (
+        run_dir / "export" / "model.safetensors"
+    ).stat().st_size
 
 
 def test_what_cannot_be_read_is_explained(run_dir: Path, tmp_path: Path) -> None:

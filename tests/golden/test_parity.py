@@ -19,9 +19,12 @@ from pipeline.train.loss import compound_terms
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 FILES = [
-    "revcol_plain_head", "revcol_intermediate_supervision", "revcol_22k_head",
-    "revcol_huge_plain_head", "revcol_huge_intermediate_supervision",
-]  # fmt: skip
+    "revcol_plain_head",
+    "revcol_intermediate_supervision",
+    "revcol_22k_head",
+    "revcol_huge_plain_head",
+    "revcol_huge_intermediate_supervision",
+]
 SIZES = ["tiny", "small", "base", "large", "xlarge", "huge"]
 pytestmark = pytest.mark.usefixtures("shared")
 
@@ -30,11 +33,17 @@ def load_golden(name: str, activations: str) -> tuple[Network, dict[str, torch.T
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         meta, values = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     model = build(
-        channels=json.loads(meta["channels"]), depths=json.loads(meta["layers"]), columns=int(meta["columns"]),
-        num_classes=int(meta["num_classes"]), huge="huge" in meta["arch"].split(" ")[0],
-        supervised=meta["intermediate_supervision"] == "true", activations=activations,
-    )  # fmt: skip
-    official.load(model, {key[6:]: value for key, value in values.items() if key.startswith("param.")})
+        channels=json.loads(meta["channels"]),
+        depths=json.loads(meta["layers"]),
+        columns=int(meta["columns"]),
+        num_classes=int(meta["num_classes"]),
+        huge="huge" in meta["arch"].split(" ")[0],
+        supervised=meta["intermediate_supervision"] == "true",
+        activations=activations,
+    )
+    official.load(
+        model, {key[6:]: value for key, value in values.items() if key.startswith("param.")}
+    )
     return model.double(), values
 
 
@@ -46,7 +55,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("activations", ["stored", "exact"])
 def test_outputs_losses_and_gradients(name: str, activations: str) -> None:
     model, golden = load_golden(name, activations)
-    image, target = golden["input_uint8"].float() / 255, golden["target"].long()  # the reference normalised in float32
+    image, target = (
+        golden["input_uint8"].float() / 255,
+        golden["target"].long(),
+    )  # the reference normalised in float32
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     normalised = (image - mean) / std
     out = model(normalised.double())
@@ -64,7 +76,7 @@ def test_outputs_losses_and_gradients(name: str, activations: str) -> None:
         gradient = model.get_parameter(ours).grad
         assert gradient is not None, ours
         assert relative(gradient, golden[f"grad.{published}"]) < tolerance, ours
-    assert int(model.health.mismatched_elements) == 0
+    assert int(model.consistency.mismatched_elements) == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -78,9 +90,13 @@ def test_parameters_of_the_published_sizes(size: str) -> None:
     for key, case in cases.items():
         with torch.device("meta"):
             model = build(
-                config.channels, config.depths, config.columns, int(key.split("classes=")[1].split("/")[0]),
-                huge=config.huge, supervised=key.endswith("true"),
-            )  # fmt: skip
+                config.channels,
+                config.depths,
+                config.columns,
+                int(key.split("classes=")[1].split("/")[0]),
+                huge=config.huge,
+                supervised=key.endswith("true"),
+            )
         found = {name: list(value.shape) for name, value in official.to_published(model).items()}
         assert found == case["tensors"]
         assert sum(math.prod(shape) for shape in found.values()) == case["total"]

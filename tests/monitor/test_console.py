@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.layout import RunDir
 from pipeline.monitor.console import Display, Follow, following
-from pipeline.monitor.recorder import Recorder, events_path
+from pipeline.monitor.recorder import Recorder
 
 
 class Clock:
@@ -26,11 +27,13 @@ def _display(*, terminal: bool = False) -> tuple[Display, io.StringIO, Clock]:
 
 def test_plain_lines_at_intervals_with_time_left(tmp_path: Path) -> None:
     display, out, clock = _display()
-    follow = Follow(events_path(tmp_path, "pretrain"), display)
-    recorder = Recorder(tmp_path, "pretrain")
+    follow = Follow(RunDir(tmp_path).events("pretrain"), display)
+    recorder = Recorder(RunDir(tmp_path), "pretrain")
     with display.stage("pretrain"):
         for step in range(1, 41):
-            recorder.step(step, 40, 0, {"loss/total": 5.0 - step / 10, "throughput/images_per_s": 1234.5})
+            recorder.step(
+                step, 40, 0, {"loss/total": 5.0 - step / 10, "throughput/images_per_s": 1234.5}
+            )
             clock.now += 1.0
             follow.poll()
         recorder.evaluation(40, {"accuracy/top1": 0.625, "accuracy/top5": 0.9})
@@ -50,8 +53,11 @@ def test_plain_lines_at_intervals_with_time_left(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     display, out, _ = _display(terminal=True)
-    recorder = Recorder(tmp_path, "finetune")
-    with display.stage("finetune"), following(Follow(events_path(tmp_path, "finetune"), display), interval=0.01):
+    recorder = Recorder(RunDir(tmp_path), "finetune")
+    with (
+        display.stage("finetune"),
+        following(Follow(RunDir(tmp_path).events("finetune"), display), interval=0.01),
+    ):
         recorder.step(1, 3, 0, {"loss/total": 2.0})
     assert "1/3" in out.getvalue()
 
@@ -61,4 +67,7 @@ def test_text_of_users_is_never_markup() -> None:
     with display.stage("prepare"):
         display.say("class [red]n0[/red] has no images")
         display.progress("[bold]x", 1, 1)
-    assert out.getvalue().splitlines() == ["class [red]n0[/red] has no images", "prepare: [bold]x 1/1"]
+    assert out.getvalue().splitlines() == [
+        "class [red]n0[/red] has no images",
+        "prepare: [bold]x 1/1",
+    ]

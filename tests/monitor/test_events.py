@@ -24,8 +24,18 @@ def test_a_resume_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "pretrain.jsonl"
     _write(path, 0, 5)
     _write(path, 3, 7)
-    assert [event.step for event in read_events(path) if event.kind == "step"] == [1, 2, 3, 4, 5, 6, 7]
-    assert len([event for event in Follower(path).poll() if event.kind == "step"]) == 9  # nothing is deleted
+    assert [event.step for event in read_events(path) if event.kind == "step"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
+    assert (
+        len([event for event in Follower(path).poll() if event.kind == "step"]) == 9
+    )  # nothing is deleted
 
 
 @given(cut=st.integers(1, 200))

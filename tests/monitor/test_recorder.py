@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 
+from pipeline.layout import RunDir
 from pipeline.monitor.events import read_events
-from pipeline.monitor.recorder import Recorder, events_path
+from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.tensorboard import grid
 
 
@@ -19,19 +20,26 @@ def _board(run: Path) -> EventAccumulator:
 
 
 def _train(run: Path, first: int, last: int) -> None:
-    recorder = Recorder(run, "pretrain", resume_step=first)
+    recorder = Recorder(RunDir(run), "pretrain", resume_step=first)
     for step in range(first + 1, last + 1):
-        recorder.step(step, 6, 0, {"loss/total": 10.0 * first + step, "loss/position_0/classification": 1.0})
+        recorder.step(
+            step, 6, 0, {"loss/total": 10.0 * first + step, "loss/position_0/classification": 1.0}
+        )
     recorder.evaluation(last, {"accuracy/top1": 0.5})
     recorder.images("reconstruction", last, np.full((3, 4, 5, 3), 7, np.uint8))
-    recorder.hparams({"lr": 1e-3, "recipe": "tiny"}, {"accuracy/top1": 0.5})
+    recorder.hparams({"base_lr": 1e-3, "recipe": "tiny"}, {"accuracy/top1": 0.5})
     recorder.close()
 
 
 def test_scalars_images_hparams_and_layout_come_back(tmp_path: Path) -> None:
     _train(tmp_path, 0, 4)
     board = _board(tmp_path)
-    assert [(point.step, point.value) for point in board.Scalars("loss/total")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert [(point.step, point.value) for point in board.Scalars("loss/total")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 4.0),
+    ]
     image = board.Images("reconstruction")[0]
     assert (image.width, image.height) == (15, 4)
     plugins = board.PluginTagToContent("custom_scalars"), board.PluginTagToContent("hparams")
@@ -44,14 +52,18 @@ def test_a_resumed_run_replaces_later_steps(tmp_path: Path) -> None:
     _train(tmp_path, 2, 6)
     points = [(point.step, point.value) for point in _board(tmp_path).Scalars("loss/total")]
     assert points == [(1, 1.0), (2, 2.0), (3, 23.0), (4, 24.0), (5, 25.0), (6, 26.0)]
-    steps = [event.scalars["loss/total"] for event in read_events(events_path(tmp_path, "pretrain")) if event.kind == "step"]
+    steps = [
+        event.scalars["loss/total"]
+        for event in read_events(RunDir(tmp_path).events("pretrain"))
+        if event.kind == "step"
+    ]
     assert steps == [1.0, 2.0, 23.0, 24.0, 25.0, 26.0]
 
 
 def test_an_unwritable_board_is_one_warning_and_the_events_go_on(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where the directory should be")
     _train(tmp_path, 0, 3)
-    events = read_events(events_path(tmp_path, "pretrain"))
+    events = read_events(RunDir(tmp_path).events("pretrain"))
     assert [event.level for event in events if event.kind == "message"] == ["warning"]
     assert [event.step for event in events if event.kind == "step"] == [1, 2, 3]
 

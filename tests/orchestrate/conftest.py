@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.orchestrate.session import ray_session
+from pipeline.orchestrate.ray_session import ray_session
 
 
 @pytest.fixture(scope="session")

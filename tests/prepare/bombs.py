@@ -13,12 +13,16 @@ def png_bomb(side: int) -> bytes:
     """A white PNG of side x side pixels, one bit each."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     packer, line = zlib.compressobj(1), b"\0" + b"\xff" * -(-side // 8)
     data = b"".join([*(packer.compress(line) for _ in range(side)), packer.flush()])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
 
 
 def jpeg_bomb(side: int) -> bytes:
@@ -30,4 +34,6 @@ def jpeg_bomb(side: int) -> bytes:
     frame, scan = small.index(b"\xff\xc0"), small.index(b"\xff\xda")
     sized = small[: frame + 5] + struct.pack(">HH", side, side) + small[frame + 9 : scan]
     begin = scan + 2 + int.from_bytes(small[scan + 2 : scan + 4], "big")
-    return sized + small[scan:begin] + b"\x28\xa2\x8a" * (side // 8 * (side // 8) // 4) + b"\xff\xd9"
+    return (
+        sized + small[scan:begin] + b"\x28\xa2\x8a" * (side // 8 * (side // 8) // 4) + b"\xff\xd9"
+    )

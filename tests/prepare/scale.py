@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.shards import ShardInfo
-from pipeline.prepare import dataset
+from pipeline.prepare import build
+from pipeline.prepare.extract import FACTS, BuildContext, UnitRecord
 from pipeline.prepare.plan import ShardPlan, read_order
-from pipeline.prepare.spill import FACTS, Place, UnitRecord
-from pipeline.prepare.units import Part, Survey, Unit, listing
+from pipeline.sources.units import Part, Survey, Unit, listing
 
 CLASSES = 21_841
 REPEATS = 100  # one unit in so many has a content twice and a name twice
@@ -38,11 +38,17 @@ def made_up_survey(images: int, unit_rows: int) -> Survey:
     for number, first in enumerate(range(0, images, unit_rows)):
         rows, label = min(unit_rows, images - first), number % CLASSES
         name = classes[label][0]
-        units.append(Unit(number, "", (Part("folder", f"{ROOT}/{name}", 0, rows, name, label, size=rows * 110_000),)))
+        units.append(
+            Unit(
+                number,
+                "",
+                (Part("folder", f"{ROOT}/{name}", 0, rows, name, label, size=rows * 110_000),),
+            )
+        )
     return Survey("class_folders", classes, units, listing(ROOT, units), [])
 
 
-def made_up_unit(place: Place, unit: Unit) -> UnitRecord:
+def made_up_unit(place: BuildContext, unit: Unit) -> UnitRecord:
     """What ``spill_unit`` leaves of a unit, but the images."""
     rows = unit.parts[0].last
     facts = np.empty(rows, dtype=FACTS)
@@ -52,7 +58,10 @@ def made_up_unit(place: Place, unit: Unit) -> UnitRecord:
     if unit.number % REPEATS == 0:
         for field, row in (("high", 1), ("low", 1), ("key", 3)):
             facts[field][row] = facts[field][row - 1]
-        pq.write_table(pa.table({"key": [f"{unit.number}/{row}" for row in range(rows)]}), place.spill(unit.number))
+        pq.write_table(
+            pa.table({"key": [f"{unit.number}/{row}" for row in range(rows)]}),
+            place.spill(unit.number),
+        )
     np.save(place.facts(unit.number), facts)
     entry = {"key": f"{unit.number}/bad", "reason": "truncated", "detail": "", "file": ""}
     record = UnitRecord(rows, {"bytes": 0}, [entry], {}, [0.5] * 6, {"256": rows})
@@ -60,7 +69,9 @@ def made_up_unit(place: Place, unit: Unit) -> UnitRecord:
     return record
 
 
-def made_up_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+def made_up_tasks(
+    function: Callable[[Any], Any], items: Sequence[Any]
+) -> Iterator[tuple[Any, Any]]:
     (place,) = function.args  # type: ignore[attr-defined]  # a partial
     for item in items:
         if isinstance(item, ShardPlan):
@@ -72,8 +83,10 @@ def made_up_tasks(function: Callable[[Any], Any], items: Sequence[Any]) -> Itera
 def main(folder: str, images: int, unit_rows: int) -> None:
     began = time.process_time()
     config = DatasetConfig(root=ROOT, max_rejected=0.01)
-    with mock.patch.object(dataset, "survey", lambda _: made_up_survey(images, unit_rows)):
-        figures = dataset.prepare_dataset("set", config, Path(folder), 0, made_up_tasks, lambda *_: None, lambda *_: None)
+    with mock.patch.object(build, "survey", lambda _: made_up_survey(images, unit_rows)):
+        figures = build.prepare_dataset(
+            "set", config, Path(folder), 0, made_up_tasks, lambda *_: None, lambda *_: None
+        )
     print(json.dumps({**figures, "seconds": time.process_time() - began, "peak_mb": peak_mb()}))
 
 

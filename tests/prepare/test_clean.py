@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.prepare.clean import Kept, Rejected, clean
-from tests.data.making import jpeg, picture
+from pipeline.prepare.clean import Kept, clean
+from pipeline.sources.reader import Rejected
+from tests.data.small_datasets import jpeg, picture
 
 CONFIG = DatasetConfig(root="x", min_side=16, max_pixels=1_000_000)
 
@@ -36,10 +37,17 @@ def huge_png(side: int) -> bytes:
     """A PNG of a few bytes whose header promises side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 GOOD = jpeg(1, 48, 40)
@@ -71,15 +79,25 @@ def test_a_warning_that_the_decoder_stops_at_is_a_rejection() -> None:
 
 @pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG"])
 def test_litter_of_operating_systems_is_no_image(name: str) -> None:
-    assert clean(GOOD, name, CONFIG) == Rejected("not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}")
+    assert clean(GOOD, name, CONFIG) == Rejected(
+        "not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}"
+    )
 
 
 @pytest.mark.parametrize(
     "data",
-    [encoded("RGB", "PNG"), encoded("P", "GIF"), encoded("L", "PNG"), encoded("RGBA", "PNG"), encoded("CMYK", "JPEG"),
-     encoded("RGB", "WEBP"), encoded("RGB", "TIFF"), png16()],
+    [
+        encoded("RGB", "PNG"),
+        encoded("P", "GIF"),
+        encoded("L", "PNG"),
+        encoded("RGBA", "PNG"),
+        encoded("CMYK", "JPEG"),
+        encoded("RGB", "WEBP"),
+        encoded("RGB", "TIFF"),
+        png16(),
+    ],
     ids=["png", "gif", "grey png", "alpha", "cmyk", "webp", "tiff", "16 bit"],
-)  # fmt: skip
+)
 def test_other_formats_become_jpegs_that_look_the_same(data: bytes) -> None:
     judged = clean(data, "a.JPEG", CONFIG)
     assert isinstance(judged, Kept)
@@ -92,14 +110,21 @@ def test_other_formats_become_jpegs_that_look_the_same(data: bytes) -> None:
 
 
 def test_good_jpegs_keep_their_bytes() -> None:
-    for data in (GOOD, encoded("L", "JPEG"), GOOD + b"trailing bytes", GOOD[:-2]):  # the last: only the end marker is missing
+    for data in (
+        GOOD,
+        encoded("L", "JPEG"),
+        GOOD + b"trailing bytes",
+        GOOD[:-2],
+    ):  # the last: only the end marker is missing
         judged = clean(data, "a.JPEG", CONFIG)
         assert isinstance(judged, Kept), judged
         assert judged.data == data
         assert judged.changed == ""
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0" + b"\xff" * 60_000, b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0" + b"\xff" * 60_000, b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM"]
+)
 def test_absurd_exif_changes_nothing(exif: bytes) -> None:
     data = GOOD[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + GOOD[2:]
     judged = clean(data, "a.JPEG", CONFIG)
@@ -115,7 +140,9 @@ def test_gzipped_images_are_unpacked() -> None:
 
 def test_a_gzip_bomb_is_not_unpacked() -> None:
     bomb = gzip.compress(bytes(300 << 20), 9)
-    assert clean(bomb, "a.JPEG", CONFIG) == Rejected("damaged_gzip", "does not unpack, or to more than 256 MiB")
+    assert clean(bomb, "a.JPEG", CONFIG) == Rejected(
+        "damaged_gzip", "does not unpack, or to more than 256 MiB"
+    )
 
 
 def test_large_images_are_scaled_down_and_small_ones_never_up() -> None:
@@ -126,14 +153,27 @@ def test_large_images_are_scaled_down_and_small_ones_never_up() -> None:
     assert (small.width, small.height, small.changed) == (60, 50, "")
 
 
-SOUND = [GOOD, encoded("CMYK", "JPEG"), png16(), encoded("P", "GIF"), encoded("RGBA", "PNG"), encoded("RGB", "WEBP"),
-         encoded("RGB", "TIFF"), encoded("RGB", "BMP"), encoded("RGB", "JPEG2000"), encoded("L", "PPM"),
-         gzip.compress(GOOD)]  # fmt: skip
+SOUND = [
+    GOOD,
+    encoded("CMYK", "JPEG"),
+    png16(),
+    encoded("P", "GIF"),
+    encoded("RGBA", "PNG"),
+    encoded("RGB", "WEBP"),
+    encoded("RGB", "TIFF"),
+    encoded("RGB", "BMP"),
+    encoded("RGB", "JPEG2000"),
+    encoded("L", "PPM"),
+    gzip.compress(GOOD),
+]
 
 
 @settings(max_examples=300, deadline=None)
-@given(which=st.integers(0, len(SOUND) - 1), changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=8),
-       kept=st.floats(0.0, 1.0))  # fmt: skip
+@given(
+    which=st.integers(0, len(SOUND) - 1),
+    changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=8),
+    kept=st.floats(0.0, 1.0),
+)
 def test_whatever_the_damage_a_file_is_kept_or_rejected_with_a_reason(
     which: int, changes: list[tuple[int, int]], kept: float
 ) -> None:
@@ -143,7 +183,10 @@ def test_whatever_the_damage_a_file_is_kept_or_rejected_with_a_reason(
         data[place % len(data)] = value
     judged = clean(bytes(data[: round(len(data) * (0.5 + kept))]), "a.JPEG", CONFIG)
     if isinstance(judged, Kept):
-        assert simplejpeg.decode_jpeg_header(judged.data, strict=False)[:2] == (judged.height, judged.width)
+        assert simplejpeg.decode_jpeg_header(judged.data, strict=False)[:2] == (
+            judged.height,
+            judged.width,
+        )
         assert np.isfinite(judged.moments).all()
     else:
         assert judged.reason and judged.detail

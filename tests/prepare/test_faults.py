@@ -22,20 +22,31 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.schema import DatasetConfig, GenerateConfig
-from pipeline.data.format import open_dataset
+from pipeline.config.schema import DatasetConfig, SyntheticConfig
+from pipeline.data.dataset import open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.data.shards import index_path
 from pipeline.errors import CheckpointError, DataError, PipelineError
 from pipeline.evaluate.network import load_network
 from pipeline.files import file_digest, write_json
-from pipeline.prepare import generate
-from pipeline.prepare.clean import Rejected, clean
+from pipeline.layout import RunDir
+from pipeline.prepare.clean import clean
 from pipeline.prepare.verify import verify_dataset
-from pipeline.train.run import train_stage
-from pipeline.train.world import World
-from tests.data.making import jpeg, make_dataset
-from tests.prepare.sources import class_folders, class_tars, images, prepare, serial, shard_bytes, tar_bytes, write_tar
+from pipeline.runtime.dist_env import DistEnv
+from pipeline.sources.reader import Rejected
+from pipeline.synthetic import generate
+from pipeline.train.trainer import train_stage
+from tests.data.small_datasets import jpeg, make_dataset
+from tests.prepare.source_folders import (
+    class_folders,
+    class_tars,
+    images,
+    prepare,
+    serial,
+    shard_bytes,
+    tar_bytes,
+    write_tar,
+)
 from tests.train import staging
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +58,10 @@ def described(target: Path) -> dict[str, Any]:
 
 
 def listed(target: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (target / "quarantine" / "rejected.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (target / "quarantine" / "rejected.jsonl").read_text().splitlines()
+    ]
 
 
 # D1, D2: what single files can be
@@ -55,22 +69,36 @@ def listed(target: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("layout", ["class_tars", "class_folders", "imagenet_tars"])
 def test_every_kind_of_dirt_is_counted_under_its_reason(layout: str, tmp_path: Path) -> None:
-    made_up = GenerateConfig(classes=4, images_per_class=6, validation_per_class=3, min_size=48, max_size=80, dirt=1.0)
-    config = DatasetConfig.model_validate({"layout": layout, "generate": made_up})
+    made_up = SyntheticConfig(
+        classes=4,
+        images_per_class=6,
+        validation_per_class=3,
+        min_size=48,
+        max_size=80,
+        corrupt_fraction=1.0,
+    )
+    config = DatasetConfig.model_validate({"layout": layout, "synthetic": made_up})
     for piece in generate.pieces(config, tmp_path / "in"):
         generate.make(piece)
     generate.finish(config, tmp_path / "in")
     assert generate.dirt_kinds(config) == dict.fromkeys(generate.KINDS, 2)
     figures = prepare(tmp_path / "in", tmp_path / "out", layout=layout, min_side=32)
     found = described(tmp_path / "out")
-    assert found["rejected"] == {"empty": 2, "not_an_image": 4, "too_small": 2, "truncated": 2}  # web pages and litter: 4
+    assert found["rejected"] == {
+        "empty": 2,
+        "not_an_image": 4,
+        "too_small": 2,
+        "truncated": 2,
+    }  # web pages and litter: 4
     assert found["duplicates"] == {"duplicate": 2, "in_validation": 2}
     assert found["changed"] == {"converted": 6, "unpacked": 2}
     assert (figures["images"], figures["validation"]) == (24 + 24 - 10 - 4, 12)
     entries = listed(tmp_path / "out")
     assert len(entries) == 14 and all(entry["reason"] and entry["key"] for entry in entries)
     kept = [tmp_path / "out" / "quarantine" / entry["file"] for entry in entries if entry["file"]]
-    assert len(kept) == 8 and all(path.is_file() for path in kept), "rejected files can be looked at"
+    assert len(kept) == 8 and all(path.is_file() for path in kept), (
+        "rejected files can be looked at"
+    )
     assert verify_dataset(tmp_path / "out", serial, lambda *_: None) == []
 
 
@@ -78,15 +106,23 @@ def test_every_kind_of_dirt_is_counted_under_its_reason(layout: str, tmp_path: P
 
 
 def test_nothing_is_written_outside_whatever_an_archive_names(tmp_path: Path) -> None:
-    source, names = class_tars(tmp_path / "in"), ["/abs.JPEG", "../up.JPEG", "a/../../up.JPEG", "..", "n\n.JPEG", "x" * 5000]
+    source, names = (
+        class_tars(tmp_path / "in"),
+        ["/abs.JPEG", "../up.JPEG", "a/../../up.JPEG", "..", "n\n.JPEG", "x" * 5000],
+    )
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number, name in enumerate(names):
             info = tarfile.TarInfo(name)
             info.size = len(jpeg(90 + number, 40, 32))
             tar.addfile(info, io.BytesIO(jpeg(90 + number, 40, 32)))
-        for name, kind in (("s", tarfile.SYMTYPE), ("h", tarfile.LNKTYPE), ("c", tarfile.CHRTYPE), ("b", tarfile.BLKTYPE),
-                           ("f", tarfile.FIFOTYPE)):  # fmt: skip
+        for name, kind in (
+            ("s", tarfile.SYMTYPE),
+            ("h", tarfile.LNKTYPE),
+            ("c", tarfile.CHRTYPE),
+            ("b", tarfile.BLKTYPE),
+            ("f", tarfile.FIFOTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, str(tmp_path / "outside")
             tar.addfile(info)
@@ -97,7 +133,11 @@ def test_nothing_is_written_outside_whatever_an_archive_names(tmp_path: Path) ->
     before = set(tmp_path.rglob("*"))
     prepare(source, tmp_path / "out")
     assert described(tmp_path / "out")["rejected"] == {"not_a_file": 5, "unsafe_name": 4}
-    assert described(tmp_path / "out")["splits"]["train"]["images_by_class"] == [20, 3, 20]  # n\\n, xxx, s/through
+    assert described(tmp_path / "out")["splits"]["train"]["images_by_class"] == [
+        20,
+        3,
+        20,
+    ]  # n\\n, xxx, s/through
     new = set(tmp_path.rglob("*")) - before
     assert all((tmp_path / "out") in (path, *path.parents) for path in new)
     assert not any(path.is_symlink() or not (path.is_file() or path.is_dir()) for path in new)
@@ -118,7 +158,11 @@ def test_damaged_archives_never_stop_the_work(tmp_path: Path) -> None:
             data = whole[: int(choices.integers(1, len(whole)))]
         else:
             place = headers[int(choices.integers(6))] + int(choices.integers(tarfile.BLOCKSIZE))
-            data = whole[:place] + bytes([whole[place] ^ (1 << int(choices.integers(8)))]) + whole[place + 1 :]
+            data = (
+                whole[:place]
+                + bytes([whole[place] ^ (1 << int(choices.integers(8)))])
+                + whole[place + 1 :]
+            )
         (source / "train" / "c1.tar").write_bytes(data)
         figures = prepare(source, tmp_path / f"out{number}")
         counts = described(tmp_path / f"out{number}")["splits"]["train"]["images_by_class"]
@@ -126,7 +170,14 @@ def test_damaged_archives_never_stop_the_work(tmp_path: Path) -> None:
         if counts[1] < 6:
             reasons = set(described(tmp_path / f"out{number}")["rejected"])
             assert number % 2 or figures["rejected"] >= 1
-            assert reasons <= {"damaged_archive", "truncated", "undecodable", "not_an_image", "not_a_file", "unsafe_name"}
+            assert reasons <= {
+                "damaged_archive",
+                "truncated",
+                "undecodable",
+                "not_an_image",
+                "not_a_file",
+                "unsafe_name",
+            }
 
 
 # D4, D5, D9: sources
@@ -137,7 +188,10 @@ def test_duplicates_across_classes_and_splits(tmp_path: Path) -> None:
     source = class_tars(tmp_path / "in", classes=2)
     both, held_out = jpeg(700, 40, 32), images(1, 6, first=500)["c1_0.JPEG"]
     for label in range(2):
-        write_tar(source / "train" / f"c{label}.tar", {**images(label, 20), "both.JPEG": both, "leak.JPEG": held_out})
+        write_tar(
+            source / "train" / f"c{label}.tar",
+            {**images(label, 20), "both.JPEG": both, "leak.JPEG": held_out},
+        )
     prepare(source, tmp_path / "out")
     found = described(tmp_path / "out")
     assert found["duplicates"] == {"in_validation": 2}
@@ -154,8 +208,10 @@ def test_zero_images_and_one_class_are_told_with_a_remedy(layout: str, tmp_path:
         for name in "ab":
             (tmp_path / "zero" / name).mkdir(parents=True)
         class_folders(tmp_path / "one", classes=1)
-    for source, words in (("zero", r"zero: no image is left for the train split\n  -> add images"),
-                          ("one", r"one: has 1 class: nothing to tell apart\n  -> two classes or more")):  # fmt: skip
+    for source, words in (
+        ("zero", r"zero: no image is left for the train split\n  -> add images"),
+        ("one", r"one: has 1 class: nothing to tell apart\n  -> two classes or more"),
+    ):
         with pytest.raises(DataError, match=words):
             prepare(tmp_path / source, tmp_path / "out")
         assert not (tmp_path / "out" / "dataset.json").exists()
@@ -163,20 +219,28 @@ def test_zero_images_and_one_class_are_told_with_a_remedy(layout: str, tmp_path:
 
 def test_a_dataset_smaller_than_a_batch_stops_training_before_it_begins(tmp_path: Path) -> None:
     run_dir = staging.prepared(tmp_path, train=15)
-    with pytest.raises(DataError, match=r"15 training images are fewer than one global batch of 16\n  -> lower global_batch"):
-        train_stage(staging.job(), "pretrain", run_dir, World.from_environment(), lambda: False)
+    with pytest.raises(
+        DataError,
+        match=r"15 training images are fewer than one global batch of 16\n  -> lower global_batch",
+    ):
+        train_stage(
+            staging.job(), "pretrain", RunDir(run_dir), DistEnv.from_environment(), lambda: False
+        )
 
 
 def test_classes_in_another_order_than_the_models_are_refused(tmp_path: Path) -> None:
     run_dir = staging.prepared(tmp_path)
     staging.with_weights(run_dir)
-    data, weights = open_dataset(run_dir / "stages" / "prepare" / "set"), run_dir / "stages" / "finetune" / "weights.json"
+    data, weights = (
+        open_dataset(run_dir / "stages" / "prepare" / "set"),
+        run_dir / "stages" / "finetune" / "weights.json",
+    )
     write_json(weights, {"image_size": 64, "classes": data.classes})
-    load_network(staging.job(), run_dir, "finetune", data)
+    load_network(staging.job(), RunDir(run_dir), "finetune", data)
     write_json(weights, {"image_size": 64, "classes": data.classes[::-1]})
     words = r"weights\.safetensors: weights were trained on 6 classes that are not the 6 of set\n  -> take the dataset"
     with pytest.raises(CheckpointError, match=words):
-        load_network(staging.job(), run_dir, "finetune", data)
+        load_network(staging.job(), RunDir(run_dir), "finetune", data)
 
 
 # D7: a disk that is full
@@ -226,20 +290,37 @@ stages: {{prepare: {{}}}}
 
 @pytest.mark.slow
 def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-rm", "true"], check=False).returncode != 0
+    ):
         pytest.skip("file systems cannot be mounted here")
     source = class_tars(tmp_path / "in", classes=4, count=300)
     prepare(source, tmp_path / "undisturbed", shard_rows=400)
     (tmp_path / "small.yaml").write_text(JOB.format(root=source))
     done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", FULL, *(str(tmp_path / name) for name in ("small.yaml", "disk", "out"))],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            "unshare",
+            "-rm",
+            sys.executable,
+            "-c",
+            FULL,
+            *(str(tmp_path / name) for name in ("small.yaml", "disk", "out")),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     runs = done.stdout.split("\n=====\n")[:-1]
     assert [run.split("\n", 1)[0] for run in runs] == ["3", "3", "0"], done.stdout
     for run in runs[:2]:
-        assert "the disk is full" in run and "free some space; the same command goes on from here" in run
+        assert (
+            "the disk is full" in run
+            and "free some space; the same command goes on from here" in run
+        )
     assert "Traceback" not in done.stdout
     assert shard_bytes(tmp_path / "out").keys() == shard_bytes(tmp_path / "undisturbed").keys()
     for name, data in shard_bytes(tmp_path / "undisturbed").items():
@@ -261,7 +342,9 @@ def test_one_flipped_bit_anywhere_in_a_dataset_is_named_by_verify(tmp_path: Path
     make_dataset(tmp_path, {"train": 60, "validation": 9}, shard_rows=30)
     description = described(tmp_path)
     for name, split in description["splits"].items():
-        labels = np.concatenate([np.load(index_path(tmp_path / one["file"]))[2] for one in split["shards"]])
+        labels = np.concatenate(
+            [np.load(index_path(tmp_path / one["file"]))[2] for one in split["shards"]]
+        )
         description["splits"][name]["images_by_class"] = np.bincount(labels).tolist()
     write_json(tmp_path / "dataset.json", description)
     assert verify_dataset(tmp_path, serial, lambda *_: None) == []
@@ -296,7 +379,9 @@ def test_the_loader_names_a_shard_that_is_gone_or_cut(tmp_path: Path) -> None:
             shard.unlink()
         else:
             shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(DataError, match=r"validation-00001\.parquet.*\n  -> run the prepare stage again"):
+        with pytest.raises(
+            DataError, match=r"validation-00001\.parquet.*\n  -> run the prepare stage again"
+        ):
             split = open_dataset(folder).split("validation")
             with EvalLoader(split, image_size=32, resize=1.0, batch=8, threads=1) as loader:
                 list(loader)
@@ -342,7 +427,9 @@ def test_postscript_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tools / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
     (tools / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+    program = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
+    )
     judged = clean(program, "a.JPEG", DatasetConfig(root="x"))
     assert isinstance(judged, Rejected) and judged.reason == "not_an_image"
     assert not mark.exists()

@@ -16,9 +16,10 @@ import pytest
 import simplejpeg
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.prepare.clean import Rejected, clean
+from pipeline.prepare.clean import clean
+from pipeline.sources.reader import Rejected
 from tests.prepare.bombs import jpeg_bomb, png_bomb
-from tests.prepare.sources import class_tars, images, write_tar
+from tests.prepare.source_folders import class_tars, images, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 HUGE = 30_000  # pixels a side
@@ -27,7 +28,7 @@ BOUND = 250  # MiB beyond what is imported: a unit's compressed bytes, a group o
 WORK = """
 import sys, threading, time
 from pathlib import Path
-from tests.prepare.sources import prepare
+from tests.prepare.source_folders import prepare
 
 def own():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) // 1024
@@ -53,8 +54,12 @@ def printed(code: str, *paths: Path) -> list[str]:
     """The words that the code prints in a process of its own, so that its memory is nobody else's."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, paths)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -66,14 +71,18 @@ def photographs(number: int, seed: int) -> dict[str, bytes]:
     for i in range(number):
         noise = random.integers(0, 256, (60, 80, 3), dtype=np.uint8)
         image = cv2.resize(noise, (640, 480), interpolation=cv2.INTER_CUBIC)
-        made[f"{i:05d}.JPEG"] = bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 96])[1])
+        made[f"{i:05d}.JPEG"] = bytes(
+            cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 96])[1]
+        )
     return made
 
 
 @pytest.mark.slow
 def test_a_workers_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     for name, count in (("small", 10), ("large", 2000)):
-        for seed, (split, number) in enumerate((("train/c0", count), ("train/c1", 10), ("val/c0", 9), ("val/c1", 9))):
+        for seed, (split, number) in enumerate(
+            (("train/c0", count), ("train/c1", 10), ("val/c0", 9), ("val/c1", 9))
+        ):
             write_tar(tmp_path / name / f"{split}.tar", photographs(number, seed))
     size = (tmp_path / "large" / "train" / "c0.tar").stat().st_size >> 20
     made, peak = map(int, printed(WORK, tmp_path / "small", tmp_path / "large", tmp_path / "out"))
@@ -86,13 +95,17 @@ def test_bombs_are_whole_images() -> None:
     shown = simplejpeg.decode_jpeg(jpeg_bomb(96), strict=True)
     assert shown.shape == (96, 96, 3) and (shown == 128).all()
     judged = clean(png_bomb(96), "a.png", DatasetConfig(root="x"))
-    assert not isinstance(judged, Rejected) and (judged.width, judged.height, judged.changed) == (96, 96, "converted")
+    assert not isinstance(judged, Rejected) and (judged.width, judged.height, judged.changed) == (
+        96,
+        96,
+        "converted",
+    )
 
 
 PEAK = """
 import sys
 from pathlib import Path
-from tests.prepare.sources import prepare
+from tests.prepare.source_folders import prepare
 
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) // 1024

@@ -17,9 +17,15 @@ from typing import Any
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["deepspeed", "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.muon.original_muon", "torch.utils.tensorboard",
-     "pipeline.train.run", "pipeline.evaluate.classify"]
-)  # fmt: skip
+    [
+        "deepspeed",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "torch.utils.tensorboard",
+        "pipeline.train.trainer",
+        "pipeline.evaluate.classify",
+    ]
+)
 
 Function = Callable[..., Any]  # importable by name; called in each process
 
@@ -40,7 +46,10 @@ class Group:
                 self.kill()
                 log = (self.folder / f"log-{rank}").read_text(errors="replace")
                 raise AssertionError(f"rank {rank} ended with {process.exitcode}:\n{log[-4000:]}")
-        return [pickle.loads((self.folder / f"result-{rank}").read_bytes()) for rank in range(len(self.processes))]
+        return [
+            pickle.loads((self.folder / f"result-{rank}").read_bytes())
+            for rank in range(len(self.processes))
+        ]
 
     def kill(self) -> None:
         """SIGKILL to all."""
@@ -59,7 +68,13 @@ def start(folder: Path, world: int, function: Function, *arguments: Any) -> Grou
         port = probe.getsockname()[1]
     processes: list[BaseProcess] = []
     for rank in range(world):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_SIZE": world,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
         process = _FORKS.Process(target=_run, args=(folder, rank, environment, function, arguments))
         process.start()
@@ -72,7 +87,13 @@ def run(folder: Path, world: int, function: Function, *arguments: Any) -> list[A
     return start(folder, world, function, *arguments).results()
 
 
-def _run(folder: Path, rank: int, environment: dict[str, Any], function: Function, arguments: tuple[Any, ...]) -> None:
+def _run(
+    folder: Path,
+    rank: int,
+    environment: dict[str, Any],
+    function: Function,
+    arguments: tuple[Any, ...],
+) -> None:
     with open(folder / f"log-{rank}", "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

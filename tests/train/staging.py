@@ -13,41 +13,74 @@ from safetensors.torch import load_file, save_file
 from pipeline.config.schema import Job
 from pipeline.evaluate.classify import evaluate_stage
 from pipeline.files import write_json
+from pipeline.layout import RunDir
 from pipeline.model import build
 from pipeline.monitor.events import Event, read_events
-from pipeline.monitor.recorder import events_path
-from pipeline.train.run import train_stage
-from pipeline.train.world import World
-from tests.data.making import make_dataset
+from pipeline.runtime.dist_env import DistEnv
+from pipeline.train.trainer import train_stage
+from tests.data.small_datasets import make_dataset
 
 CLASSES = 6
 TRAIN, VALIDATION = 67, 23  # 4 steps an epoch; a prime number of validation images
-MODEL: dict[str, Any] = {"channels": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "columns": 4, "drop_path": 0.1}
+MODEL: dict[str, Any] = {
+    "channels": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+    "columns": 4,
+    "drop_path": 0.1,
+}
 PRETRAIN: dict[str, Any] = {
-    "image_size": 32, "epochs": 3, "global_batch": 16, "precision": "fp32", "zero_stage": 1, "lr": 2e-3, "lr_batch": 16,
-    "warmup_epochs": 1, "log_steps": 1, "eval_epochs": 1.5,
-}  # fmt: skip
+    "image_size": 32,
+    "epochs": 3,
+    "global_batch": 16,
+    "precision": "fp32",
+    "zero_stage": 1,
+    "base_lr": 2e-3,
+    "base_lr_batch": 16,
+    "warmup_epochs": 1,
+    "log_every_steps": 1,
+    "eval_every_epochs": 1.5,
+}
 FINETUNE: dict[str, Any] = PRETRAIN | {
-    "from": "pretrain", "image_size": 64, "epochs": 1, "supervision": False, "layer_decay": 0.8, "ema": 0.9,
+    "from": "pretrain",
+    "image_size": 64,
+    "epochs": 1,
+    "intermediate_supervision": False,
+    "layer_decay": 0.8,
+    "ema_decay": 0.9,
     "augment": {"mixup": 0, "cutmix": 0, "randaugment": 0},
-}  # fmt: skip
+}
 
 
-def job(pretrain: dict[str, Any] | None = None, finetune: dict[str, Any] | None = None, **model: Any) -> Job:
+def job(
+    pretrain: dict[str, Any] | None = None, finetune: dict[str, Any] | None = None, **model: Any
+) -> Job:
     """A job of all stages; ``pretrain`` and ``finetune`` override their settings."""
     stages = {
-        "prepare": {}, "pretrain": PRETRAIN | (pretrain or {}), "finetune": FINETUNE | (finetune or {}),
-        "evaluate": {"batch": 5}, "export": {},
-    }  # fmt: skip
+        "prepare": {},
+        "pretrain": PRETRAIN | (pretrain or {}),
+        "finetune": FINETUNE | (finetune or {}),
+        "evaluate": {"batch": 5},
+        "export": {},
+    }
     cluster = {"device": "cpu", "threads": 1, "loader_threads": 1}
     return Job.model_validate(
-        {"name": "t", "model": MODEL | model, "cluster": cluster, "data": {"set": {"root": "x"}}, "stages": stages}
+        {
+            "name": "t",
+            "model": MODEL | model,
+            "cluster": cluster,
+            "data": {"set": {"root": "x"}},
+            "stages": stages,
+        }
     )
 
 
 def prepared(run_dir: Path, train: int = TRAIN, validation: int = VALIDATION) -> Path:
     """A run's directory in which the stage 'prepare' is done."""
-    make_dataset(run_dir / "stages" / "prepare" / "set", {"train": train, "validation": validation}, classes=CLASSES)
+    make_dataset(
+        run_dir / "stages" / "prepare" / "set",
+        {"train": train, "validation": validation},
+        classes=CLASSES,
+    )
     return run_dir
 
 
@@ -66,20 +99,24 @@ def with_weights(run_dir: Path, **changes: Any) -> dict[str, torch.Tensor]:
     folder = run_dir / "stages" / "finetune"
     folder.mkdir(parents=True)
     save_file(state, folder / "weights.safetensors")
-    write_json(folder / "weights.json", {"image_size": 64, "resize": 1.143, "figures": {"top1": 0.5}})
+    write_json(
+        folder / "weights.json", {"image_size": 64, "resize": 1.143, "figures": {"top1": 0.5}}
+    )
     return state
 
 
-def train(job: Job, stage: str, run_dir: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+def train(
+    job: Job, stage: str, run_dir: Path, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Called in each process of a group."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    return train_stage(job, stage, run_dir, World.from_environment(), stop)
+    return train_stage(job, stage, RunDir(run_dir), DistEnv.from_environment(), stop)
 
 
 def evaluate(job: Job, run_dir: Path) -> dict[str, float]:
     """Called in each process of a group."""
-    return evaluate_stage(job, run_dir, World.from_environment())
+    return evaluate_stage(job, RunDir(run_dir), DistEnv.from_environment())
 
 
 class StopAfter:
@@ -98,7 +135,7 @@ def weights(run_dir: Path, stage: str = "pretrain") -> dict[str, torch.Tensor]:
 
 
 def events(run_dir: Path, kind: str, stage: str = "pretrain") -> list[Event]:
-    return [event for event in read_events(events_path(run_dir, stage)) if event.kind == kind]
+    return [event for event in read_events(RunDir(run_dir).events(stage)) if event.kind == kind]
 
 
 def losses(run_dir: Path, stage: str = "pretrain") -> dict[int, float]:

@@ -12,18 +12,20 @@ from pipeline.checkpoint.manifest import Manifest, list_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.schema import TrainConfig
 from pipeline.errors import CheckpointError
-from pipeline.model.groups import is_alpha
+from pipeline.model.param_groups import is_alpha
+from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.process_group import process_group
+from pipeline.train.checkpointing import load_initial
 from pipeline.train.engine import make_engine
-from pipeline.train.group import process_group
-from pipeline.train.masters import Masters
-from pipeline.train.state import load_initial
-from pipeline.train.world import World
-from tests.train import processes, small
-from tests.train.small import Options
+from pipeline.train.zero_state import ShardedState
+from tests.train import processes, small_network
+from tests.train.small_network import Options
 
 
 def train(path: Path, world: int, stage: int, **options: Any) -> dict[str, Any]:
-    results = processes.run(path, world, small.steps, Options(path / "checkpoints", stage, **options))
+    results = processes.run(
+        path, world, small_network.steps, Options(path / "checkpoints", stage, **options)
+    )
     assert isinstance(results[0], dict), results
     return results[0]
 
@@ -39,7 +41,9 @@ def flat(found: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def single(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """One process, stored activations, ZeRO 1, fp32."""
     path = tmp_path_factory.mktemp("single")
     return train(path, 1, 1, activations="stored", steps=10), values(path)
@@ -47,7 +51,9 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_processes_equal_one(stage: int, accumulation: int, tmp_path: Path, single: Any) -> None:
+def test_two_processes_equal_one(
+    stage: int, accumulation: int, tmp_path: Path, single: Any
+) -> None:
     """Exact reversible columns under every stage against one process with stored activations, ten steps on."""
     expected, weights = single
     found = train(tmp_path, 2, stage, accumulation=accumulation, steps=10)
@@ -59,7 +65,9 @@ def test_two_processes_equal_one(stage: int, accumulation: int, tmp_path: Path, 
     assert all(value.abs().min() >= 0.999e-3 for name, value in trained.items() if is_alpha(name))
     if stage == 3:  # every level is released as soon as it is done with, and gathered about twice
         assert found["gathered_after"] == found["gathered_late"] == 0
-        assert 1 <= max(found["gathered"][1:-1]) <= 2.1 * accumulation  # once DeepSpeed knows the order; the last one evaluates
+        assert (
+            1 <= max(found["gathered"][1:-1]) <= 2.1 * accumulation
+        )  # once DeepSpeed knows the order; the last one evaluates
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -71,10 +79,20 @@ def test_zero_3_keeps_its_precision_on_a_cpu_without_fp16(precision: str, tmp_pa
 
 
 @pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (2, 2), (3, 1), (3, 2)])
-def test_bf16_gives_the_bits_of_the_stored_evaluation(stage: int, accumulation: int, tmp_path: Path) -> None:
+def test_bf16_gives_the_bits_of_the_stored_evaluation(
+    stage: int, accumulation: int, tmp_path: Path
+) -> None:
     """Exact columns against everything stored, in the same arithmetic and under the same engine."""
     for name, reference in {"exact": False, "stored": True}.items():
-        train(tmp_path / name, 2, stage, precision="bf16", accumulation=accumulation, steps=10, reference=reference)
+        train(
+            tmp_path / name,
+            2,
+            stage,
+            precision="bf16",
+            accumulation=accumulation,
+            steps=10,
+            reference=reference,
+        )
     assert torch.equal(flat(values(tmp_path / "exact")), flat(values(tmp_path / "stored")))
 
 
@@ -98,19 +116,34 @@ def test_resume_at_another_world_size_and_stage(tmp_path: Path, single: Any) -> 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_on_gradients_that_are_not_finite_is_left_out_on_all_ranks(stage: int, tmp_path: Path) -> None:
+def test_a_step_on_gradients_that_are_not_finite_is_left_out_on_all_ranks(
+    stage: int, tmp_path: Path
+) -> None:
     found = train(tmp_path, 2, stage, poison=1, steps=3)
     assert found["applied"] == [True, False, True]
-    assert all(value.isfinite().all() for kind in ("master", "ema", "exp_avg_sq") for value in values(tmp_path, kind).values())
+    assert all(
+        value.isfinite().all()
+        for kind in ("master", "ema", "exp_avg_sq")
+        for value in values(tmp_path, kind).values()
+    )
 
 
 def heads(zero_stage: int, scale: float) -> dict[str, list[float]]:
     """Standard deviation of the classifier's initial weights, and the moments after weights were loaded."""
-    world = World.from_environment()
-    config = TrainConfig(epochs=1, lr=1e-3, global_batch=8, micro_batch=4, precision="fp32", zero_stage=zero_stage)
+    world = DistEnv.from_environment()
+    config = TrainConfig(
+        epochs=1,
+        base_lr=1e-3,
+        global_batch=8,
+        micro_batch=4,
+        precision="fp32",
+        zero_stage=zero_stage,
+    )
     with process_group(world, use_cuda=False, threads=1) as device:
-        spec = small.SPEC.__class__((8, 16, 24, 32), (1, 1, 1, 1), 2, 7, head_init_scale=scale)
-        masters = Masters(make_engine(spec, config, world, 4, 3, device), 0.9)
+        spec = small_network.SPEC.__class__(
+            (8, 16, 24, 32), (1, 1, 1, 1), 2, 7, head_init_scale=scale
+        )
+        masters = ShardedState(make_engine(spec, config, world, 4, 3, device), 0.9)
 
         class Source:
             def __init__(self) -> None:
@@ -130,11 +163,20 @@ def heads(zero_stage: int, scale: float) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_loaded_weights_become_masters_and_average_but_no_moments(stage: int, tmp_path: Path) -> None:
+def test_loaded_weights_become_masters_and_average_but_no_moments(
+    stage: int, tmp_path: Path
+) -> None:
     ranks = processes.run(tmp_path, 2, heads, stage, 1e-3)
-    assert 0 < max(max(rank["classifier"]) for rank in ranks) < 1e-3  # scaled under ZeRO-3 too, and not loaded
+    assert (
+        0 < max(max(rank["classifier"]) for rank in ranks) < 1e-3
+    )  # scaled under ZeRO-3 too, and not loaded
     for rank in ranks:
-        for kind, expected in {"master": 2.0, "ema": 2.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}.items():
+        for kind, expected in {
+            "master": 2.0,
+            "ema_decay": 2.0,
+            "exp_avg": 0.0,
+            "exp_avg_sq": 0.0,
+        }.items():
             assert set(rank.get(kind, [expected])) == {expected}, kind
 
 
@@ -160,5 +202,8 @@ def test_a_flipped_bit_is_refused_by_name_and_the_one_before_is_used(tmp_path: P
     assert newest.with_name(f"{newest.name}.refused").is_dir() and newest.is_dir()  # made again
     damage(newest)
     damage(before)
-    results = processes.run(tmp_path, 2, small.steps, Options(tmp_path / "checkpoints", 1))
-    assert all(isinstance(result, CheckpointError) and "none of the 2" in result.message for result in results)
+    results = processes.run(tmp_path, 2, small_network.steps, Options(tmp_path / "checkpoints", 1))
+    assert all(
+        isinstance(result, CheckpointError) and "none of the 2" in result.message
+        for result in results
+    )

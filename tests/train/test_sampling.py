@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.format import open_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.order import GlobalOrder, RepeatedOrder, WindowedOrder
 from pipeline.errors import DataError, Interrupted
-from tests.data.making import damage
+from tests.data.small_datasets import damage
 from tests.train import processes, staging
 
 BAD = [2, 30, 31, 66]
 
 
 def train(run_dir: Path, world: int, settings: dict[str, Any], *options: Any) -> list[Any]:
-    return processes.run(run_dir / "logs", world, staging.train, staging.job(settings), "pretrain", run_dir, *options)
+    return processes.run(
+        run_dir / "logs", world, staging.train, staging.job(settings), "pretrain", run_dir, *options
+    )
 
 
 @pytest.fixture
@@ -31,23 +33,43 @@ def counts(run_dir: Path) -> list[float]:
     return [event.scalars["data/replaced_samples"] for event in staging.events(run_dir, "step")]
 
 
-def test_damage_stops_training_by_name_and_then_it_goes_on_with_other_images_counted(damaged: Path) -> None:
-    settings = {"epochs": 1, "checkpoint_steps": 1}
+def test_damage_stops_training_by_name_and_then_it_goes_on_with_other_images_counted(
+    damaged: Path,
+) -> None:
+    settings = {"epochs": 1, "checkpoint_every_steps": 1}
     first = int(next(i for i in range(67) if GlobalOrder(67, 0).index(0, i) in BAD)) // 16
     failed = train(damaged, 2, settings)
-    assert any(isinstance(error, DataError) and "train-00000.parquet, row " in error.message for error in failed), failed
+    assert any(
+        isinstance(error, DataError) and "train-00000.parquet, row " in error.message
+        for error in failed
+    ), failed
     train(damaged, 2, settings | {"on_bad_sample": "replace"})
-    replaced = [int(sum(GlobalOrder(67, 0).index(0, i) in BAD for i in range(16 * step))) for step in range(5)]
+    replaced = [
+        int(sum(GlobalOrder(67, 0).index(0, i) in BAD for i in range(16 * step)))
+        for step in range(5)
+    ]
     assert counts(damaged)[-1] == replaced[4]
     assert counts(damaged)[-(4 - first) :] == replaced[first + 1 :]
     said = staging.messages(damaged)
-    assert "another image in its place (on_bad_sample: replace): " in said and "the image is not what was written" in said
+    assert (
+        "another image in its place (on_bad_sample: replace): " in said
+        and "the image is not what was written" in said
+    )
 
 
 def test_windows_and_repeats_train_and_the_count_survives_an_interruption(damaged: Path) -> None:
-    settings = {"order": "windowed", "window_shards": 1, "repeats": 2, "epochs": 1, "on_bad_sample": "replace", "log_steps": 3}
+    settings = {
+        "order": "windowed",
+        "window_shards": 1,
+        "repeated_augmentation": 2,
+        "epochs": 1,
+        "on_bad_sample": "replace",
+        "log_every_steps": 3,
+    }
     stopped = train(damaged, 2, settings, staging.StopAfter(4, 0))
-    assert all(isinstance(error, Interrupted) and "after step 5 of 8" in error.message for error in stopped), stopped
+    assert all(
+        isinstance(error, Interrupted) and "after step 5 of 8" in error.message for error in stopped
+    ), stopped
     figures = train(damaged, 1, settings)[0]
     assert figures["steps"] == 2 * 67 // 16
     order = RepeatedOrder(WindowedOrder([67], 0, 1), 2, 16)

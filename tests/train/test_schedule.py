@@ -9,7 +9,15 @@ from pipeline.train.schedule import Schedule
 
 
 def test_linear_scaling_warm_up_and_cosine() -> None:
-    config = TrainConfig(epochs=10, lr=1e-3, lr_batch=1024, global_batch=2048, warmup_epochs=2, warmup_lr=1e-5, min_lr=1e-6)
+    config = TrainConfig(
+        epochs=10,
+        base_lr=1e-3,
+        base_lr_batch=1024,
+        global_batch=2048,
+        warmup_epochs=2,
+        warmup_lr=1e-5,
+        min_lr=1e-6,
+    )
     schedule = Schedule.of(config, images=50 * 2048 + 7)
     assert schedule.total_steps == 500 and schedule.warmup_steps == 100
     assert schedule(0) == pytest.approx(2e-5)
@@ -22,7 +30,7 @@ def test_linear_scaling_warm_up_and_cosine() -> None:
 
 
 def test_a_cut_schedule_still_ends_at_the_minimum() -> None:
-    config = TrainConfig(epochs=90, lr=1e-3, warmup_epochs=5, max_steps=8)
+    config = TrainConfig(epochs=90, base_lr=1e-3, warmup_epochs=5, max_steps=8)
     schedule = Schedule.of(config, images=100 * config.global_batch)
     assert schedule.total_steps == 8 and schedule.warmup_steps == 7
     assert schedule(8) == pytest.approx(config.min_lr)

@@ -1,0 +1,1 @@
+"""One file per kind of block. Each defines ``FACTS`` (read without torch) and ``KIND`` (the modules)."""

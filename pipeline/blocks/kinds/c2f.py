@@ -1,0 +1,117 @@
+"""C2f blocks with BatchNorm and SiLU, the detection backbone in common use (YOLOv8's C2f, n = 1, without shortcut)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.blocks.facts import BlockFacts
+from pipeline.blocks.kind import BlockKind
+from pipeline.blocks.layers import CastTo, init_weights
+
+FACTS = BlockFacts(title="C2f", shortcut=False, running_statistics=True)
+
+
+class BiaslessConv(nn.Conv2d):
+    """Convolution without bias on (N, C, H, W), initialised like all others."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
+        super().__init__(
+            inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, bias=False
+        )
+
+    def reset_parameters(self) -> None:
+        init_weights(self)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose running statistics stay in float32 where the weights are narrower: a tenth of a small change, the
+    momentum's share, would be rounded away."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("running_mean", "running_var"):
+            value = getattr(self, name)
+            setattr(self, name, value.float() if value.itemsize < 4 else value)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert (
+            self.running_mean is not None
+            and self.num_batches_tracked is not None
+            and self.momentum is not None
+        )
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        weight, bias = (
+            parameter.to(self.running_mean.dtype) for parameter in (self.weight, self.bias)
+        )
+        return functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+
+
+class ConvNorm(nn.Module):
+    """(N, H, W, C) -> (N, H', W', C'): convolution without bias, BatchNorm, SiLU unless ``linear``."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv = BiaslessConv(inputs, outputs, kernel, stride)
+        self.norm = BatchNorm(outputs)
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
+        return (x if self.linear else functional.silu(x)).permute(0, 2, 3, 1).contiguous()
+
+
+class C2fStem(nn.Module):
+    """(N, 3, H, W) -> (N, H/4, W/4, C0)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cast = CastTo()
+        self.conv = ConvNorm(3, channels, 4, stride=4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x: Tensor = self.conv(self.cast(images.permute(0, 2, 3, 1)))
+        return x
+
+
+class C2fBlock(nn.Module):
+    """(N, H, W, C): 1x1 to two halves, a bottleneck of two 3x3 on the second, all three together, 1x1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.split = ConvNorm(channels, 2 * half, 1)
+        self.first = ConvNorm(half, half, 3)
+        self.second = ConvNorm(half, half, 3)
+        self.merge = ConvNorm(3 * half, channels, 1)
+
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``keep`` must be None: there is no shortcut that stochastic depth could leave alone."""
+        a, b = self.split(x).chunk(2, -1)
+        merged: Tensor = self.merge(torch.cat([a, b, self.second(self.first(b))], -1))
+        return merged
+
+
+KIND = BlockKind(
+    C2fBlock,
+    stem=C2fStem,
+    down=partial(ConvNorm, kernel=2, stride=2, linear=True),
+    up=partial(ConvNorm, kernel=1),
+)

@@ -1,0 +1,94 @@
+"""The run directory: the one place that knows which file lies where.
+
+runs/quickstart/
+  run.yaml  run.json                  the resolved job; state, inputs, outputs and metrics of each stage
+  stages/prepare/<dataset>/           shards, classes.json, dataset.json, quarantine/
+  stages/<stage>/weights.safetensors  result of a training stage, described by weights.json
+  stages/<stage>/job.json             the resolved job that the stage was started with
+  stages/<stage>/generation           number of the newest process group: the fence against stale writers
+  checkpoints/<stage>/step-00000500/  one file per process and a manifest
+  logs/<stage>.jsonl                  events; <stage>-rank<k>.log: output of each process; run.log: the console
+  tensorboard/<stage>/                event files
+  export/                             the exported model
+  replaced/<time>-<stage>/            earlier results of a stage that was run from scratch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DATASET_JSON = "dataset.json"
+CLASSES_JSON = "classes.json"
+WEIGHTS_FILE = "weights.safetensors"
+WEIGHTS_JSON = "weights.json"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run directory. Creates nothing."""
+
+    path: Path
+
+    @property
+    def run_yaml(self) -> Path:
+        return self.path / "run.yaml"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def run_log(self) -> Path:
+        return self.logs / "run.log"
+
+    @property
+    def replaced(self) -> Path:
+        return self.path / "replaced"
+
+    def stage(self, stage: str) -> Path:
+        """Results of a stage."""
+        return self.path / "stages" / stage
+
+    def dataset(self, name: str) -> Path:
+        """A prepared dataset."""
+        return self.stage("prepare") / name
+
+    def weights(self, stage: str) -> Path:
+        """Weights that a training stage produced."""
+        return self.stage(stage) / WEIGHTS_FILE
+
+    def started_with(self, stage: str) -> Path:
+        """The resolved job (JSON) that a stage was started with."""
+        return self.stage(stage) / "job.json"
+
+    def fence(self, stage: str) -> Path:
+        """Generation number of the newest process group of a stage; an older group must not commit results."""
+        return self.stage(stage) / "generation"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+    def events(self, stage: str) -> Path:
+        """Event log of a stage (JSON lines)."""
+        return self.logs / f"{stage}.jsonl"
+
+    def log(self, stage: str, rank: int) -> Path:
+        """Standard output and standard error of one process of a stage."""
+        return self.logs / f"{stage}-rank{rank}.log"
+
+    def tensorboard(self, stage: str = "") -> Path:
+        """TensorBoard files of a stage, or the folder of all stages."""
+        return self.path / "tensorboard" / stage if stage else self.path / "tensorboard"

@@ -1,0 +1,212 @@
+"""``auto``: image size, epochs, batch and held-out share are chosen by looking at the images, and said aloud."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import machine
+from pipeline.config.check import check
+from pipeline.config.load import LoadedJob, load_job
+from pipeline.errors import ConfigError
+from pipeline.sources.inspection import USUAL_SIDE, look_at
+from tests.config.jobs import ROOT
+from tests.prepare.source_folders import class_tars, write_tar
+
+OWN = ROOT / "jobs/own_images.yaml"
+
+
+def picture(width: int, height: int, kind: str = "JPEG") -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(out, kind)
+    return out.getvalue()
+
+
+def folders(
+    root: Path, classes: int, count: int, width: int = 200, height: int = 150, kind: str = "JPEG"
+) -> Path:
+    image = picture(width, height, kind)
+    for label in range(classes):
+        folder = root / f"class {label}"
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.{kind.lower()}").write_bytes(image)
+    return root
+
+
+def own(root: Path, *overrides: str) -> LoadedJob:
+    loaded = load_job(OWN, [f"data.root={root}", "cluster.device=cpu", *overrides])
+    check(loaded.job, machine.world_size(loaded.job.cluster), loaded.origins)
+    return loaded
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    loaded = own(folders(tmp_path / "mine", 4, 100))
+    pretrain, finetune = loaded.job.stages.pretrain, loaded.job.stages.finetune
+    assert pretrain is not None
+    assert finetune is not None
+    assert pretrain.image_size == 96  # 150 pixels would do more, two cores would not
+    assert pretrain.epochs == 60
+    assert finetune.epochs == 20
+    assert pretrain.global_batch == 16  # 360 images: 22 steps an epoch
+    assert loaded.job.data["images"].validation_fraction == 0.1
+    assert loaded.origins["stages.pretrain.epochs"].startswith("chosen: 360 training images")
+    said = "\n".join(loaded.notes)
+    for part in (
+        "data.images: 400 images of 4 classes (class folders, no validation split), median short side 150 pixels",
+        "data.images.validation_fraction = 0.1: held out by content hash",
+        "stages.pretrain.image_size = 96: median short side 150 pixels",
+        "stages.pretrain.epochs = 60: 360 training images",
+        "stages.pretrain.global_batch = 16: 22 steps an epoch on 2 processes",
+        "stages.finetune.image_size",
+    ):
+        assert part in said
+
+
+def test_class_tars_with_a_validation_split(tmp_path: Path) -> None:
+    loaded = own(
+        class_tars(tmp_path / "mine", classes=5, count=20, validation=4), "cluster.processes=1"
+    )
+    assert (
+        loaded.notes[0]
+        == "data.images: 100 images of 5 classes (class tars, with a validation split), median short side 32 pixels"
+    )
+    pretrain = loaded.job.stages.pretrain
+    assert pretrain is not None
+    assert (pretrain.image_size, pretrain.global_batch) == (64, 16)
+
+
+def test_more_processes_get_even_shares(tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", 4, 100)
+    for processes in (1, 2, 3, 8, 64):
+        job = own(root, f"cluster.processes={processes}").job
+        assert job.stages.pretrain is not None
+        assert job.stages.pretrain.global_batch % (2 * processes) == 0
+
+
+def test_few_images_hold_out_more(tmp_path: Path) -> None:
+    loaded = own(folders(tmp_path / "mine", 2, 10), "cluster.processes=1")
+    assert loaded.job.data["images"].validation_fraction == 0.2
+
+
+def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
+    loaded = own(
+        folders(tmp_path / "mine", 2, 40),
+        "stages.pretrain.epochs=7",
+        "stages.pretrain.image_size=32",
+        "data.validation_fraction=0.25",
+    )
+    pretrain = loaded.job.stages.pretrain
+    assert pretrain is not None
+    assert (pretrain.epochs, pretrain.image_size) == (7, 32)
+    assert loaded.job.data["images"].validation_fraction == 0.25
+    assert not any(
+        note.startswith(("stages.pretrain.epochs", "data.images.validation"))
+        for note in loaded.notes
+    )
+    assert [note for note in loaded.notes if "stages.pretrain.global_batch = " in note]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
+def test_sizes_of_every_kind(tmp_path: Path, kind: str) -> None:
+    found = look_at(
+        str(folders(tmp_path / "mine", 2, 3, 90, 70, kind)), "auto", "data.images.root", "x.yaml:1"
+    )
+    assert (found.layout, found.classes, found.images, found.short_side) == (
+        "class_folders",
+        2,
+        6,
+        70,
+    )
+
+
+def test_damage_does_not_stop_a_look(tmp_path: Path) -> None:
+    files = {
+        "a.jpg": picture(64, 48),
+        "b.jpg": b"no image",
+        "c.jpg": b"",
+        "readme.txt": b"x",
+        "d.png": picture(64, 48, "PNG"),
+    }
+    write_tar(tmp_path / "cut.tar", files)
+    whole = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:1500])
+    write_tar(tmp_path / "whole.tar", files)
+    (tmp_path / "nonsense.tar").write_bytes(b"\x01" * 3000)
+    found = look_at(str(tmp_path), "auto", "key", "place")
+    assert (found.classes, found.short_side) == (3, 48)
+    assert found.images in (4, 5)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/x.jpg").write_bytes(b"no image")
+    assert look_at(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
+
+
+@pytest.mark.parametrize(
+    ("prepare", "overrides", "message"),
+    [
+        (
+            "",
+            ["data.root="],
+            "--set: data.images.root: no folder of images is given\n  -> --set data.root=DIR",
+        ),
+        (
+            "",
+            ["data.root=/not/there"],
+            "--set: data.images.root: there is no folder /not/there\n  -> --set data.images.root=DIR",
+        ),
+        (
+            "empty",
+            [],
+            "data.images.root: {root} holds no folders of images nor tars (at the top, or below train/)",
+        ),
+        (
+            "folders",
+            ["data.layout=class_tars"],
+            "data.images.root: {root} holds no class tars (at the top, or below train/)",
+        ),
+        (
+            "folders",
+            ["data.layout=huggingface"],
+            "give image_size, epochs and global_batch as numbers",
+        ),
+        ("few", [], "stages.pretrain.global_batch: 2 training images are too few for 2 processes"),
+    ],
+)
+def test_sources_that_cannot_be_looked_at(
+    tmp_path: Path, prepare: str, overrides: list[str], message: str
+) -> None:
+    root = tmp_path / "mine"
+    root.mkdir()
+    if prepare in ("folders", "few"):
+        folders(root, 2, 50 if prepare == "folders" else 1)
+    with pytest.raises(ConfigError) as error:
+        own(root, *overrides)
+    assert message.format(root=root) in error.value.message
+
+
+def test_without_a_source_the_job_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OWN_IMAGES", raising=False)
+    with pytest.raises(
+        ConfigError,
+        match=r"own_images\.yaml:5: data\.images\.root: no folder of images is given\n  -> --set data\.root=DIR",
+    ):
+        load_job(OWN)
+
+
+def test_which_dataset_is_looked_at(tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", 2, 40)
+    both = f"data={{one: {{root: {root}}}, two: {{root: {root}}}}}"
+    with pytest.raises(
+        ConfigError,
+        match=r"stages\.pretrain\.data: 'auto' needs to know the dataset\n  -> data: one of one, two",
+    ):
+        load_job(OWN, [both])
+    loaded = load_job(OWN, [both, "stages.pretrain.data=one", "stages.finetune.data=two"])
+    assert [note.partition(":")[0] for note in loaded.notes if note.startswith("data.")] == [
+        "data.one",
+        "data.two",
+    ]

@@ -1,0 +1,59 @@
+"""Ray tasks: every item once, errors with their own type, lost workers' pieces done again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DataError, StageError
+from pipeline.orchestrate.ray_tasks import map_tasks
+
+
+def _square(number: int) -> int:
+    return number * number
+
+
+def _die_once(folder: Path, number: int) -> int:
+    mark = folder / str(number)
+    if number % 5 == 0 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def _fail(kind: str, number: int) -> int:
+    if number == 7:
+        if kind == "user":
+            raise DataError("bad tar", place="n01.tar", remedy="mend it")
+        if kind == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/unit.parquet")
+        raise ZeroDivisionError("a bug")
+    return number
+
+
+def test_every_item_has_its_result() -> None:
+    assert dict(map_tasks(_square, range(50))) == {number: number * number for number in range(50)}
+    assert list(map_tasks(_square, [])) == []
+
+
+def test_a_killed_workers_piece_is_done_again(tmp_path: Path) -> None:
+    assert dict(map_tasks(partial(_die_once, tmp_path), range(12))) == {
+        number: number for number in range(12)
+    }
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_errors_arrive_as_what_they_are() -> None:
+    with pytest.raises(DataError, match=r"n01\.tar: bad tar\n  -> mend it"):
+        list(map_tasks(partial(_fail, "user"), range(20)))
+    with pytest.raises(
+        StageError, match=r"/data/unit\.parquet: the disk is full\n  -> free some space"
+    ):
+        list(map_tasks(partial(_fail, "disk"), range(20)))
+    with pytest.raises(StageError, match="ZeroDivisionError: a bug"):
+        list(map_tasks(partial(_fail, "bug"), range(20)))
