@@ -119,7 +119,7 @@ def run(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     with open_run(loaded, directory, console) as under_way:
         for note in loaded.notes:
-            under_way.say(note)
+            under_way.log(note)
         run_stages(under_way, stage or [], force=force)
         summarise(under_way)
 
@@ -143,7 +143,7 @@ def train(
     loaded, world = load_job(job, overrides or []), DistEnv.from_environment()
     directory = RunDir((run_dir or RUNS / loaded.job.name).absolute())
     display = Display(Console(highlight=False))
-    stop = StopRequest(lambda text: display.say(text, "warning"))
+    stop = StopRequest(lambda text: display.log(text, "warning"))
     stop.install()
     if not world.is_main:
         train_stage(loaded.job, stage, directory, world, stop)
@@ -154,8 +154,8 @@ def train(
         display.stage(stage),
         following(Follow(directory.events(stage), display)),
     ):
-        figures = train_stage(loaded.job, stage, directory, world, stop)
-    display.say("  ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
+        metrics = train_stage(loaded.job, stage, directory, world, stop)
+    display.log("  ".join(f"{name} {value:,.4g}" for name, value in metrics.items()))
 
 
 @app.command()
@@ -175,7 +175,7 @@ def verify(
         for dataset in find_datasets(path.absolute()):
             found = verify_dataset(dataset, map_tasks, display.progress)
             problems += found
-            display.say(f"{describe(dataset)}: {f'{len(found)} problems' if found else 'all well'}")
+            display.log(f"{describe(dataset)}: {f'{len(found)} problems' if found else 'all well'}")
     if problems:
         listed = "\n".join(f"    {problem}" for problem in problems[:20])
         raise DataError(
@@ -247,7 +247,7 @@ def tensorboard(
     logs = RunDir(directory).tensorboard()
     logs = logs if logs.is_dir() else directory
     print(
-        f"TensorBoard of {logs}: http://{host}:{port}/ (figures by group: tab Custom Scalars); Ctrl-C ends it",
+        f"TensorBoard of {logs}: http://{host}:{port}/ (metrics by group: tab Custom Scalars); Ctrl-C ends it",
         flush=True,
     )
     command = [
@@ -295,7 +295,7 @@ def data_show(
 @bench.command("reversible")
 def bench_reversible(
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here too.")
+        Path | None, typer.Option("--json", help="Write the metrics here too.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw memory against columns here (SVG).")
@@ -319,7 +319,7 @@ def bench_reversible(
 @bench.command("loader")
 def bench_loader(
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here too.")
+        Path | None, typer.Option("--json", help="Write the metrics here too.")
     ] = None,
 ) -> None:
     """Images per second and memory of our loader, of PyTorch's with Pillow, of WebDataset and of Hugging Face's."""
@@ -331,7 +331,7 @@ def bench_loader(
 @bench.command("prepare")
 def bench_prepare(
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here too.")
+        Path | None, typer.Option("--json", help="Write the metrics here too.")
     ] = None,
 ) -> None:
     """Images per second of the preparation, against a Pillow process pool, with 1 and 2 workers."""

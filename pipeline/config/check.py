@@ -35,7 +35,7 @@ class _Checker:
         self.job, self.origins, self.run_dir = job, origins, run_dir
         self.problems: list[Problem] = []
 
-    def say(self, key: str, cause: str, remedy: str) -> None:
+    def report(self, key: str, cause: str, remedy: str) -> None:
         self.problems.append(Problem(self.place(key), f"{key}: {cause}", remedy))
 
     def place(self, key: str) -> str:
@@ -57,7 +57,7 @@ class _Checker:
                 if error.place.startswith("stages.")
                 else f"stages.{stage}.{error.place}"
             )
-            self.say(key, error.cause, error.remedy)
+            self.report(key, error.cause, error.remedy)
 
     def has_weights(self, stage: str) -> bool:
         """Whether an earlier run left the weights of this stage."""
@@ -80,7 +80,7 @@ def check(
     """
     checker = _Checker(job, origins or {}, run_dir)
     if not stage_names(job):
-        checker.say("stages", "the job has no stage", f"write one of {', '.join(ORDER)}")
+        checker.report("stages", "the job has no stage", f"write one of {', '.join(ORDER)}")
     _model(checker)
     for name, dataset in job.data.items():
         _dataset(checker, f"data.{name}", dataset)
@@ -100,43 +100,43 @@ def _model(checker: _Checker) -> None:
         cause = (
             f"only columns under activations 'exact' can be stored, not under '{model.activations}'"
         )
-        checker.say("model.stored_columns", cause, "activations: exact, or stored_columns: 0")
+        checker.report("model.stored_columns", cause, "activations: exact, or stored_columns: 0")
 
 
 def _dataset(checker: _Checker, key: str, dataset: DatasetConfig) -> None:
     made_up = dataset.synthetic
     if made_up is None:
         if not dataset.root:
-            checker.say(
+            checker.report(
                 f"{key}.root",
                 "no source is given",
                 f"--set {key}.root=DIR, or made-up images: {key}.synthetic",
             )
         return
     if dataset.layout == "huggingface":
-        checker.say(
+        checker.report(
             f"{key}.layout",
             "images cannot be generated in the layout 'huggingface'",
             "take class_tars",
         )
     if made_up.min_size > made_up.max_size:
-        checker.say(
+        checker.report(
             f"{key}.synthetic.min_size",
             f"{made_up.min_size} is above max_size {made_up.max_size}",
             "swap them",
         )
     if made_up.min_size < dataset.min_side:
         cause = f"images of {made_up.min_size} pixels would all be quarantined (min_side {dataset.min_side})"
-        checker.say(f"{key}.synthetic.min_size", cause, f"take {dataset.min_side} or more")
+        checker.report(f"{key}.synthetic.min_size", cause, f"take {dataset.min_side} or more")
     if dataset.classes != "auto":
         try:
             count = len(class_lists.class_list(dataset.classes))
         except ConfigError as error:
-            checker.say(f"{key}.classes", error.cause, error.remedy)
+            checker.report(f"{key}.classes", error.cause, error.remedy)
             return
         if made_up.classes > count:
             cause = f"{made_up.classes} classes wanted, the list {dataset.classes} has {count}"
-            checker.say(f"{key}.synthetic.classes", cause, f"take at most {count}")
+            checker.report(f"{key}.synthetic.classes", cause, f"take at most {count}")
 
 
 def _prepare(checker: _Checker) -> None:
@@ -144,7 +144,7 @@ def _prepare(checker: _Checker) -> None:
     for name in stage.data if stage is not None else ():
         if name not in checker.job.data:
             remedy = did_you_mean(name, checker.job.data, "the job's datasets")
-            checker.say("stages.prepare.data", f"the job has no dataset '{name}'", remedy)
+            checker.report("stages.prepare.data", f"the job has no dataset '{name}'", remedy)
 
 
 def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -> None:
@@ -152,7 +152,7 @@ def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int
     if train.image_size % STRIDE:
         low = train.image_size // STRIDE * STRIDE
         near = " or ".join(str(size) for size in (low, low + STRIDE) if size)
-        checker.say(
+        checker.report(
             f"{key}.image_size",
             f"{train.image_size} pixels is not a multiple of {STRIDE}",
             f"take {near}",
@@ -161,33 +161,35 @@ def _training(checker: _Checker, stage: str, train: TrainConfig, world_size: int
     _pairs(checker, stage, train, world_size)
     if train.intermediate_supervision and checker.job.model.columns < SUPERVISED:
         cause = f"intermediate supervision needs {SUPERVISED} columns, the model has {checker.job.model.columns}"
-        checker.say(
+        checker.report(
             f"{key}.intermediate_supervision",
             cause,
             "intermediate_supervision: false, or a model of more columns",
         )
     if train.zero_stage == 0 and train.precision == "bf16":
-        checker.say(f"{key}.zero_stage", "ZeRO stage 0 with bf16 keeps no fp32 masters", "take 1")
+        checker.report(
+            f"{key}.zero_stage", "ZeRO stage 0 with bf16 keeps no fp32 masters", "take 1"
+        )
     blocks = checker.job.model.block
     drop_path = checker.job.model.drop_path if train.drop_path is None else train.drop_path
     kinds = [registry.facts()[name] for name in ((blocks,) if isinstance(blocks, str) else blocks)]
     if drop_path and (titles := [kind.title for kind in kinds if not kind.shortcut]):
         owner = "model" if train.drop_path is None else key
         cause = f"{titles[0]} blocks have no shortcut, which stochastic depth needs"
-        checker.say(f"{owner}.drop_path", cause, f"{owner}.drop_path: 0")
+        checker.report(f"{owner}.drop_path", cause, f"{owner}.drop_path: 0")
     if train.zero_stage == 3 and checker.job.model.compile:
         cause = "levels whose parameters ZeRO-3 gathers cannot be compiled"
-        checker.say("model.compile", cause, f"{key}.zero_stage: 2, or compile: false")
+        checker.report("model.compile", cause, f"{key}.zero_stage: 2, or compile: false")
     if train.warmup_epochs > train.epochs:
         cause = f"{train.warmup_epochs:g} epochs of warm-up in a stage of {train.epochs}"
-        checker.say(f"{key}.warmup_epochs", cause, f"take at most {train.epochs}")
+        checker.report(f"{key}.warmup_epochs", cause, f"take at most {train.epochs}")
     for name in ("min_lr", "warmup_lr"):
         value = getattr(train, name)
         if value > train.base_lr:
             cause = f"{value:g} is above the peak learning rate {train.base_lr:g}"
-            checker.say(f"{key}.{name}", cause, f"take at most {train.base_lr:g}")
+            checker.report(f"{key}.{name}", cause, f"take at most {train.base_lr:g}")
     if train.eval_resize < 1:
-        checker.say(
+        checker.report(
             f"{key}.eval_resize",
             f"{train.eval_resize:g} makes images smaller than the crop",
             "take 1 or more",
@@ -202,7 +204,7 @@ def _order(checker: _Checker, key: str, train: TrainConfig) -> None:
         cause = (
             "classes cannot be balanced within windows: a rare class's few images lie in few shards"
         )
-        checker.say(f"{key}.balance", cause, "order: global, or balance: 0")
+        checker.report(f"{key}.balance", cause, "order: global, or balance: 0")
     batch, repeats = train.global_batch, train.repeated_augmentation
     if batch % repeats:
         divisors = ", ".join(
@@ -211,14 +213,16 @@ def _order(checker: _Checker, key: str, train: TrainConfig) -> None:
             if batch % one == 0
         )
         cause = f"a global batch of {batch} images cannot hold each of its images {repeats} times"
-        checker.say(
+        checker.report(
             f"{key}.repeated_augmentation",
             cause,
             f"take one of {divisors}, or another global_batch",
         )
     elif repeats > 1 and repeats == batch:
         cause = f"all {batch} images of a step would be views of a single one"
-        checker.say(f"{key}.repeated_augmentation", cause, "take fewer, or a larger global_batch")
+        checker.report(
+            f"{key}.repeated_augmentation", cause, "take fewer, or a larger global_batch"
+        )
 
 
 def _pairs(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -> None:
@@ -232,7 +236,7 @@ def _pairs(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -
     if micro % 2:
         cause = f"mixup and cutmix pair the images of a micro batch, and {micro} is odd (on {world_size} processes)"
         key = "micro_batch" if train.micro_batch != "auto" else "global_batch"
-        checker.say(
+        checker.report(
             f"stages.{stage}.{key}",
             cause,
             "an even micro_batch, or augment.mixup and augment.cutmix 0",
@@ -242,15 +246,15 @@ def _pairs(checker: _Checker, stage: str, train: TrainConfig, world_size: int) -
 def _crop(checker: _Checker, key: str, augment: AugmentConfig) -> None:
     (small, large), (narrow, wide) = augment.crop_scale, augment.crop_ratio
     if not small <= large <= 1:
-        checker.say(
+        checker.report(
             f"{key}.crop_scale",
             f"[{small:g}, {large:g}] is no range of shares",
             "smaller first, at most 1",
         )
     if narrow > wide:
-        checker.say(f"{key}.crop_ratio", f"[{narrow:g}, {wide:g}] is no range", "smaller first")
+        checker.report(f"{key}.crop_ratio", f"[{narrow:g}, {wide:g}] is no range", "smaller first")
     if augment.randaugment > 10:
-        checker.say(
+        checker.report(
             f"{key}.randaugment", f"magnitude {augment.randaugment} is above 10", "take 0 to 10"
         )
 
@@ -272,18 +276,20 @@ def _sources(checker: _Checker) -> None:
             ]
             remedy = f"from: {earlier[-1]}" if earlier else "add the stage, or give a weights file"
             if source not in TRAINING or ORDER.index(source) >= ORDER.index(stage):
-                checker.say(key, f"'{source}' makes no weights before {stage}", remedy)
+                checker.report(key, f"'{source}' makes no weights before {stage}", remedy)
             elif source not in present and not checker.has_weights(source):
-                checker.say(
+                checker.report(
                     key, f"needs the weights of '{source}', which the job does not have", remedy
                 )
         elif not source.endswith(WEIGHTS):
             remedy = did_you_mean(
                 source, [name for name in present if name in TRAINING], "the job's training stages"
             )
-            checker.say(key, f"'{source}' is neither a training stage nor a {WEIGHTS} file", remedy)
+            checker.report(
+                key, f"'{source}' is neither a training stage nor a {WEIGHTS} file", remedy
+            )
         elif not Path(source).is_file():
-            checker.say(
+            checker.report(
                 key, f"there is no file {source}", "correct the path, or name a training stage"
             )
 
@@ -298,10 +304,10 @@ def _used_data(checker: _Checker) -> None:
         try:
             name = dataset_name(job, stage)
         except ConfigError as error:
-            checker.say(error.place, error.cause, error.remedy)
+            checker.report(error.place, error.cause, error.remedy)
             continue
         if name not in job.data:
-            checker.say(
+            checker.report(
                 key,
                 f"the job has no dataset '{name}'",
                 did_you_mean(name, job.data, "the job's datasets"),
@@ -313,7 +319,7 @@ def _used_data(checker: _Checker) -> None:
                 if job.stages.prepare
                 else "add `prepare: {}` to the stages"
             )
-            checker.say(key, cause, remedy)
+            checker.report(key, cause, remedy)
 
 
 def _evaluate(checker: _Checker) -> None:
@@ -326,7 +332,7 @@ def _evaluate(checker: _Checker) -> None:
         checker.attempt("evaluate", lambda: evaluate_image_size(job))
     if stage.image_size is not None and stage.image_size % STRIDE:
         cause = f"{stage.image_size} pixels is not a multiple of {STRIDE}"
-        checker.say(
+        checker.report(
             "stages.evaluate.image_size",
             cause,
             f"take {stage.image_size // STRIDE * STRIDE or STRIDE}",
@@ -342,4 +348,4 @@ def _evaluate(checker: _Checker) -> None:
     lists = job.data[trained].classes, job.data[evaluated].classes
     if lists[0] != lists[1]:
         cause = f"the head of '{source}' has the classes of {trained} ({lists[0]}), not those of {evaluated} ({lists[1]})"
-        checker.say("stages.evaluate.data", cause, f"data: {trained}")
+        checker.report("stages.evaluate.data", cause, f"data: {trained}")

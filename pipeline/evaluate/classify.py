@@ -19,7 +19,7 @@ from pipeline.runtime.process_group import process_group
 
 
 def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float]:
-    """Figures ``top1``, ``top5`` (shares), ``loss``, ``images``: of the whole validation split, for any number of processes."""
+    """Metrics ``top1``, ``top5`` (shares), ``loss``, ``images``: of the whole validation split, for any number of processes."""
     stage = job.stages.evaluate
     if stage is None:
         raise ConfigError("the job has no stage 'evaluate'", remedy="add it under `stages`")

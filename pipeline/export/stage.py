@@ -35,7 +35,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     """Writes ``export/``: model.safetensors, model.json, selftest.safetensors and, for ConvNeXt blocks as published,
     revcol.pth (published names).
 
-    Figures: ``parameters``, ``bytes``, ``reload_difference`` (0: logits equal bit for bit in a fresh process).
+    Metrics: ``parameters``, ``bytes``, ``reload_difference`` (0: logits equal bit for bit in a fresh process).
     """
     stage = job.stages.export
     if stage is None:

@@ -29,26 +29,26 @@ class Consistency:
 
     def __init__(self, columns: int, device: torch.device, fraction_bits: int) -> None:
         self.mismatched = torch.zeros(columns, 4, dtype=torch.int64, device=device)
-        self.kept = torch.zeros(len(KEPT), dtype=torch.int64, device=device)
-        self.largest = torch.zeros(columns, 4, dtype=torch.float64, device=device)
-        self.narrow = torch.zeros(columns, 4, dtype=torch.bool, device=device)
+        self.saved_tensor_changed = torch.zeros(len(KEPT), dtype=torch.int64, device=device)
+        self.max_abs = torch.zeros(columns, 4, dtype=torch.float64, device=device)
+        self.remainder_overflow = torch.zeros(columns, 4, dtype=torch.bool, device=device)
         self.fraction_bits = fraction_bits
         self.limit = 2.0 ** (31 - fraction_bits)
 
     @property
     def mismatched_elements(self) -> Tensor:
         """Everything that was found to differ (int64 scalar)."""
-        return self.mismatched.sum() + self.kept.sum()
+        return self.mismatched.sum() + self.saved_tensor_changed.sum()
 
     @property
     def overflowed(self) -> Tensor:
         """(columns, 4) bool: the stream is at the end of its range, or F was not finite."""
-        return ~(self.largest < self.limit * (1 - 2.0**-30))
+        return ~(self.max_abs < self.limit * (1 - 2.0**-30))
 
-    def poison(self, mismatches: bool) -> Tensor:
+    def nonfinite_flag(self, mismatches: bool) -> Tensor:
         """inf where the gradients must not be used: after an overflow, after a narrow remainder and, if ``mismatches``, where
         elements differ; else 0. Added to a gradient, it makes every engine skip the step without a synchronisation."""
-        wrong = self.overflowed.any() | self.narrow.any()
+        wrong = self.overflowed.any() | self.remainder_overflow.any()
         return torch.where(
             wrong | (self.mismatched_elements > 0) if mismatches else wrong, torch.inf, 0.0
         )
@@ -56,17 +56,17 @@ class Consistency:
     def add(self, other: Consistency) -> None:
         """Take in what another pass (of the same network) found."""
         self.mismatched += other.mismatched
-        self.kept += other.kept
-        self.largest = torch.maximum(self.largest, other.largest)
-        self.narrow = self.narrow | other.narrow
+        self.saved_tensor_changed += other.saved_tensor_changed
+        self.max_abs = torch.maximum(self.max_abs, other.max_abs)
+        self.remainder_overflow = self.remainder_overflow | other.remainder_overflow
 
     def report(self) -> list[str]:
         """One line a finding, where it began first (synchronises). The inversion goes from the last column and level to the
         first, so the first line names the origin and later ones its consequences."""
-        changed = zip(KEPT, self.kept.tolist(), strict=True)
+        changed = zip(KEPT, self.saved_tensor_changed.tolist(), strict=True)
         lines = [f"{name} changed between forward and backward" for name, n in changed if n]
-        mismatched, largest = self.mismatched.tolist(), self.largest.tolist()
-        overflowed, narrow = self.overflowed.tolist(), self.narrow.tolist()
+        mismatched, largest = self.mismatched.tolist(), self.max_abs.tolist()
+        overflowed, narrow = self.overflowed.tolist(), self.remainder_overflow.tolist()
         columns = range(len(mismatched))
         for t, i in ((t, i) for t in columns for i in range(4)):
             if overflowed[t][i]:
@@ -106,7 +106,7 @@ def guarded(health: Consistency, part: torch.nn.Module, skip_on_mismatch: bool) 
         if expected is None:
             return kept
         changed = fingerprint(kept) != expected
-        health.kept[5] += changed
+        health.saved_tensor_changed[5] += changed
         return (
             torch.where(changed, torch.nan, kept)
             if skip_on_mismatch and kept.is_floating_point()

@@ -41,7 +41,7 @@ class Stream:
     widths: list[int] = field(default_factory=list)  # of the remainders, bits
     fingerprints: list[Tensor] = field(default_factory=list)  # four a column, as the next two
     extremes: list[Tensor] = field(default_factory=list)  # smallest, largest value
-    narrow: list[Tensor] = field(default_factory=list)
+    remainder_overflow: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def advance(self, t: int, i: int, f: Tensor, alpha: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Stream:
             value, remainder = passes.encode(flat, self.maps[i], magnitude, sign, *units, dtype)
             self.remainders.append(fixed_point.pack(remainder, width))
             self.widths.append(width)
-            self.narrow.append(magnitude.min() < 2.0**-width)
+            self.remainder_overflow.append(magnitude.min() < 2.0**-width)
         self.extremes.append(torch.stack(torch.aminmax(value)))
         if self.keeping:
             self.fingerprints.append(fixed_point.fingerprint(self.maps[i]))
@@ -72,9 +72,9 @@ class Stream:
     def note(self, first: int) -> None:
         """To the health: what was seen from column ``first`` on."""
         health, last = self.exact.consistency, first + len(self.extremes) // 4
-        health.largest[first:last] = torch.stack(self.extremes).abs().amax(1).view(-1, 4)
-        if self.narrow:
-            health.narrow[1:last] = torch.stack(self.narrow).view(-1, 4)
+        health.max_abs[first:last] = torch.stack(self.extremes).abs().amax(1).view(-1, 4)
+        if self.remainder_overflow:
+            health.remainder_overflow[1:last] = torch.stack(self.remainder_overflow).view(-1, 4)
 
 
 class StraightThrough(torch.autograd.Function):

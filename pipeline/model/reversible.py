@@ -140,11 +140,11 @@ class Inversion:
         """Count what changed since the forward pass, and make the last column's values (level 3's is not needed)."""
         health, keep, step = self.exact.consistency, self.columns.keep, self.exact.units[1]
         found = [fixed_point.fingerprint(kept) for kept in (*self.maps, self.x)]
-        health.kept[:5] += torch.stack(found) != torch.cat(
+        health.saved_tensor_changed[:5] += torch.stack(found) != torch.cat(
             [self.fingerprints[-1], kept_fingerprints[:1]]
         )
         if keep is not None:
-            health.kept[6] += fixed_point.fingerprint(keep) != kept_fingerprints[1]
+            health.saved_tensor_changed[6] += fixed_point.fingerprint(keep) != kept_fingerprints[1]
         pairs = zip(self.maps[:3], self.shapes, strict=False)
         floats = [
             m.to(self.x.dtype).mul_(step).view(shape) for m, shape in pairs
@@ -172,7 +172,7 @@ class Inversion:
                     )
                     output = level(lower, upper, top, keep, recover)
                 if t == i == 0:
-                    upstream = upstream + self.exact.consistency.poison(
+                    upstream = upstream + self.exact.consistency.nonfinite_flag(
                         self.exact.skip_on_mismatch
                     ).to(upstream.dtype)
                 torch.autograd.backward(output, upstream)

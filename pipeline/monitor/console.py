@@ -85,36 +85,36 @@ class Display:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[figures]}", style="cyan"),
+            TextColumn("{task.fields[detail]}", style="cyan"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._task = self._bar.add_task(name, total=0, figures="")
+            self._task = self._bar.add_task(name, total=0, detail="")
             try:
                 yield
             finally:
                 self._bar = self._task = None
 
-    def progress(self, what: str, done: int, total: int, figures: str = "") -> None:
-        """``done`` of ``total`` pieces of ``what`` are finished."""
+    def progress(self, task: str, done: int, total: int, detail: str = "") -> None:
+        """``done`` of ``total`` pieces of ``task`` are finished."""
         now = self._clock()
-        if what != self._what or done < self._begun[0]:
-            self._what, self._begun = what, (done, now)
+        if task != self._what or done < self._begun[0]:
+            self._what, self._begun = task, (done, now)
             if self._bar is not None and self._task is not None:
                 self._bar.reset(self._task)
         if self._bar is not None and self._task is not None:
-            label = escape(f"{self._name}: {what}" if what else self._name)
+            label = escape(f"{self._name}: {task}" if task else self._name)
             self._bar.update(
-                self._task, description=label, completed=done, total=total, figures=figures
+                self._task, description=label, completed=done, total=total, detail=detail
             )
         if now - self._last_line >= self._interval or done == total:
             self._last_line = now
-            label = f"{self._name}: {what}" if what else self._name
+            label = f"{self._name}: {task}" if task else self._name
             left = self._left(done, total, now)
-            line = "  ".join(part for part in (f"{label} {done}/{total}", figures, left) if part)
+            line = "  ".join(part for part in (f"{label} {done}/{total}", detail, left) if part)
             self._print(line, on_screen=self._bar is None)
 
-    def say(self, text: str, level: str = "info") -> None:
+    def log(self, text: str, level: str = "info") -> None:
         """A sentence that stays on the screen."""
         prefix = "" if level == "info" else f"{level}: "
         self._print(prefix + text, LEVEL_STYLES.get(level, ""))
@@ -156,14 +156,14 @@ class Follow:
 
     def _show(self, event: Event) -> None:
         if event.kind == "message":
-            self._display.say(event.text, event.level)
+            self._display.log(event.text, event.level)
         elif event.kind == "evaluation":
             self._figures.take(event)
             values = "  ".join(
                 f"{name.removeprefix('accuracy/')} {value:.4g}"
                 for name, value in event.scalars.items()
             )
-            self._display.say(f"evaluation after step {event.step}: {values}")
+            self._display.log(f"evaluation after step {event.step}: {values}")
         elif event.kind == "step":
             self._figures.take(event)
             self.highest = max(self.highest, event.step)

@@ -45,8 +45,8 @@ class JobRunner:
     def job(self) -> Job:
         return self.loaded.job
 
-    def say(self, text: str, level: str = "info") -> None:
-        self.display.say(text, level)
+    def log(self, text: str, level: str = "info") -> None:
+        self.display.log(text, level)
 
 
 @contextlib.contextmanager
@@ -62,7 +62,7 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
         run_dir.logs.mkdir(exist_ok=True)
         with open(run_dir.run_log, "a", encoding="utf-8") as log:
             display = Display(console, log)
-            stop = StopRequest(lambda text: display.say(text, "warning"))
+            stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()
             write_text(run_dir.run_yaml, render.job_file(loaded))
             ledger = RunState(run_dir, job.name)
@@ -92,7 +92,7 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
             decision = resume_policy.decide(
                 stage, record, begun_with, resolved, inputs, run.run_dir, force=force
             )
-            run.say(f"{stage}: {decision.reason}")
+            run.log(f"{stage}: {decision.reason}")
             if decision.action == "skip":
                 continue
             if decision.action == "anew":
@@ -111,7 +111,7 @@ def _clear(run: JobRunner, stage: str, *, keep_what_fits: bool) -> None:
         return
     moved = resume_policy.move_aside(run.run_dir, stage)
     if moved is not None:
-        run.say(f"{stage}: its earlier results are now in {moved}", "warning")
+        run.log(f"{stage}: its earlier results are now in {moved}", "warning")
 
 
 def _ray(run: JobRunner) -> contextlib.AbstractContextManager[None]:
@@ -126,7 +126,7 @@ def _run_stage(run: JobRunner, stage: str) -> None:
     began = time.monotonic()
     try:
         with run.display.stage(stage):
-            figures = _prepare(run) if stage == "prepare" else _train_or_use(run, stage)
+            metrics = _prepare(run) if stage == "prepare" else _train_or_use(run, stage)
         outputs = artifacts.outputs(run.job, stage, run.run_dir)
     except Interrupted:
         run.ledger.stop(stage, time.monotonic() - began)
@@ -135,26 +135,26 @@ def _run_stage(run: JobRunner, stage: str) -> None:
         message = error.message if isinstance(error, PipelineError) else repr(error)
         run.ledger.stop(stage, time.monotonic() - began, message)
         raise
-    run.ledger.finish(stage, time.monotonic() - began, outputs, figures)
-    run.say(f"{stage}: done in {time.monotonic() - began:,.1f} s  {_headline(figures)}")
+    run.ledger.finish(stage, time.monotonic() - began, outputs, metrics)
+    run.log(f"{stage}: done in {time.monotonic() - began:,.1f} s  {_headline(metrics)}")
 
 
-def _headline(figures: dict[str, float]) -> str:
-    """The figures that people ask for first."""
+def _headline(metrics: dict[str, float]) -> str:
+    """The metrics that people ask for first."""
     shares = [
-        f"{name.replace('top', 'top-')} {figures[name]:.1%}"
+        f"{name.replace('top', 'top-')} {metrics[name]:.1%}"
         for name in ("top1", "top5")
-        if name in figures
+        if name in metrics
     ]
     counts = [
-        f"{name} {figures[name]:,.0f}" for name in ("images", "parameters") if name in figures
+        f"{name} {metrics[name]:,.0f}" for name in ("images", "parameters") if name in metrics
     ]
     return "  ".join([*shares, *counts])
 
 
 def _prepare(run: JobRunner) -> dict[str, float]:
     with run.stop.at_once():  # what is finished is on disk already
-        return prepare_stage(run.job, run.run_dir, map_tasks, run.display.progress, run.say)
+        return prepare_stage(run.job, run.run_dir, map_tasks, run.display.progress, run.log)
 
 
 def _train_or_use(run: JobRunner, stage: str) -> dict[str, float]:
@@ -173,11 +173,11 @@ def _train_or_use(run: JobRunner, stage: str) -> dict[str, float]:
         follow.poll()
         return follow.highest
 
-    figures = run_supervised(
-        entry(run.job, stage, run.run_dir), placement, stop=run.stop, tick=tick, say=run.say
+    metrics = run_supervised(
+        entry(run.job, stage, run.run_dir), placement, stop=run.stop, tick=tick, log=run.log
     )
     tick()
-    return figures
+    return metrics
 
 
 def entry(job: Job, stage: str, run_dir: RunDir) -> Entry:

@@ -61,7 +61,7 @@ class StageRecord(BaseModel):
     outputs: dict[str, Artifact] = Field(
         default_factory=dict, description="By path, relative to the run's directory."
     )
-    figures: dict[str, float] = Field(
+    metrics: dict[str, float] = Field(
         default_factory=dict, description="Numbers by name, such as top1."
     )
     error: str = ""
@@ -104,13 +104,13 @@ class RunState:
         self._save()
 
     def finish(
-        self, name: str, seconds: float, outputs: dict[str, Artifact], figures: dict[str, float]
+        self, name: str, seconds: float, outputs: dict[str, Artifact], metrics: dict[str, float]
     ) -> None:
         record = self._record.stages[name]
         finite = {
-            key: value for key, value in figures.items() if math.isfinite(value)
+            key: value for key, value in metrics.items() if math.isfinite(value)
         }  # JSON knows no others
-        record.state, record.outputs, record.figures, record.error = "done", outputs, finite, ""
+        record.state, record.outputs, record.metrics, record.error = "done", outputs, finite, ""
         record.seconds = round(record.seconds + seconds, 3)
         self._save()
 

@@ -12,7 +12,7 @@ from pipeline.config import job_queries
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
 
-_FIGURES = {
+_METRICS = {
     "prepare": ("images", "validation", "rejected", "duplicates"),
     "pretrain": ("top1", "loss", "steps", "images_per_s"),
     "finetune": ("top1", "loss", "steps", "images_per_s"),
@@ -27,36 +27,36 @@ def summarise(run: JobRunner) -> None:
     if run.ran:
         run.display.console.print(_table({name: run.ledger.stage(name) for name in names}))
     else:
-        run.say("nothing to do: every stage is done and nothing has changed")
+        run.log("nothing to do: every stage is done and nothing has changed")
     directory = _shown(run.run_dir.path)
     if run.ledger.stage("export").state == "done":
-        run.say(
+        run.log(
             f"exported model   {directory}/export   try it: ./launch.sh predict {directory}/export IMAGE.jpg"
         )
-    run.say(f"curves, images   ./launch.sh tensorboard {directory}")
-    run.say(f"all figures      {directory}/run.json   log: {directory}/logs/run.log")
-    run.say(f"next             {_next(run)}")
+    run.log(f"curves, images   ./launch.sh tensorboard {directory}")
+    run.log(f"all metrics      {directory}/run.json   log: {directory}/logs/run.log")
+    run.log(f"next             {_next(run)}")
 
 
 def _table(records: dict[str, StageRecord]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "state", "time", "figures"):
+    for column in ("stage", "state", "time", "metrics"):
         table.add_column(column, justify="right" if column == "time" else "left")
     for name, record in records.items():
         colour = {"done": "green", "failed": "red"}.get(record.state, "yellow")
         time = str(timedelta(seconds=round(record.seconds)))
-        table.add_row(name, f"[{colour}]{record.state}[/]", time, _figures(name, record.figures))
+        table.add_row(name, f"[{colour}]{record.state}[/]", time, _metrics(name, record.metrics))
     return table
 
 
-def _figures(stage: str, figures: dict[str, float]) -> str:
+def _metrics(stage: str, metrics: dict[str, float]) -> str:
     parts = []
-    for name in _FIGURES[stage]:
-        if name in ("top1", "top5") and name in figures:
-            parts.append(f"{name.replace('top', 'top-')} {figures[name]:.1%}")
-        elif name in figures:
+    for name in _METRICS[stage]:
+        if name in ("top1", "top5") and name in metrics:
+            parts.append(f"{name.replace('top', 'top-')} {metrics[name]:.1%}")
+        elif name in metrics:
             parts.append(
-                f"{name.replace('images_per_s', 'images/s').replace('_', ' ')} {_number(figures[name])}"
+                f"{name.replace('images_per_s', 'images/s').replace('_', ' ')} {_number(metrics[name])}"
             )
     return "  ".join(parts)
 

@@ -52,14 +52,14 @@ def run_supervised(
     *,
     stop: Callable[[], bool],
     tick: Callable[[], int],
-    say: Callable[[str, str], None],
+    log: Callable[[str, str], None],
 ) -> dict[str, float]:
-    """Run ``entry`` on all ranks, restarting the group when it breaks; returns rank 0's figures.
+    """Run ``entry`` on all ranks, restarting the group when it breaks; returns rank 0's metrics.
 
     Args:
         stop: whether the run was asked to stop; handed on to the ranks.
         tick: called several times a second; returns the highest step reached so far.
-        say: tells the user a sentence, with a level.
+        log: tells the user a sentence, with a level.
 
     Raises:
         Interrupted: all ranks stopped on request.
@@ -82,8 +82,8 @@ def run_supervised(
                 ) from None
             if stop():
                 raise interrupted() from None
-            say(error.message, "error")
-            say(
+            log(error.message, "error")
+            log(
                 f"starting the processes again from the last checkpoint ({failures or 1} of {RESTARTS})",
                 "warning",
             )
@@ -97,7 +97,7 @@ def run_group(
     with _actors(placement) as actors:
         refs = _start(actors, entry, placement, generation)
         outcomes = _watch(actors, refs, placement, stop, tick)
-    return outcomes[0].figures
+    return outcomes[0].metrics
 
 
 def _claim(fence: Path) -> int:

@@ -24,10 +24,10 @@ Entry = Callable[[DistEnv, Callable[[], bool]], dict[str, float]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a rank ended: with figures, or with an error (its own type if it is meant for the user)."""
+    """How a rank ended: with metrics, or with an error (its own type if it is meant for the user)."""
 
     rank: int
-    figures: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     error: PipelineError | None = None
     traceback: str = ""
     at: float = field(default_factory=time.time)  # which rank failed first
@@ -69,7 +69,7 @@ class Worker:
         os.environ.update(environment)
         world = DistEnv.from_environment()
         try:
-            return Outcome(world.rank, figures=entry(world, self._stop.is_set))
+            return Outcome(world.rank, metrics=entry(world, self._stop.is_set))
         except PipelineError as error:
             return Outcome(world.rank, error=error, traceback=traceback.format_exc())
         except (

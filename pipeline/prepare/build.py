@@ -28,6 +28,7 @@ from pipeline.prepare.plan import SPLITS, DatasetPlan, make_plan
 from pipeline.prepare.quarantine import list_rejected
 from pipeline.prepare.shuffle import mix_shard
 from pipeline.prepare.stats import DatasetStats
+from pipeline.reporting import Log, Progress
 from pipeline.sources.survey import survey
 from pipeline.sources.units import Survey
 
@@ -45,10 +46,6 @@ class MapTasks(Protocol):
     ) -> Iterator[tuple[Item, Result]]: ...
 
 
-Progress = Callable[[str, int, int, str], None]  # what, done, total, figures
-Say = Callable[[str, str], None]  # text, level
-
-
 def prepare_dataset(
     name: str,
     config: DatasetConfig,
@@ -56,16 +53,16 @@ def prepare_dataset(
     seed: int,
     tasks: MapTasks,
     progress: Progress,
-    say: Say,
+    log: Log,
 ) -> dict[str, float]:
-    """Make (or complete) a dataset in ``target``; returns figures: images, validation, rejected, duplicates, classes, bytes.
+    """Make (or complete) a dataset in ``target``; returns metrics: images, validation, rejected, duplicates, classes, bytes.
 
     Raises:
         DataError: the source is missing or unusable, too many of its images are bad, or none is left.
     """
     found = survey(config)
     for note in found.notes:
-        say(f"{name}: {note}", "warning")
+        log(f"{name}: {note}", "warning")
     place = BuildContext(target, config, fingerprint(found, config, seed), seed)
     if (done := _complete(place, tasks)) is not None:
         return done
@@ -78,7 +75,7 @@ def prepare_dataset(
     description = _describe(place, found, totals, plan, shards)
     write_json(target / DATASET_JSON, description)
     _tidy(place, shards)
-    return _figures(description)
+    return _metrics(description)
 
 
 def fingerprint(found: Survey, config: DatasetConfig, seed: int) -> str:
@@ -92,12 +89,12 @@ def fingerprint(found: Survey, config: DatasetConfig, seed: int) -> str:
 
 
 def _complete(place: BuildContext, tasks: MapTasks) -> dict[str, float] | None:
-    """The figures of a dataset that is all there and as it was written."""
+    """The metrics of a dataset that is all there and as it was written."""
     if _fingerprint_of(place.target) != place.fingerprint or place.work.exists():
         return None
     description = json.loads((place.target / DATASET_JSON).read_text())
     intact = [whole for _, whole in tasks(partial(_is_intact, place.target), _shards(description))]
-    return _figures(description) if all(intact) else None
+    return _metrics(description) if all(intact) else None
 
 
 def _is_intact(target: Path, shard: dict[str, Any]) -> bool:
@@ -249,7 +246,7 @@ def _tidy(place: BuildContext, shards: dict[str, ShardInfo]) -> None:
     shutil.rmtree(place.work)
 
 
-def _figures(description: dict[str, Any]) -> dict[str, float]:
+def _metrics(description: dict[str, Any]) -> dict[str, float]:
     splits = description["splits"]
     return {
         "images": float(splits["train"]["images"]),

@@ -123,7 +123,7 @@ def _members(place: BuildContext, units: Iterable[Unit]) -> Iterator[NDArray[np.
 def _split(
     unit: Unit, contents: NDArray[np.uint64], place: BuildContext
 ) -> int | NDArray[np.bool_]:
-    """By the unit; where it does not say, by the image's content, so that equal images are never on both sides."""
+    """By the unit; where it does not log, by the image's content, so that equal images are never on both sides."""
     if unit.split:
         return SPLITS.index(unit.split)
     held_out = min(int(place.config.validation_fraction * 2.0**64), 2**64 - 1)

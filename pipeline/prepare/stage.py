@@ -6,20 +6,21 @@ from pipeline.config import job_queries
 from pipeline.config.schema import DatasetConfig, Job
 from pipeline.files import json_digest
 from pipeline.layout import RunDir
-from pipeline.prepare.build import MapTasks, Progress, Say, prepare_dataset
+from pipeline.prepare.build import MapTasks, prepare_dataset
+from pipeline.reporting import Log, Progress
 from pipeline.synthetic import generate
 
 TOTALS = ("images", "validation", "rejected", "duplicates", "bytes")
 
 
 def prepare_stage(
-    job: Job, run_dir: RunDir, tasks: MapTasks, progress: Progress, say: Say
+    job: Job, run_dir: RunDir, tasks: MapTasks, progress: Progress, log: Log
 ) -> dict[str, float]:
     """Prepare the job's datasets, each in ``run_dir.dataset(name)``.
 
-    Figures: those of each dataset under ``<name>/``, and their sums.
+    Metrics: those of each dataset under ``<name>/``, and their sums.
     """
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name in job_queries.prepared_names(job):
         config, target = job.data[name], run_dir.dataset(name)
         if config.synthetic is not None:
@@ -31,11 +32,11 @@ def prepare_stage(
                 progress(f"{name}: making images up", done, len(pieces), "")
             generate.finish(config, source)
             config = config.model_copy(update={"root": str(source), "synthetic": None})
-        found = prepare_dataset(name, config, target, job.seed, tasks, progress, say)
-        figures |= {f"{name}/{key}": value for key, value in found.items()}
-        say(f"{name}: {_summary(found)}", "info")
-    return figures | {
-        key: sum(figures[f"{name}/{key}"] for name in job_queries.prepared_names(job))
+        found = prepare_dataset(name, config, target, job.seed, tasks, progress, log)
+        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        log(f"{name}: {_summary(found)}", "info")
+    return metrics | {
+        key: sum(metrics[f"{name}/{key}"] for name in job_queries.prepared_names(job))
         for key in TOTALS
     }
 

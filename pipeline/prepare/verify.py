@@ -17,7 +17,8 @@ from pipeline.data.shards import index_path
 from pipeline.errors import DataError
 from pipeline.files import digest, file_digest
 from pipeline.layout import DATASET_JSON
-from pipeline.prepare.build import MapTasks, Progress
+from pipeline.prepare.build import MapTasks
+from pipeline.reporting import Progress
 
 
 def verify_dataset(path: Path, tasks: MapTasks, progress: Progress) -> list[str]:

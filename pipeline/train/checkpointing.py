@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,8 @@ from pipeline.errors import CheckpointError
 from pipeline.files import write_json, write_with
 from pipeline.layout import WEIGHTS_FILE, WEIGHTS_JSON
 from pipeline.model import NetworkSpec
+from pipeline.reporting import Log
 from pipeline.train.zero_state import ShardedState
-
-
-class Say(Protocol):
-    """Tells the user a sentence; ``level`` is info, warning or error."""
-
-    def __call__(self, text: str, level: str = "info") -> None: ...
 
 
 def save_checkpoint(
@@ -53,7 +48,7 @@ def save_checkpoint(
 
 
 def restore(
-    root: Path, masters: ShardedState, identity: dict[str, Any], say: Say
+    root: Path, masters: ShardedState, identity: dict[str, Any], log: Log
 ) -> Manifest | None:
     """Load the newest checkpoint that verifies, on all ranks alike; None where there is none. Damaged ones are set aside.
 
@@ -69,7 +64,7 @@ def restore(
         manifest = Manifest.read(directory)
         _check_identity(manifest.state["identity"], identity, directory)
         for damaged, reason in refused.items():
-            say(f"checkpoint refused, and set aside as {damaged.name}.refused: {reason}", "warning")
+            log(f"checkpoint refused, and set aside as {damaged.name}.refused: {reason}", "warning")
             if dist.get_rank() == 0:
                 set_aside(damaged)
         _load(
@@ -125,11 +120,11 @@ def _check_identity(saved: dict[str, Any], now: dict[str, Any], directory: Path)
         )
 
 
-def load_initial(source: RangeReader, masters: ShardedState, place: str, say: Say) -> None:
+def load_initial(source: RangeReader, masters: ShardedState, place: str, log: Log) -> None:
     """Start from the backbone of given weights; heads stay as initialised. Raises CheckpointError, on all ranks alike."""
     names = loadable(source, masters.shapes, place)
     _load(source, masters, {}, set(names))
-    say(
+    log(
         f"loaded {len(names)} parameters from {place}; {len(masters.shapes) - len(names)} of the heads are new"
     )
 

@@ -53,9 +53,9 @@ class SelfCheck:
         """(largest |value| of the stream, findings where any rank has ``mismatched`` elements) since the last reading, over
         all ranks (collective, synchronises); starts anew."""
         largest = (
-            self.network.consistency.largest.new_zeros(())
+            self.network.consistency.max_abs.new_zeros(())
             if self._seen is None
-            else self._seen.largest.max()
+            else self._seen.max_abs.max()
         )
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         findings = self.read() if mismatched else []

@@ -13,7 +13,7 @@ from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.data.rng import uniform
 from pipeline.model.fixed_point import ALPHA_LIMIT, remainder_width
-from pipeline.train.checkpointing import Say
+from pipeline.reporting import Log
 from pipeline.train.loss import compound_terms
 from pipeline.train.metrics import Metrics
 from pipeline.train.optimizer import set_rate
@@ -36,7 +36,7 @@ class TrainingStep:
     accumulation: int
     device: torch.device
     log_every_steps: int  # from one reading of alpha to the next
-    say: Say
+    log: Log
     applied: int = 0  # optimizer steps taken; a step on non-finite gradients is not
     repeated: int = 0  # steps that were done again because their arithmetic was wrong
     skipped: bool = False  # the last one
@@ -71,7 +71,7 @@ class TrainingStep:
 
     def _say(self, findings: list[Finding], what: str) -> None:
         for finding in findings:
-            self.say(f"{what}: {finding}", "warning")
+            self.log(f"{what}: {finding}", "warning")
 
     def _attempt(self, batches: Iterator[Batch]) -> None:
         network = self.engine.module

@@ -77,7 +77,7 @@ class Trainer:
     def total_steps(self) -> int:
         return job_queries.steps(self.config, len(self.data.split("train")))
 
-    def say(self, text: str, level: str = "info") -> None:
+    def log(self, text: str, level: str = "info") -> None:
         """A message in the stage's events (from rank 0)."""
         if not self.world.is_main:
             return
@@ -143,17 +143,17 @@ def _train(run: Trainer, stop: Callable[[], bool]) -> dict[str, float]:
     spec = network_spec(job, config, len(run.data.classes))
     engine = make_engine(spec, config, world, micro, job.seed, device)
     masters = ShardedState(engine, config.ema_decay)
-    manifest = restore(run.checkpoints, masters, run.identity(spec), run.say)
+    manifest = restore(run.checkpoints, masters, run.identity(spec), run.log)
     start = manifest.step if manifest else 0
     if world.is_main:
         run.recorder = Recorder(run.run_dir, run.stage, resume_step=start)
     if manifest:
         run.history, run.figures = manifest.state["history"], manifest.state["figures"]
-        run.say(f"going on from step {start}")
+        run.log(f"going on from step {start}")
     elif config.initial:
-        load_initial(initial_weights(run.run_dir, config.initial), masters, config.initial, run.say)
+        load_initial(initial_weights(run.run_dir, config.initial), masters, config.initial, run.log)
     elif run.stage == "finetune":
-        run.say("no weights are named by `from`: fine-tuning starts from scratch", "warning")
+        run.log("no weights are named by `from`: fine-tuning starts from scratch", "warning")
     positions = len(spec.supervised_columns)
     metrics = Metrics(positions, positions - 1, device)
     if manifest:
@@ -176,7 +176,7 @@ def _train(run: Trainer, stop: Callable[[], bool]) -> dict[str, float]:
         accumulation,
         device,
         config.log_every_steps,
-        run.say,
+        run.log,
         **counts,
     )
     if (
@@ -282,10 +282,10 @@ def _log(
     scalars = stepper.metrics.read()
     largest, findings = stepper.integrity.summary(scalars["reversible/mismatched_elements"] > 0)
     for finding in findings:
-        run.say(f"up to step {done}, trained regardless (on_mismatch: warn): {finding}", "warning")
+        run.log(f"up to step {done}, trained regardless (on_mismatch: warn): {finding}", "warning")
     replaced_samples = replaced.count()
     for reason in replaced.new_reasons():
-        run.say(
+        run.log(
             f"up to step {done}, another image in its place (on_bad_sample: replace): {reason}",
             "warning",
         )
@@ -355,7 +355,7 @@ def _checkpoint(
         run.checkpoints, stepper.masters, done, state, run.config.keep_checkpoints, run.may_commit
     )
     if failure is None:
-        run.say(f"checkpoint at step {done}")
+        run.log(f"checkpoint at step {done}")
     elif last:
         raise CheckpointError(
             f"the final checkpoint cannot be written: {failure}",
@@ -363,7 +363,7 @@ def _checkpoint(
             remedy="make room, then run the same command again: it goes on from the checkpoint before",
         )
     else:
-        run.say(
+        run.log(
             f"the checkpoint at step {done} cannot be written, training goes on: {failure}",
             "warning",
         )

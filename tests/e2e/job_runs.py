@@ -115,11 +115,11 @@ def results(run_dir: Path) -> dict[str, str]:
     }
 
 
-def figures(run_dir: Path) -> dict[str, dict[str, float]]:
+def metrics(run_dir: Path) -> dict[str, dict[str, float]]:
     """What each stage came to, without what depends on the clock."""
     stages = json.loads((run_dir / "run.json").read_text())["stages"]
     clock = {"images_per_s", "data_wait_share", "seconds"}
     return {
-        name: {key: value for key, value in stage["figures"].items() if key not in clock}
+        name: {key: value for key, value in stage["metrics"].items() if key not in clock}
         for name, stage in stages.items()
     }

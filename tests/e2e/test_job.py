@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.job_runs import (
-    figures,
     finish,
     losses,
     make_job,
+    metrics,
     record,
     results,
     run,
@@ -40,8 +40,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -> None:
     run_dir = undisturbed.parent / "runs" / "small"
     assert [record(undisturbed)["stages"][stage]["state"] for stage in STAGES] == ["done"] * 5
-    assert record(undisturbed)["stages"]["evaluate"]["figures"]["images"] == 33
-    assert record(undisturbed)["stages"]["export"]["figures"]["reload_difference"] == 0
+    assert record(undisturbed)["stages"]["evaluate"]["metrics"]["images"] == 33
+    assert record(undisturbed)["stages"]["export"]["metrics"]["reload_difference"] == 0
     assert sorted(losses(run_dir, "pretrain")) == list(range(1, 29))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     out = run(undisturbed)
@@ -68,7 +68,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_files(
     run(job)
     disturbed, reference = tmp_path / "runs" / "small", undisturbed.parent / "runs" / "small"
     assert results(disturbed) == results(reference)
-    assert figures(disturbed) == figures(reference)
+    assert metrics(disturbed) == metrics(reference)
     for stage in ("pretrain", "finetune"):
         assert losses(disturbed, stage) == losses(reference, stage)
 

@@ -19,11 +19,11 @@ from tests.train import processes, staging
 
 
 def evaluate(run_dir: Path, world: int, job: Any = None) -> Any:
-    figures, *others = processes.run(
+    metrics, *others = processes.run(
         run_dir / "logs", world, staging.evaluate, job or staging.job(), run_dir
     )
-    assert all(type(other) is type(figures) for other in others)
-    return figures
+    assert all(type(other) is type(metrics) for other in others)
+    return metrics
 
 
 def one_by_one(run_dir: Path) -> dict[str, float]:

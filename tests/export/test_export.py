@@ -26,8 +26,8 @@ from tests.train import staging
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = staging.prepared(tmp_path_factory.mktemp("run"))
     state = staging.with_weights(run_dir, supervised=request.param, huge=request.param)
-    figures = export_stage(staging.job(huge=request.param), RunDir(run_dir))
-    assert figures["reload_difference"] == 0 and figures["parameters"] == sum(
+    metrics = export_stage(staging.job(huge=request.param), RunDir(run_dir))
+    assert metrics["reload_difference"] == 0 and metrics["parameters"] == sum(
         value.numel() for value in state.values()
     )
     return run_dir

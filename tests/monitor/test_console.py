@@ -65,7 +65,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
 def test_text_of_users_is_never_markup() -> None:
     display, out, _ = _display()
     with display.stage("prepare"):
-        display.say("class [red]n0[/red] has no images")
+        display.log("class [red]n0[/red] has no images")
         display.progress("[bold]x", 1, 1)
     assert out.getvalue().splitlines() == [
         "class [red]n0[/red] has no images",

@@ -45,7 +45,7 @@ class Run:
             self.placement,
             stop=stop,
             tick=lambda: self.steps,
-            say=lambda text, level: self.said.append(text),
+            log=lambda text, level: self.said.append(text),
         )
 
 
@@ -165,7 +165,7 @@ def test_an_error_after_progress_is_tried_again(run: Run, tmp_path: Path) -> Non
         return int((tmp_path / "progress").exists())
 
     assert run_supervised(
-        entry, run.placement, stop=_never, tick=tick, say=lambda text, level: None
+        entry, run.placement, stop=_never, tick=tick, log=lambda text, level: None
     ) == {"done": 1.0}
 
 
@@ -204,7 +204,7 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
 
         with ray_session(cpus=2, gpus=0, started=lambda: None):
             placement = Placement("pretrain", 2, 1, "cpu", folder, folder / "generation")
-            run_supervised(entry, placement, stop=lambda: False, tick=lambda: 0, say=print)
+            run_supervised(entry, placement, stop=lambda: False, tick=lambda: 0, log=print)
         """
     )
     process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Preparation of a made-up listing: the driver's own work at any scale, with facts in place of images.
 
-``python -m tests.prepare.scale FOLDER IMAGES ROWS`` (images a unit) prints the dataset's figures, the seconds of CPU and the
+``python -m tests.prepare.scale FOLDER IMAGES ROWS`` (images a unit) prints the dataset's metrics, the seconds of CPU and the
 peak memory of that process as JSON.
 """
 
@@ -84,10 +84,10 @@ def main(folder: str, images: int, unit_rows: int) -> None:
     began = time.process_time()
     config = DatasetConfig(root=ROOT, max_rejected=0.01)
     with mock.patch.object(build, "survey", lambda _: made_up_survey(images, unit_rows)):
-        figures = build.prepare_dataset(
+        metrics = build.prepare_dataset(
             "set", config, Path(folder), 0, made_up_tasks, lambda *_: None, lambda *_: None
         )
-    print(json.dumps({**figures, "seconds": time.process_time() - began, "peak_mb": peak_mb()}))
+    print(json.dumps({**metrics, "seconds": time.process_time() - began, "peak_mb": peak_mb()}))
 
 
 def peak_mb() -> float:

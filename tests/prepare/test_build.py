@@ -49,8 +49,8 @@ def reasons(target: Path) -> dict[str, list[str]]:
 
 
 def test_class_tars_with_their_own_validation(tmp_path: Path) -> None:
-    figures = prepare(class_tars(tmp_path / "in"), tmp_path / "out", shard_rows=25)
-    assert (figures["images"], figures["validation"], figures["classes"], figures["rejected"]) == (
+    metrics = prepare(class_tars(tmp_path / "in"), tmp_path / "out", shard_rows=25)
+    assert (metrics["images"], metrics["validation"], metrics["classes"], metrics["rejected"]) == (
         60,
         18,
         3,
@@ -71,11 +71,11 @@ def test_every_shard_is_a_mixture_of_classes(tmp_path: Path) -> None:
 
 
 def test_class_folders_are_split_by_content(tmp_path: Path) -> None:
-    figures = prepare(
+    metrics = prepare(
         class_folders(tmp_path / "in", count=100), tmp_path / "out", validation_fraction=0.2
     )
-    assert figures["images"] + figures["validation"] == 300
-    assert 35 <= figures["validation"] <= 85
+    assert metrics["images"] + metrics["validation"] == 300
+    assert 35 <= metrics["validation"] <= 85
     assert (
         not contents(tmp_path / "out", "train").keys()
         & contents(tmp_path / "out", "validation").keys()
@@ -94,8 +94,8 @@ def test_a_tar_of_tars_as_published(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="labels of the validation images are missing"):
         prepare(source, tmp_path / "out")
     (source / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join(labels) + "\n")
-    figures = prepare(source, tmp_path / "out")
-    assert (figures["images"], figures["validation"]) == (36, 7)
+    metrics = prepare(source, tmp_path / "out")
+    assert (metrics["images"], metrics["validation"]) == (36, 7)
     wanted = {data: i % 3 for i, data in enumerate(validation.values(), 1)}
     assert contents(tmp_path / "out", "validation") == wanted
     (source / "imagenet_2012_validation_synset_labels.txt").unlink()
@@ -175,8 +175,8 @@ def test_duplicates_are_dropped_and_listed(tmp_path: Path) -> None:
     }
     write_tar(source / "train" / "c0.tar", doubled)
     write_tar(source / "train" / "c1.tar", {**own, "other_class.JPEG": shared["c0_4.JPEG"]})
-    figures = prepare(source, tmp_path / "out")
-    assert (figures["images"], figures["validation"], figures["duplicates"]) == (61, 18, 2)
+    metrics = prepare(source, tmp_path / "out")
+    assert (metrics["images"], metrics["validation"], metrics["duplicates"]) == (61, 18, 2)
     assert reasons(tmp_path / "out") == {
         "duplicate": ["train/c0/again.JPEG"],
         "in_validation": ["train/c0/leak.JPEG"],
@@ -190,8 +190,8 @@ def test_a_name_twice_in_an_archive_counts_once(tmp_path: Path) -> None:
         other = jpeg(77, 40, 32)
         info.size = len(other)
         tar.addfile(info, io.BytesIO(other))
-    figures = prepare(source, tmp_path / "out")
-    assert (figures["images"], figures["duplicates"]) == (60, 1)
+    metrics = prepare(source, tmp_path / "out")
+    assert (metrics["images"], metrics["duplicates"]) == (60, 1)
     assert reasons(tmp_path / "out") == {"duplicate_name": ["train/c0/c0_3.JPEG"]}
 
 
@@ -210,8 +210,8 @@ def test_a_hostile_archive_writes_nothing_outside(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    figures = prepare(source, tmp_path / "out")
-    assert (figures["images"], figures["rejected"]) == (60, 5)
+    metrics = prepare(source, tmp_path / "out")
+    assert (metrics["images"], metrics["rejected"]) == (60, 5)
     counted = {reason: len(keys) for reason, keys in reasons(tmp_path / "out").items()}
     assert counted == {"unsafe_name": 2, "not_a_file": 3}
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
@@ -226,8 +226,8 @@ def test_a_tar_cut_short_gives_what_it_has(tmp_path: Path, cut: str) -> None:
     path.write_bytes(
         path.read_bytes()[: (tenth.offset_data if cut == "data" else tenth.offset) + 200]
     )
-    figures = prepare(source, tmp_path / "out")
-    assert (figures["images"], figures["rejected"]) == (50, 1)
+    metrics = prepare(source, tmp_path / "out")
+    assert (metrics["images"], metrics["rejected"]) == (50, 1)
     assert list(reasons(tmp_path / "out")) == ["damaged_archive"]
 
 

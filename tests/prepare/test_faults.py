@@ -82,7 +82,7 @@ def test_every_kind_of_dirt_is_counted_under_its_reason(layout: str, tmp_path: P
         generate.make(piece)
     generate.finish(config, tmp_path / "in")
     assert generate.dirt_kinds(config) == dict.fromkeys(generate.KINDS, 2)
-    figures = prepare(tmp_path / "in", tmp_path / "out", layout=layout, min_side=32)
+    metrics = prepare(tmp_path / "in", tmp_path / "out", layout=layout, min_side=32)
     found = described(tmp_path / "out")
     assert found["rejected"] == {
         "empty": 2,
@@ -92,7 +92,7 @@ def test_every_kind_of_dirt_is_counted_under_its_reason(layout: str, tmp_path: P
     }  # web pages and litter: 4
     assert found["duplicates"] == {"duplicate": 2, "in_validation": 2}
     assert found["changed"] == {"converted": 6, "unpacked": 2}
-    assert (figures["images"], figures["validation"]) == (24 + 24 - 10 - 4, 12)
+    assert (metrics["images"], metrics["validation"]) == (24 + 24 - 10 - 4, 12)
     entries = listed(tmp_path / "out")
     assert len(entries) == 14 and all(entry["reason"] and entry["key"] for entry in entries)
     kept = [tmp_path / "out" / "quarantine" / entry["file"] for entry in entries if entry["file"]]
@@ -164,12 +164,12 @@ def test_damaged_archives_never_stop_the_work(tmp_path: Path) -> None:
                 + whole[place + 1 :]
             )
         (source / "train" / "c1.tar").write_bytes(data)
-        figures = prepare(source, tmp_path / f"out{number}")
+        metrics = prepare(source, tmp_path / f"out{number}")
         counts = described(tmp_path / f"out{number}")["splits"]["train"]["images_by_class"]
         assert counts[0] == 6 and counts[1] <= 6
         if counts[1] < 6:
             reasons = set(described(tmp_path / f"out{number}")["rejected"])
-            assert number % 2 or figures["rejected"] >= 1
+            assert number % 2 or metrics["rejected"] >= 1
             assert reasons <= {
                 "damaged_archive",
                 "truncated",

@@ -43,10 +43,10 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-figures = prepare(sys.argv[2], Path(sys.argv[3]) / "large")
+metrics = prepare(sys.argv[2], Path(sys.argv[3]) / "large")
 over.set()
 watcher.join()
-print(int(figures["images"] + figures["validation"]), peak - before)
+print(int(metrics["images"] + metrics["validation"]), peak - before)
 """
 
 
@@ -113,8 +113,8 @@ def status(name):
 prepare(sys.argv[1], Path(sys.argv[3]) / "plain")
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
 before = status("VmRSS")
-figures = prepare(sys.argv[2], Path(sys.argv[3]) / "bombs")
-print(figures["rejected"], status("VmHWM") - before)
+metrics = prepare(sys.argv[2], Path(sys.argv[3]) / "bombs")
+print(metrics["rejected"], status("VmHWM") - before)
 """
 
 

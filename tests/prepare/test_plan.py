@@ -264,10 +264,10 @@ def test_memory_does_not_grow_with_the_images(count: int, unit_rows: int, tmp_pa
         str(unit_rows),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    figures = json.loads(done.stdout)
+    metrics = json.loads(done.stdout)
     repeated = -(-count // unit_rows // REPEATS)  # units
-    assert figures["images"] + figures["validation"] + figures["duplicates"] == count
+    assert metrics["images"] + metrics["validation"] + metrics["duplicates"] == count
     assert (
-        repeated <= figures["duplicates"] <= 2 * repeated
+        repeated <= metrics["duplicates"] <= 2 * repeated
     )  # where the two of a name are of one split
-    assert figures["peak_mb"] < 600
+    assert metrics["peak_mb"] < 600

@@ -80,8 +80,8 @@ def test_throttling_and_cut_connections_change_nothing(
     for module in (survey, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 1 << 30)
     proxy.share, proxy.seed = 0.3, 7
-    figures = prepare(f"s3://{layout}", tmp_path / "remote", shard_rows=25)
-    assert figures["rejected"] == 0
+    metrics = prepare(f"s3://{layout}", tmp_path / "remote", shard_rows=25)
+    assert metrics["rejected"] == 0
     assert shard_bytes(tmp_path / "remote") == shard_bytes(tmp_path / "local")
     assert set(proxy.faults) == set(Proxy.KINDS)
     assert proxy.faults.total() > 5
@@ -119,11 +119,11 @@ def test_a_hugging_face_dataset_in_a_store(
     if kind == "saved":
         (tmp_path / "in" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     upload(*server, tmp_path / "in", f"hub-{kind}")
-    figures = [
+    metrics = [
         prepare(root, tmp_path / f"out{i}")
         for i, root in enumerate((tmp_path / "in", f"s3://hub-{kind}"))
     ]
-    assert figures[0] == figures[1]
+    assert metrics[0] == metrics[1]
     shards = [
         {
             name: data
@@ -133,7 +133,7 @@ def test_a_hugging_face_dataset_in_a_store(
         for i in (0, 1)
     ]
     assert shards[0] == shards[1]
-    assert (figures[0]["images"], figures[0]["validation"]) == (12, 6)
+    assert (metrics[0]["images"], metrics[0]["validation"]) == (12, 6)
 
 
 @pytest.mark.parametrize("fault", ["throttled", "cut", "reset"])

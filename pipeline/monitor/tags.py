@@ -1,0 +1,30 @@
+"""Names of the metrics in event logs and TensorBoard."""
+
+from __future__ import annotations
+
+LOSS = "loss/total"
+VALIDATION_LOSS = "loss/validation"
+TRAIN_TOP1 = "accuracy/train_top1"
+TOP1 = "accuracy/top1"
+TOP5 = "accuracy/top5"
+LEARNING_RATE = "optim/lr"
+GRAD_NORM = "optim/grad_norm"
+SKIPPED_STEPS = "optim/skipped_steps"
+IMAGES_PER_S = "throughput/images_per_s"
+DATA_WAIT_SHARE = "throughput/data_wait_share"
+REPLACED_SAMPLES = "data/replaced_samples"
+RSS_MIB = "memory/rss_mib"
+DEVICE_MIB = "memory/device_mib"
+MISMATCHED_ELEMENTS = "reversible/mismatched_elements"
+RETRIED_STEPS = "reversible/retried_steps"
+MAX_ABS = "reversible/max_abs"
+
+
+def classification_loss(position: int) -> str:
+    """Cross entropy at one supervised position."""
+    return f"loss/position_{position}/classification"
+
+
+def reconstruction_loss(position: int) -> str:
+    """Reconstruction loss at one supervised position."""
+    return f"loss/position_{position}/reconstruction"
