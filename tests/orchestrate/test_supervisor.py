@@ -193,6 +193,7 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
     driver = textwrap.dedent(
         """
         import os, pathlib, sys, time
+        from pipeline.layout import RunDir
         from pipeline.orchestrate.ray_session import ray_session
         from pipeline.orchestrate.supervisor import Placement, run_supervised
 
@@ -203,7 +204,7 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
             time.sleep(600)
 
         with ray_session(cpus=2, gpus=0, started=lambda: None):
-            placement = Placement("pretrain", 2, 1, "cpu", folder, folder / "generation")
+            placement = Placement("pretrain", 2, 1, "cpu", RunDir(folder))
             run_supervised(entry, placement, stop=lambda: False, tick=lambda: 0, log=print)
         """
     )
