@@ -26,7 +26,8 @@ def verify_dataset(path: Path, tasks: MapTasks, progress: Progress) -> list[str]
 
     Raises DataError where there is no dataset.
     """
-    description = open_dataset(path).description
+    open_dataset(path)
+    description = json.loads((path / DATASET_JSON).read_text())
     shards = [shard for split in description["splits"].values() for shard in split["shards"]]
     problems: list[str] = []
     for done, (_, found) in enumerate(tasks(partial(verify_shard, path), shards), 1):

@@ -118,7 +118,8 @@ def test_no_image_and_undecodable_images_are_said(tmp_path: Path) -> None:
         file.seek(offset)
         file.write(b"\0" * 16)
     with pytest.raises(
-        DataError, match=r"train-00000.parquet, row 0: the image is not what was written"
+        DataError,
+        match=r"train-00000.parquet, row 0: checksum mismatch: the image changed after preparation",
     ):
         contact_sheet(data, Settings(32, AugmentConfig(), 0))
 

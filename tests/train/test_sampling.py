@@ -53,7 +53,7 @@ def test_damage_stops_training_by_name_and_then_it_goes_on_with_other_images_cou
     said = staging.messages(damaged)
     assert (
         "another image in its place (on_bad_sample: replace): " in said
-        and "the image is not what was written" in said
+        and "checksum mismatch: the image changed after preparation" in said
     )
 
 
