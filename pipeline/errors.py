@@ -73,4 +73,4 @@ class CheckpointError(PipelineError):
 class Interrupted(PipelineError):
     """A stop request ended the run; the same command resumes it."""
 
-    exit_code = 75
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: a later attempt may succeed

@@ -94,12 +94,14 @@ def _renamed_on_success(path: Path) -> Iterator[Path]:
     # The process ID keeps two processes that write the same file from sharing a temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        yield temporary  # step 1
+        # Step 2. Without it, the rename may reach the disk before the content does, and a power
+        # cut leaves an empty file under the final name.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_dir(path.parent)
-    except BaseException:
+        os.replace(temporary, path)  # step 3
+        fsync_dir(path.parent)  # step 4
+    except BaseException:  # KeyboardInterrupt too: no temporary file stays behind
         temporary.unlink(missing_ok=True)
         raise
 

@@ -35,7 +35,7 @@ from pipeline.files import file_digest
 FORMAT = 1
 MANIFEST_JSON = "manifest.json"
 LoopState = dict[str, Any]  # state of the training loop: JSON that only the trainer interprets
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8})")  # matches the full name: no .tmp, .refused or .deleted
 
 
 class FileRecord(TypedDict):
@@ -96,6 +96,8 @@ class Manifest:
         path = directory / MANIFEST_JSON
         try:
             content = json.loads(path.read_text())
+            # Compared first: other formats may have other fields. Missing or additional fields of
+            # this format end in KeyError or TypeError below.
             if content["format"] != FORMAT:
                 raise CheckpointError(
                     f"has format {content['format']}, this version reads {FORMAT}",
@@ -146,6 +148,8 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every complete checkpoint, newest first."""
     if not root.is_dir():
         return []
+    # The rename of the writer is the commit: a directory of this name is complete, and nothing in
+    # it needs to be looked at.
     checkpoints = [
         (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))
     ]

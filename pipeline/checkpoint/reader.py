@@ -66,6 +66,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: the stored slices do not cover the range.
         """
+        # The slices of a parameter do not overlap (each element has one owner), so counting the
+        # copied elements shows whether all of them are covered.
         result = torch.empty(length)
         filled = 0
         for part in self._slices.get(name, []):
@@ -91,6 +93,8 @@ class CheckpointReader:
         return self.read(kind, name, 0, shape.numel()).view(shape)
 
     def _open(self, name: str) -> _SafeTensors:
+        # Opening maps the file and reads its header. Every rank reads ranges of all parameters, so
+        # it opens each file once and not once per range.
         if name not in self._files:
             self._files[name] = _open_safetensors(self.directory / name)
         return self._files[name]

@@ -86,17 +86,25 @@ def save(
         StageError: on rank 0, if a newer process group has replaced this one.
         CheckpointError: on rank 0, if the ranks' ranges do not cover a parameter (a bug).
     """
+    # Steps 1 and 2: the hidden directory.
     target = directory_of(root, step)
     temporary = _temporary_directory(target)
     failure = _on_rank_0(lambda: _make_empty(temporary))
     if failure is not None:
         return failure
+
+    # Steps 3 and 4: one file per rank. Every rank has all reports and draws the same conclusion,
+    # so all of them enter the next collective or none does.
     reports = _write_and_exchange(temporary, owned)
     failure = next((report.failure for report in reports if report.failure is not None), None)
+
+    # Steps 5 to 7: the commit.
     if failure is None:
         failure = _on_rank_0(
             lambda: _commit(temporary, target, _manifest(step, reports, state), may_commit)
         )
+
+    # Step 8. After a commit there is no hidden directory any more; after a failure it frees space.
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         if failure is None:
@@ -151,6 +159,8 @@ def _write_file(directory: Path, name: str, owned: Iterable[Owned]) -> _RankRepo
     shapes: dict[str, list[int]] = {}
     kinds: dict[str, None] = {}  # a set that keeps the order
     for parameter, shape, offset, kind, values in owned:
+        # A copy, also of tensors on the CPU: safetensors does not accept shared memory, and the
+        # values are views of one flat buffer.
         tensors[f"{kind}|{parameter}"] = values.detach().to("cpu", torch.float32, copy=True)
         slices[parameter, offset] = TensorSlice(
             name=parameter, offset=offset, length=values.numel(), file=name
@@ -185,6 +195,7 @@ def _commit(
     temporary: Path, target: Path, manifest: Manifest, may_commit: Callable[[], bool]
 ) -> None:
     """Steps 5 to 7 on rank 0."""
+    # A range that no rank owns would be noticed only when somebody resumes: too late.
     _check_complete(manifest)
     write_json(temporary / MANIFEST_JSON, manifest.to_json())
     if not may_commit():
@@ -194,6 +205,8 @@ def _commit(
             place=str(target),
             remedy="nothing to do: the newer group continues",
         )
+    # The files are durable already (write_with, write_json). If a crash undoes the rename, the
+    # directory has its hidden name; if not, everything in it is complete.
     os.rename(temporary, target)
     fsync_dir(target.parent)
 

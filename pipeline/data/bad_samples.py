@@ -42,7 +42,7 @@ class BadSampleReplacement:
     `BATCH_ATTEMPTS` of those cannot be read either, it comes from anywhere in the epoch.
 
     Example: global_batch = 256. The sample at position 700 is damaged. Its global batch covers the
-    positions 512 to 767; attempt 0 draws, say, position 530 and uses the sample shown there.
+    positions 512 to 767; if attempt 0 draws position 530, the sample shown there replaces it.
     """
 
     def __init__(self, order: Order, seed: int, global_batch: int) -> None:
@@ -66,7 +66,7 @@ class BadSampleReplacement:
             sample = self._candidate(epoch, position, attempt)
             try:
                 write_sample(sample)
-            except BAD_SAMPLE:
+            except BAD_SAMPLE:  # damaged as well; or the same sample, if it is drawn again
                 continue
             return sample
         raise DataError(

@@ -99,6 +99,8 @@ class Split:
             DataError: the shard cannot be read, or the image changed after preparation.
         """
         shard, row = self._locate(i)
+        # The index alone locates the image: sample 650 of the example above is column 50 of the
+        # index of shard 2. Parquet's own metadata is not needed.
         offset, length, _, expected = self._indexes[shard][:, row].tolist()
         image = self._contents[shard][offset : offset + length]
         # The index stores the hash as int64. The mask turns -1 back into 2**64 - 1, and so on.
@@ -155,6 +157,8 @@ class PreparedDataset:
         Raises:
             DataError: there is no such split, or a shard is missing, truncated or damaged.
         """
+        # Opening a split verifies the digests of its indexes and maps its shards, which takes
+        # seconds for thousands of shards; so a split is opened on first use, and once.
         if name not in self._splits:
             if name not in self.description.splits:
                 raise DataError(
@@ -190,6 +194,7 @@ def open_dataset(
         DataError: there is no prepared dataset, it is damaged, it has a different format or
             fingerprint, or ``path`` is a URL and there is no cache.
     """
+    # 1. Where the files are. Nothing is read yet.
     files: DatasetFiles
     if isinstance(path, str) and "://" in path:
         if cache is None:
@@ -203,8 +208,13 @@ def open_dataset(
         path = files.root
     else:
         files = LocalShards(Path(path), whole)
+
+    # 2. The two small files that describe the dataset.
     description = _read_description(files)
     classes = _read_classes(files)
+
+    # 3. Whether it is the wanted dataset. A run that continued with other images would not fail,
+    #    it would only get worse; so the difference must stop it here.
     if fingerprint is not None and description.fingerprint != fingerprint:
         raise DataError(
             f"is a different dataset (fingerprint: {description.fingerprint}, "

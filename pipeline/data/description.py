@@ -103,34 +103,35 @@ class DatasetDescription:
             yield from split.shards
 
 
-def _object(value: object, place: str) -> dict[str, object]:
-    """``value`` if it is a JSON object. Raises ValueError otherwise."""
+def _object(value: object, path: str) -> dict[str, object]:
+    """``value`` if it is a JSON object. Raises ValueError otherwise, and names its ``path``."""
+    if value is None:
+        raise ValueError(f"{path} is missing")
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{place} is not an object" if value is not None else f"{place} is missing"
-        )
+        raise ValueError(f"{path} is not an object")
     return value
 
 
-def _record(kind: type[Record], value: object, place: str) -> Record:
+def _record(kind: type[Record], value: object, path: str) -> Record:
     """A dataclass ``kind`` from a JSON object.
 
     Checks the outermost type of each field: ``list[int]`` must be a list. Ignores unknown keys, so
     that a later version may add some.
 
     Raises:
-        ValueError: a field is missing or has the wrong type; names it, with ``place`` as prefix.
+        ValueError: a field is missing or has the wrong type; names it, with ``path`` as prefix.
     """
-    values = _object(value, place)
+    values = _object(value, path)
     hints = get_type_hints(kind)
     known: dict[str, object] = {}
     for entry in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
-        path = f"{place}.{entry.name}" if place else entry.name
+        field_path = f"{path}.{entry.name}" if path else entry.name
         if entry.name in values:
+            # list[int] -> list, int -> int: isinstance cannot look inside a container.
             expected = get_origin(hints[entry.name]) or hints[entry.name]
             if not isinstance(values[entry.name], expected):
-                raise ValueError(f"{path} is not of type {expected.__name__}")
+                raise ValueError(f"{field_path} is not of type {expected.__name__}")
             known[entry.name] = values[entry.name]
         elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{path} is missing")
+            raise ValueError(f"{field_path} is missing")
     return kind(**known)

@@ -167,12 +167,19 @@ class TrainLoader(_Loader):
         images_per_rank = self.global_batch // self.world_size
         announced: list[int] = []
         for step in count(start_step):
+            # 1. Where the step is: step 5 of 4 steps per epoch is batch 1 of epoch 1, and its
+            #    first position is 1 * 24.
             epoch, batch = divmod(step, self.steps_per_epoch)
             batch_start = batch * self.global_batch
+
+            # 2. Announce the shards that are needed from here on, whenever they change: a remote
+            #    split downloads them while earlier batches are trained.
             shards = self._order.shards_near(epoch, batch_start)
             if shards != announced:
                 self._split.ahead(shards)
                 announced = shards
+
+            # 3. The contiguous share of this rank: rank 1 of 2 starts at 24 + 1 * 12.
             first = batch_start + self.rank * images_per_rank
             for start in range(first, first + images_per_rank, self.micro_batch):
                 yield self._plan(epoch, step, start)
@@ -197,6 +204,8 @@ class TrainLoader(_Loader):
         self, epoch: int, start: int, views: Int64, samples: Int64, replaced: list[str]
     ) -> WriteImage:
         """A function that writes one image of a micro-batch; called by several threads at once."""
+        # Keyed by view and not by sample: a replacement is augmented with the draws of the image
+        # that it replaces, and two repeats of a sample with different draws.
         draws = self._transform.draws(epoch, views)
         # The samples of the order. `write` changes the array where it replaces one.
         planned = samples.tolist()
@@ -205,6 +214,8 @@ class TrainLoader(_Loader):
             def write_sample(sample: int) -> None:
                 self._transform(self._split.image(sample), draws[i], out)
 
+            # Each thread writes other elements of `samples`, and appending to a list is atomic, so
+            # no lock is needed. The consumer reads both only after the whole batch is finished.
             try:
                 write_sample(planned[i])
             except BAD_SAMPLE as cause:
@@ -222,7 +233,7 @@ class EvalLoader(_Loader):
 
     The last batch of a rank may be smaller. ``num_images`` and ``num_batches``: of this rank.
     ``max_batches``: the largest number of batches of any rank (they differ by at most one). If
-    every forward pass is a collective, a rank with fewer batches takes part with an empty one.
+    every forward pass is a collective, a rank with fewer batches joins in with a blank one.
 
     Example: 53 images, 2 ranks, batch = 8. Rank 0 has the images 0 to 25 in 4 batches (the last one
     with 2 images), rank 1 the images 26 to 52 in 4 batches (the last one with 3).
@@ -247,7 +258,8 @@ class EvalLoader(_Loader):
         threads: int = 1,
         prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
-        # Rank r has the images [bounds[r], bounds[r + 1]).
+        # Rank r has the images [bounds[r], bounds[r + 1]). The shares differ by at most one image:
+        # 53 images and 2 ranks give the bounds [0, 26, 53].
         bounds = [len(split) * r // world_size for r in range(world_size + 1)]
         batches = [math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size)]
         self.num_images = bounds[rank + 1] - bounds[rank]

@@ -147,6 +147,8 @@ def _write_parquet(
     path: Path, groups: Iterable[Sequence[Row]], fingerprint: str, written: _Written
 ) -> None:
     layout = schema()
+    # Every option that affects where an image's bytes lie is set here: the defaults of Parquet
+    # (compression, dictionaries, pages of about 1 MiB) would transform or split them.
     with pq.ParquetWriter(
         path,
         layout,
@@ -197,11 +199,12 @@ def _offsets(path: Path, lengths: Sequence[int]) -> Int64:
     content = np.memmap(path, dtype=np.uint8, mode="r")
     first = 0
     for group in range(metadata.num_row_groups):
+        # Rows [first, last) of the shard are this row group; `end` is 254 in the example.
         last = first + metadata.row_group(group).num_rows
         chunk = metadata.row_group(group).column(column)
         end = chunk.data_page_offset + chunk.total_compressed_size
-        stored_bytes = sizes[first:last] + LENGTH_BYTES
-        bytes_to_end = np.cumsum(stored_bytes[::-1])[::-1]
+        stored_bytes = sizes[first:last] + LENGTH_BYTES  # [7, 9]
+        bytes_to_end = np.cumsum(stored_bytes[::-1])[::-1]  # [16, 9]: each value and those after it
         offsets[first:last] = end - bytes_to_end + LENGTH_BYTES
         if not np.array_equal(_stored_lengths(content, offsets[first:last]), sizes[first:last]):
             raise _does_not_read_back(path, f"row group {group}")
