@@ -68,7 +68,7 @@ class Row:
     image: bytes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ShardInfo:
     """A shard as ``dataset.json`` lists it: name, rows, size in bytes, digests of both files."""
 

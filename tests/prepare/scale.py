@@ -75,13 +75,7 @@ def made_up_tasks(
     (place,) = function.args  # type: ignore[attr-defined]  # a partial
     for item in items:
         if isinstance(item, ShardPlan):
-            yield item, ShardInfo(
-                file=item.file,
-                rows=len(read_order(place, item)),
-                bytes=0,
-                digest="",
-                index_digest="",
-            )
+            yield item, ShardInfo(item.file, len(read_order(place, item)), 0, "", "")
         else:
             yield item, made_up_unit(place, item)
 
