@@ -82,7 +82,8 @@ def measure(case: LoaderCase) -> LoaderMetrics:
     torch.set_num_threads(1)  # the workers are the parallelism
     source = LOADERS[case.loader](case.work)
     with closing(source.batches) as batches:
-        next(batches)  # start the workers
+        # The first batch waits for the workers to start, which is not part of the throughput.
+        next(batches)
 
         def rate(deliver: Callable[[], object], share: float) -> float:
             _repeat(deliver, case.warm_up * share)
@@ -104,6 +105,7 @@ def measure(case: LoaderCase) -> LoaderMetrics:
 
 def _repeat(function: Callable[[], object], min_seconds: float) -> tuple[int, float]:
     """Call a function, at least once, until ``min_seconds`` are over: (calls, seconds)."""
+    # Count whole calls: the time of a call that is under way when the time is over counts too.
     begin = time.perf_counter()
     calls = 0
     while True:
@@ -125,6 +127,7 @@ def prepare_sources(directory: Path, count: int, sources: Sequence[str] = SOURCE
     write_class_tars(photographs(count), directory / "class_tars")
     images = 0
     for source in sources:
+        # A bad photograph must not stop the benchmark: allow 10% instead of the default.
         config = DatasetConfig(
             root=str(directory / "class_tars"),
             short_side="keep" if source == "original" else int(source),
@@ -156,8 +159,8 @@ def compare(results: Sequence[LoaderResult], metric: Metric) -> dict[str, float]
 def table(results: Sequence[LoaderResult]) -> str:
     """The metrics as text, with the ratio of both rates to the baseline's at as many workers."""
     lines = [
-        f"loader       workers  source    recipe     images/s  / {BASELINE}"
-        f"  finished/s  / {BASELINE}  peak MiB"
+        f"loader       workers  source    recipe     images/s  vs {BASELINE}"
+        f"  finished/s  vs {BASELINE}  peak MiB"
     ]
     baselines = {
         (result["workers"], result["source"], result["recipe"]): result
@@ -173,13 +176,15 @@ def table(results: Sequence[LoaderResult]) -> str:
             finished_ratio = result["finished_images_per_s"] / baseline["finished_images_per_s"]
         lines.append(
             f"{result['loader']:<12} {result['workers']:>7}  {result['source']:<9} "
-            f"{result['recipe']:<9} {result['images_per_s']:>9.1f} {ratio:>9.2f} "
-            f"{result['finished_images_per_s']:>11.1f} {finished_ratio:>9.2f} "
+            f"{result['recipe']:<9} {result['images_per_s']:>9.1f} {ratio:>10.2f} "
+            f"{result['finished_images_per_s']:>11.1f} {finished_ratio:>10.2f} "
             f"{result['peak_mb']:>9.0f}"
         )
     lines += [
-        "images/s: batches as the loader hands them over; finished/s: after the device's part,",
-        "done on the CPU; peak MiB: memory of all processes of the loader",
+        "images/s: batches as the loader hands them over",
+        "finished/s: the same after the device's part of the work, done on the CPU",
+        f"vs {BASELINE}: ratio to {BASELINE} with as many workers",
+        "peak MiB: memory of all processes of the loader",
     ]
     for _, metric, title in RATIOS:
         ratios = compare(results, metric)

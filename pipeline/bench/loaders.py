@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import torch
 from PIL import Image as Pillow
@@ -101,6 +101,7 @@ def ours(work: Workload) -> BatchSource[Batch]:
     augment = RECIPES[work.recipe]
     device = DeviceAugment(augment, CLASSES, seed=0, train=True)
 
+    # Opened inside the generator, so that closing it closes the loader and ends its threads.
     def batches() -> Generator[Batch]:
         split = open_dataset(Path(work.directory) / "dataset").split("train")
         with TrainLoader(
@@ -176,10 +177,30 @@ def webdataset(work: Workload) -> BatchSource[ImagesAndLabels]:
     import webdataset as wds
 
     urls = [str(path) for path in sorted((Path(work.directory) / "tars").glob("*.tar"))]
+    # resampled: tars are drawn at random without end, so that no worker waits at an epoch's end.
     samples = wds.WebDataset(urls, resampled=True, shardshuffle=False).shuffle(200)
     transformed = samples.to_tuple("jpg", "cls").map_tuple(_Decode(_transform(work)), int)
     dataset = cast(IterableDataset[tuple[Tensor, int]], transformed)
     return _batch_source(work, DataLoader(dataset, work.batch, num_workers=work.workers))
+
+
+class _Columns(TypedDict):
+    """Columns of a Hugging Face dataset, as its transform receives them."""
+
+    image: list[Pillow.Image]
+    label: list[int]
+
+
+class _TransformedColumns(TypedDict):
+    image: list[Tensor]
+    label: list[int]
+
+
+class _Row(TypedDict):
+    """One row of `_TransformedColumns`."""
+
+    image: Tensor
+    label: int
 
 
 class _TransformColumns:
@@ -188,12 +209,12 @@ class _TransformColumns:
     def __init__(self, transform: PillowTransform) -> None:
         self.transform = transform
 
-    def __call__(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, columns: _Columns) -> _TransformedColumns:
         images = [self.transform(image.convert("RGB")) for image in columns["image"]]
         return {"image": images, "label": columns["label"]}
 
 
-def _collate(rows: list[dict[str, Any]]) -> ImagesAndLabels:
+def _collate(rows: list[_Row]) -> ImagesAndLabels:
     return torch.stack([row["image"] for row in rows]), torch.tensor([row["label"] for row in rows])
 
 
@@ -204,12 +225,14 @@ def huggingface(work: Workload) -> BatchSource[ImagesAndLabels]:
 
     datasets.disable_progress_bars()
     directory = Path(work.directory)
+    # The cache is part of the temporary directory: a run must not find the tables of another one.
     files = [str(path) for path in sorted((directory / "dataset").glob("train-*.parquet"))]
     table = datasets.load_dataset(
         "parquet", data_files=files, split="train", cache_dir=str(directory / "cache")
     )
+    # The shards have more columns; reading them would cost time that training does not need.
     table = table.select_columns(["image", "label"]).cast_column("image", datasets.Image())
-    rows = cast(Dataset[dict[str, Any]], table.with_transform(_TransformColumns(_transform(work))))
+    rows = cast(Dataset[_Row], table.with_transform(_TransformColumns(_transform(work))))
     loader = DataLoader(
         rows,
         work.batch,

@@ -64,6 +64,7 @@ class PillowTransform:
             image = image.transpose(Pillow.Transpose.FLIP_LEFT_RIGHT)
         if self.full:
             image = randaugment(image)
+        # A copy, because torch warns about Pillow's read-only buffer.
         pixels = torch.from_numpy(np.array(image, copy=True))
         tensor = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
         tensor.sub_(self.mean).div_(self.std)
@@ -113,6 +114,7 @@ def _factor(level: float, sign: float) -> float:
 
 
 def _solarize_add(image: Image, added: int) -> Image:
+    # Pillow takes one table of 256 entries per channel, one after the other.
     table = [min(255, i + added) if i < 128 else i for i in range(256)]
     return image.point(table * 3)
 

@@ -79,8 +79,10 @@ def measure(case: PrepareCase) -> PrepareMetrics:
         target = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         tasks: MapTasks = serially
         if case.workers > 1:
+            # forkserver: forking this process, which has threads of its own, is not safe.
             pool = stack.enter_context(ProcessPoolExecutor(case.workers, get_context("forkserver")))
             tasks = PoolTasks(pool)
+        # Start all processes before the clock: one short task per worker.
         for _ in tasks(_start, [START_SECONDS] * case.workers):
             pass
         prepare = _ours if case.preparer == "ours" else _pillow
@@ -138,6 +140,7 @@ def pillow_image(data: bytes, short_side: int, quality: int) -> bytes:
     """
     with Pillow.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")  # decodes the whole image, or raises
+    # Small images keep their bytes, as in our preparation.
     if min(image.size) <= short_side:
         return data
     scale = short_side / min(image.size)
@@ -154,6 +157,7 @@ def ratios(results: Sequence[PrepareResult]) -> dict[str, float]:
     per_core: ours to Pillow, at one worker. scaling: ours, two workers to one. pillow_scaling: the
     same for Pillow.
     """
+    # The best round, because other processes on the machine can only slow a round down.
     rates: dict[tuple[str, int], float] = {}
     for result in results:
         key = (result["preparer"], result["workers"])
@@ -202,6 +206,7 @@ def main(
             replace(image, wnid=classes[i % len(classes)]) for i, image in enumerate(originals)
         ]
         write_class_tars(source, Path(temporary), copies)
+        # About eight shards, so that two workers share the work evenly.
         shard_rows = max(1, len(source) * copies // 8)
         for number in range(rounds):
             for workers in (1, 2):

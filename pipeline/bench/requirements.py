@@ -32,7 +32,10 @@ def require(benchmark: str, packages: Iterable[str]) -> None:
 
 
 def _is_installed(package: str) -> bool:
+    # find_spec does not import the package: that would cost seconds and the memory that is
+    # measured.
     try:
         return find_spec(package) is not None
-    except (ImportError, ValueError):  # a finder refuses it, or it is half imported
+    except (ImportError, ValueError):
+        # ImportError: a finder refuses the package. ValueError: it is imported in part only.
         return False

@@ -56,6 +56,8 @@ def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         subprocess.CalledProcessError: if the process fails; its traceback is on stderr.
     """
+    # The result is a few hundred bytes: it fits into the pipe, so that reading it after the end of
+    # the process cannot block. Progress and tracebacks go to stderr, which is not captured.
     command = [sys.executable, "-m", module, json.dumps(case)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = 0

@@ -42,7 +42,8 @@ def permute(indices: UInt64, sizes: UInt64, keys: UInt64) -> NDArray[np.int64]:
 
     Args:
         indices: uint64, shape (n,), each below its size.
-        sizes: uint64, shape (1,) for one permutation or (n,) for one per index; from 1 to 2**50.
+        sizes: uint64, shape (1,) for one permutation or (n,) for one per index; at least 1, less
+            than 2**50, where the square root in float64 is exact enough.
         keys: uint64, shape (ROUNDS, 1) or (ROUNDS, n), likewise.
     Returns:
         int64, shape (n,).

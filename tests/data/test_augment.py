@@ -182,6 +182,7 @@ def test_evaluation_takes_the_centre_crop(size: tuple[int, int]) -> None:
     short = round(64 * 1.143)
     scale = short / min(size)
     image = Pillow.open(io.BytesIO(data)).resize((round(size[0] * scale), round(size[1] * scale)))
-    left, top = (image.width - 64) // 2, (image.height - 64) // 2
+    left = (image.width - 64) // 2
+    top = (image.height - 64) // 2
     expected = np.asarray(image.crop((left, top, left + 64, top + 64))).astype(int)
     assert np.abs(out.astype(int) - expected).mean() < 4
