@@ -15,7 +15,7 @@ images at the positions 3..7.
     partner's index            -    2  1    4  3        position 3 lacks its partner 2: not mixed
     key of the random numbers       2  2    3  3        position // 2: equal for both of a pair
 
-The pair (4, 5) draws one lambda, here 0.7. Image 1 becomes 0.7 * image 1 + 0.3 * image 2 (mixup), or
+The pair (4, 5) draws one lambda, here 0.7. Image 1 becomes 0.7 * image 1 + 0.3 * image 2 (mixup) or
 image 1 with a box of 30% of its area taken from image 2 (cutmix), and image 2 likewise with the
 roles exchanged. The targets are weighted in the same proportion.
 """
