@@ -1,4 +1,4 @@
-"""A small job as text, and what loading it says."""
+"""A small job as text, edits of it, and the message with which a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def write(folder: Path, text: str | bytes, name: str = "job.yaml") -> Path:
     return path
 
 
-def changed(*replacements: str, text: str = JOB) -> str:
-    """The small job with pieces replaced: old, new, old, new ..."""
+def edited(*replacements: str, text: str = JOB) -> str:
+    """The small job with pieces replaced: old, new, old, new ... Each old piece occurs once."""
     for old, new in zip(replacements[::2], replacements[1::2], strict=True):
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -52,8 +52,8 @@ def load_and_check(path: Path, overrides: Sequence[str] = (), world_size: int = 
     return loaded
 
 
-def complaint(folder: Path, text: str | bytes, *overrides: str, world_size: int = 2) -> str:
-    """The message with which a job is refused; files are named relative to ``folder``."""
+def error_message(folder: Path, text: str | bytes, *overrides: str, world_size: int = 2) -> str:
+    """The message with which a job is refused; file names in it are relative to ``folder``."""
     with pytest.raises(ConfigError) as error:
         load_and_check(write(folder, text), overrides, world_size)
     assert error.value.exit_code == 2

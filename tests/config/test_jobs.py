@@ -101,7 +101,7 @@ def test_rehearsal_needs_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert config.max_steps == 8
         assert job_queries.batches(config, 2) == (4, 2)
         assert loaded.origins[f"stages.{stage}.global_batch"] == "rehearse"
-    assert "made up" in render.dry_run(loaded)
+    assert "synthetic" in render.dry_run(loaded)
 
 
 @pytest.mark.usefixtures("environment")

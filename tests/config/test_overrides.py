@@ -1,4 +1,4 @@
-"""``--set``, references and variables; and whatever is set, the resolved job is a job file that gives the same job."""
+"""``--set``: values, errors, and the property that the resolved job is a job file of itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.config import render
 from pipeline.config.load import load_job
 from pipeline.config.schema_text import describe
-from tests.config.jobs import JOB, changed, complaint, write
+from tests.config.jobs import JOB, edited, error_message, write
 
 UNNAMED = JOB.replace('\n  toy: {root: "/images", layout: class_tars}', " {root: /images}")
 
@@ -85,7 +85,7 @@ def test_a_later_set_wins_and_null_takes_a_stage_away(job: Path) -> None:
     assert loaded.job.seed == 2
     assert "finetune" not in loaded.resolved()["stages"]
     assert loaded.notes == [
-        "--set: stages.finetune is empty and left out; write finetune: {} for its defaults"
+        "--set: stages.finetune is empty and will not run; write finetune: {} for its defaults"
     ]
 
 
@@ -120,11 +120,13 @@ def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyP
         ("data.toy.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
         (
             "stages.pretrain.betas.0=1",
-            "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: give it whole",
+            "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: set it "
+            "as a whole",
         ),
         (
             "seed.x=1",
-            "there is no key 'x' in seed\n  -> seed is a whole number, 0 or more and below 4294967296: give it whole",
+            "there is no key 'x' in seed"
+            "\n  -> seed is a whole number, 0 or more and below 4294967296: set it as a whole",
         ),
         ("seed=[1", "--set: 'seed=[1': not readable as YAML"),
         ("seed=!!python/name:os.system 1", "the YAML tag '!!python/name:os.system' is not allowed"),
@@ -138,25 +140,27 @@ def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "model=revcol_tny",
-            "--set: model: there is no file configs/model/revcol_tny.yaml\n  -> did you mean 'revcol_tiny'?",
+            "--set: model: there is no file configs/model/revcol_tny.yaml"
+            "\n  -> did you mean 'revcol_tiny'?",
         ),
         (
             "cluster=nope",
-            "--set: cluster: there is no file configs/cluster/nope.yaml\n  -> files in configs/cluster: local",
+            "--set: cluster: there is no file configs/cluster/nope.yaml"
+            "\n  -> files in configs/cluster: local",
         ),
         ("data.toy.layout=class_tar", "--set: data.toy.layout: expected one of 'class_tars'"),
     ],
 )
 def test_what_cannot_be_set(tmp_path: Path, override: str, message: str) -> None:
-    assert message in complaint(tmp_path, JOB, override)
+    assert message in error_message(tmp_path, JOB, override)
 
 
 def test_which_of_two_datasets(tmp_path: Path) -> None:
-    text = changed("data:\n", "data:\n  more: {root: /more}\n")
-    message = complaint(tmp_path, text, "data.root=/x")
+    text = edited("data:\n", "data:\n  more: {root: /more}\n")
+    message = error_message(tmp_path, text, "data.root=/x")
     assert (
-        message
-        == "--set: 'data.root=/x': the job has 2 datasets\n  -> say which: data.more.root, data.toy.root"
+        message == "--set: 'data.root=/x': the job has 2 datasets"
+        "\n  -> choose one: data.more.root, data.toy.root"
     )
 
 
@@ -177,7 +181,7 @@ def test_references_own_folder_first_then_the_shipped_one(tmp_path: Path) -> Non
         "configs/recipe/mine.yaml",
     )
     write(tmp_path, "b\na\n", "configs/classes/ab.txt")
-    text = changed(
+    text = edited(
         "revcol_quickstart",
         "revcol_mine",
         "recipe: quickstart_pretrain\n    epochs: 3",
@@ -260,7 +264,7 @@ TEXTS = {
 
 def settable() -> list[tuple[str, st.SearchStrategy[Any]]]:
     found: list[tuple[str, st.SearchStrategy[Any]]] = []
-    for one in describe.all_fields():
+    for one in describe.all_keys():
         dotted = one.dotted.replace(describe.ANY, "toy")
         if dotted in TEXTS:
             found.append((dotted, TEXTS[dotted]))

@@ -34,7 +34,7 @@ def test_dry_run_tells_values_origins_and_plan(
     assert found["epochs: 3"].split("  # ")[1] == "job.yaml:10"
     assert found["columns: 4"].split("  # ")[1].endswith("configs/model/revcol_quickstart.yaml:4")
     assert found["keep_checkpoints: 2"].split("  # ")[1] == "default"
-    plan = text[text.index("# What would run") :]
+    plan = text[text.index("# Plan") :]
     assert "prepare   toy (/images)" in plan
     assert "pretrain  toy, from scratch, 64 pixels, 3 epochs; 4 processes on " in plan
     assert "global batch 64 = 4 x 16 x 1 (processes x micro batch x accumulation)" in plan
@@ -60,7 +60,7 @@ def test_explain(quickstart: LoadedJob) -> None:
     for part in (
         "Peak learning rate",
         "a number above 0",
-        "none: it must be given",
+        "none: required",
         "also     stages.finetune.base_lr",
     ):
         assert part in text
@@ -108,7 +108,7 @@ def test_explain_an_unknown_key(key: str, remedy: str) -> None:
 
 
 def test_every_key_explains_itself(quickstart: LoadedJob) -> None:
-    for one in describe.all_fields():
+    for one in describe.all_keys():
         if one.path[-1] == describe.ANY:
             continue
         assert one.description, one.dotted

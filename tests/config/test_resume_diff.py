@@ -1,4 +1,4 @@
-"""C8: a changed setting is listed, and allowed or refused by kind; and what it means for each stage."""
+"""C8: changed settings are listed, and each is allowed or refused when a stage resumes."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_c8_an_interrupted_stage(resolved: Any, tmp_path: Path, state: str) -> N
         "stages.pretrain: it was interrupted, and its settings have changed since:\n"
         "    stages.pretrain.log_every_steps: 10 -> 3  (may change)\n"
         "    model.columns: 4 -> 5  (refused)\n"
-        "  -> put them back, or give the job another name, or begin the stage anew: --stage pretrain --force"
+        "  -> put them back, or give the job another name, or begin the stage anew: --stage "
+        "pretrain --force"
     )
 
 

@@ -1,4 +1,4 @@
-"""YAML is plain data: scalars of YAML 1.2, no tags, no bombs; whatever the text, there is a job or a message."""
+"""YAML is plain data: scalars of YAML 1.2, no tags, no bombs; any text gives a job or a message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.config.load import load_job
 from pipeline.config.yaml_tree.reading import MAX_NODES, Node, parse
 from pipeline.errors import ConfigError
-from tests.config.jobs import JOB, complaint, write
+from tests.config.jobs import JOB, error_message, write
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def test_every_value_knows_its_line() -> None:
 )
 def test_tags_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     monkeypatch.chdir(tmp_path)
-    message = complaint(tmp_path, f"name: x\nmodel: {written}\n")
+    message = error_message(tmp_path, f"name: x\nmodel: {written}\n")
     assert message.startswith("job.yaml:2: the YAML tag '!")
-    assert "is not allowed: a job is plain data\n  -> take the tag away" in message
+    assert "is not allowed: a job is plain data\n  -> remove the tag" in message
     assert os.listdir(tmp_path) == ["job.yaml"]
-    assert "the YAML tag '!" in complaint(
+    assert "the YAML tag '!" in error_message(
         tmp_path, f"? {written}\n: 1\n"
-    ) or "a key must be" in complaint(tmp_path, f"? {written}\n: 1\n")
+    ) or "a key must be" in error_message(tmp_path, f"? {written}\n: 1\n")
 
 
 def test_aliases_are_values_and_bombs_are_refused(tmp_path: Path) -> None:
@@ -112,9 +112,9 @@ def test_aliases_are_values_and_bombs_are_refused(tmp_path: Path) -> None:
         "a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
         *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)),
     ]
-    assert f"more than {MAX_NODES} values" in complaint(tmp_path, "\n".join(levels))
-    assert "job.yaml:1: an alias that contains itself" in complaint(tmp_path, "a: &a [1, *a]\n")
-    assert "job.yaml:1: an alias that contains itself" in complaint(
+    assert f"more than {MAX_NODES} values" in error_message(tmp_path, "\n".join(levels))
+    assert "job.yaml:1: an alias that contains itself" in error_message(tmp_path, "a: &a [1, *a]\n")
+    assert "job.yaml:1: an alias that contains itself" in error_message(
         tmp_path, "a: &a {b: {c: *a}}\n"
     )
 
@@ -122,7 +122,7 @@ def test_aliases_are_values_and_bombs_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("depth", [40, 900, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}")])
 def test_deep_nesting_is_refused(tmp_path: Path, depth: int, opening: str, closing: str) -> None:
-    message = complaint(tmp_path, f"name: {opening * depth}{closing * depth}\n")
+    message = error_message(tmp_path, f"name: {opening * depth}{closing * depth}\n")
     assert message.startswith("job.yaml:1: ")
     assert "nest" in message
 

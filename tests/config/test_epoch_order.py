@@ -13,11 +13,11 @@ from pipeline.config.load import load_job
 from pipeline.config.resume_diff import changes
 from pipeline.config.schema import TrainConfig
 from pipeline.train.schedule import Schedule
-from tests.config.jobs import JOB, changed, complaint, load_and_check, write
+from tests.config.jobs import JOB, edited, error_message, load_and_check, write
 
 
 def with_keys(keys: str) -> str:
-    return changed("epochs: 3", f"epochs: 3\n    {keys}")
+    return edited("epochs: 3", f"epochs: 3\n    {keys}")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,8 @@ def with_keys(keys: str) -> str:
     [
         (
             "order: window",
-            "job.yaml:11: stages.pretrain.order: expected one of 'global', 'windowed', given \"window\"\n"
+            "job.yaml:11: stages.pretrain.order: expected one of 'global', 'windowed', given "
+            '"window"\n'
             "  -> did you mean 'windowed'?",
         ),
         (
@@ -44,12 +45,14 @@ def with_keys(keys: str) -> str:
         ("balance: 1.5", "stages.pretrain.balance: expected a number from 0 to 1, given 1.5"),
         (
             "repeated_augmentation: 3",
-            "job.yaml:11: stages.pretrain.repeated_augmentation: a global batch of 64 images cannot hold each of its images 3 "
+            "job.yaml:11: stages.pretrain.repeated_augmentation: a global batch of 64 images "
+            "cannot hold each of its images 3 "
             "times\n  -> take one of 1, 2, 4, or another global_batch",
         ),
         (
             "repeated_augmentation: 64",
-            "all 64 images of a step would be views of a single one\n  -> take fewer, or a larger global_batch",
+            "all 64 images of a step would be views of a single one"
+            "\n  -> take fewer, or a larger global_batch",
         ),
         (
             "{order: windowed, balance: 0.5}",
@@ -60,7 +63,7 @@ def with_keys(keys: str) -> str:
 def test_what_cannot_work_is_refused_with_a_remedy(tmp_path: Path, keys: str, message: str) -> None:
     keys = keys.strip("{}").replace(", ", "\n    ") if keys.startswith("{") else keys
     place = message if "balance: classes" not in message else message.replace("yaml:11", "yaml:12")
-    assert place in complaint(tmp_path, with_keys(keys))
+    assert place in error_message(tmp_path, with_keys(keys))
 
 
 @pytest.mark.parametrize(
