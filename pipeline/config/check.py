@@ -37,6 +37,8 @@ def check(
     stages = stage_names(job)
     if not stages:
         checker.report("stages", "the job has no stage", f"write one of {', '.join(ORDER)}")
+    # From values to connections: the values of each section first, then what stages take from each
+    # other. The order of the problems in the message follows.
     check_model(checker)
     check_datasets(checker)
     check_prepared_names(checker)

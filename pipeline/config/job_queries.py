@@ -91,14 +91,18 @@ def batches(train: TrainConfig, world_size: int) -> tuple[int, int]:
     Raises:
         ConfigError: the batch cannot be divided like this; its remedy names sizes that can.
     """
+    # Shares must be equal: 4096 images on 60 processes would be 68.27 each.
     if train.global_batch % world_size:
         low = train.global_batch - train.global_batch % world_size
         near = " or ".join(str(size) for size in (low, low + world_size) if size)
         cause = f"{train.global_batch} images cannot be shared evenly by {world_size} processes"
         raise ConfigError(cause, place="global_batch", remedy=f"take {near}")
+    # The gradient is the mean over processes and micro-batches. It equals the mean over the global
+    # batch only if all of them have the same number of images.
     share = train.global_batch // world_size
     micro = share if train.micro_batch == "auto" else train.micro_batch
     if share % micro:
+        # Suggest divisors up to twice the wanted size: 24 of 64 -> 1, 2, 4, 8, 16, 32.
         divisors = [size for size in range(1, share + 1) if share % size == 0]
         near = ", ".join(str(size) for size in divisors if size <= 2 * micro)
         cause = (

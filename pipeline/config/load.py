@@ -82,6 +82,7 @@ def load_job(
     tree = references.expand(apply(tree, overrides), fragments)
     if not migrate:
         raise_problems(fragments.old_names)
+    # Before ${VAR} is replaced: a rehearsal must not require variables of sources it never reads.
     if rehearse:
         tree = _without_sources(tree)
     tree = references.substitute(tree)
@@ -92,6 +93,7 @@ def load_job(
     origins = _origins(job.model_dump(by_alias=True), tree)
     if not rehearse:
         return LoadedJob(job, origins, path, notes)
+    # Only now: the rehearsal checks the real job first, and needs its validated values for that.
     small = make_rehearsal(job, origins)
     origins = _origins(small.job.model_dump(by_alias=True), tree)
     origins |= dict.fromkeys(small.changed_keys, REHEARSE)
@@ -105,6 +107,7 @@ def _origins(
     origins: dict[str, str] = {}
     for key, value in values.items():
         path = (*above, key)
+        # A default has no node. A section of defaults gets no entry: nobody wrote it.
         node = tree.get(*path)
         if node is not None or not isinstance(value, dict):
             origins[".".join(path)] = node.origin if node is not None else DEFAULT
@@ -161,6 +164,7 @@ def _source(dataset: Node, root: str) -> str:
 def _class_list(folder: Path, listed: str) -> str:
     if listed == "auto":
         return listed
+    # A shipped list keeps its name, so that run.yaml reads the same on every machine.
     path = class_lists.find(listed, folder)
     return listed if path.parent == class_lists.FOLDER else os.path.abspath(path)
 

@@ -27,6 +27,7 @@ def gpus() -> int:
         driver = ctypes.CDLL("libcuda.so.1")
     except (importlib.metadata.PackageNotFoundError, OSError):
         return 0
+    # cuInit fails without a usable device, for example in a container without access to one.
     count = ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0

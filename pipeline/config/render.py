@@ -119,6 +119,7 @@ def _length(job: Job, stage: str, images: Mapping[str, int]) -> str:
     train = train_config(job, stage)
     name = dataset_name(job, stage)
     synthetic = job.data[name].synthetic
+    # The number of real images is known only after preparation; of synthetic ones, at once.
     count = images.get(name)
     if not count and synthetic is not None:
         count = synthetic.classes * synthetic.images_per_class
@@ -138,6 +139,7 @@ def explain(key: str, loaded: LoadedJob | None = None) -> str:
     """
     keys = _find(key)
     first = keys[0]
+    # A section: list its keys. A value: type, unit, default and where else the name occurs.
     lines = [first.dotted, f"  {first.description}"]
     if first.keys:
         children = [child for name in first.keys if (child := first.child(name)) is not None]
@@ -175,6 +177,7 @@ def _find(key: str) -> list[SchemaKey]:
         )
         new_key = ".".join(part for part in present if part != describe.ANY)
         raise ConfigError(cause, place="explain", remedy=command("explain", new_key))
+    # Compare whole keys first; `pretrain.epoch` resembles no whole key, but its last part does.
     everything = list(describe.all_keys())
     last = closest(key.rpartition(".")[2], [known.path[-1] for known in everything])
     best = closest(key, [known.dotted for known in everything]) or last
@@ -187,6 +190,7 @@ def _matching(path: tuple[str, ...]) -> list[SchemaKey]:
     if not path:
         return []
     everything = list(describe.all_keys())
+    # A full key: show its namesake in the other training stage too, which is often the one meant.
     exact = describe.find(path)
     if exact is None:
         return [key for key in everything if key.path[-len(path) :] == path]
@@ -200,6 +204,7 @@ def _matching(path: tuple[str, ...]) -> list[SchemaKey]:
 
 def _present(keys: list[SchemaKey], loaded: LoadedJob) -> Iterator[str]:
     """The values that a job has for these keys."""
+    # data.<name>.root stands for the root of every dataset of the job.
     patterns = [re.escape(key.dotted).replace(re.escape(describe.ANY), "[^.]+") for key in keys]
     dotted_keys = [
         dotted

@@ -47,6 +47,7 @@ def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
 
     Keys of other stages, and of datasets that the stage does not use, are not listed.
     """
+    # Compare flat keys rather than sections, so that one changed value is one line for the user.
     before = dict(_flatten(_settings_of(old, stage)))
     after = dict(_flatten(_settings_of(new, stage)))
     keys = dict.fromkeys([*before, *after])  # those of the old job first
@@ -71,6 +72,7 @@ def _settings_of(job: Resolved, stage: str) -> Resolved:
         "stages": {stage: _section(job, stage)},
         "data": {name: data[name] for name in _datasets(job, stage) if name in data},
     }
+    # Preparation does not depend on the network: another model keeps the prepared shards.
     if stage != "prepare":
         settings["model"] = job.get("model", {})
     return settings
@@ -97,6 +99,7 @@ def _datasets(job: Resolved, stage: str) -> list[str]:
     source = section.get("from", "")
     if stage not in TRAINING and source in ORDER and _section(job, source):
         return _datasets(job, source)  # evaluation uses the dataset of the stage it evaluates
+    # Several datasets and none chosen: the job is invalid and `check` reports it.
     return names if len(names) == 1 else []
 
 

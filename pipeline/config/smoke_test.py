@@ -42,16 +42,19 @@ def rehearse(job: Job, origins: Mapping[str, str]) -> Rehearsal:
         ConfigError: the real job cannot work, whatever its inputs.
     """
     shrunk = _ShrunkJob(job)
+    # 1. Inputs.
     for key, rules in keys_with_rules(job):
         if rules.rehearse_input is not None:
             shrunk.shrink(key, rules.rehearse_input)
-    # With 'auto' the real machine is unknown. One process divides every batch, so the check
+    # 2. With 'auto' the real machine is unknown. One process divides every batch, so the check
     # refuses nothing wrongly.
     world_size = 1 if job.cluster.processes == "auto" else job.cluster.processes
     check(shrunk.job(), world_size, origins)
+    # 3. Sizes.
     for key, rules in keys_with_rules(job):
         if rules.rehearse is not None:
             shrunk.shrink(key, rules.rehearse)
+    # Validate once more: the functions in schema.shrink could produce values the schema refuses.
     return Rehearsal(shrunk.job(), shrunk.changed_keys, shrunk.notes)
 
 

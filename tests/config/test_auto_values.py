@@ -46,7 +46,8 @@ def load_own(root: Path, *overrides: str) -> LoadedJob:
 
 def test_values_are_chosen_for_class_folders(tmp_path: Path) -> None:
     loaded = load_own(folders(tmp_path / "mine", 4, 100))
-    pretrain, finetune = loaded.job.stages.pretrain, loaded.job.stages.finetune
+    pretrain = loaded.job.stages.pretrain
+    finetune = loaded.job.stages.finetune
     assert pretrain is not None
     assert finetune is not None
     assert pretrain.image_size == 96  # 150 pixels allow 128, the CPU budget does not
@@ -196,7 +197,7 @@ def test_missing_source_names_the_override_that_sets_it(monkeypatch: pytest.Monk
     monkeypatch.delenv("OWN_IMAGES", raising=False)
     with pytest.raises(
         ConfigError,
-        match=r"own_images\.yaml:5: data\.images\.root: no folder of images is given"
+        match=r"own_images\.yaml:8: data\.images\.root: no folder of images is given"
         r"\n  -> --set data\.root=DIR",
     ):
         load_job(OWN)

@@ -6,9 +6,41 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import render
 from pipeline.config.load import load_job
 from pipeline.errors import ConfigError
 from tests.config.jobs import JOB, edited, error_message, write
+
+
+def test_configs_beside_the_job_come_before_the_shipped_ones(tmp_path: Path) -> None:
+    write(tmp_path, "base: revcol_tiny\ncolumns: 6\n", "configs/model/revcol_mine.yaml")
+    write(
+        tmp_path,
+        "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0}\n",
+        "configs/recipe/mine.yaml",
+    )
+    write(tmp_path, "b\na\n", "configs/classes/ab.txt")
+    text = edited(
+        "revcol_quickstart",
+        "revcol_mine",
+        "recipe: quickstart_pretrain\n    epochs: 3",
+        "recipe: mine",
+        "layout:",
+        "classes: ab, layout:",
+    )
+    loaded = load_job(write(tmp_path, text))
+    assert (loaded.job.model.columns, loaded.job.model.channels[0]) == (6, 64)
+    assert loaded.job.stages.pretrain is not None
+    assert (loaded.job.stages.pretrain.epochs, loaded.job.stages.pretrain.augment.mixup) == (2, 0)
+    assert loaded.job.stages.pretrain.augment.cutmix == 0.2
+    assert loaded.job.data["toy"].classes == str(tmp_path / "configs/classes/ab.txt")
+    elsewhere = write(tmp_path, render.job_file(loaded), "elsewhere/run.yaml")
+    assert load_job(elsewhere).job == loaded.job
+
+
+def test_reference_may_be_a_path(tmp_path: Path) -> None:
+    write(tmp_path, "base: revcol_tiny\n", "models/mine.yaml")
+    assert load_job(write(tmp_path, JOB), ["model=models/mine.yaml"]).job.model.channels[0] == 64
 
 
 def test_c6_missing_file_suggests_the_closest_one(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ class Checker:
         Example: stages.pretrain.augment.mixup is a default -> the line of `augment`, else of
         `pretrain`, else of `stages`.
         """
+        # Derived values and defaults have no line of their own; the section around them tells the
+        # user where to write the key.
         while key:
             origin = self.origins.get(key, "default")
             if origin != "default":

@@ -38,12 +38,14 @@ def _synthetic(
     if synthetic.min_size > synthetic.max_size:
         cause = f"{synthetic.min_size} is above max_size {synthetic.max_size}"
         checker.report(f"{key}.synthetic.min_size", cause, "swap them")
+    # Generation would succeed and preparation would then reject every image, minutes later.
     if synthetic.min_size < dataset.min_side:
         cause = (
             f"images of {synthetic.min_size} pixels would all be quarantined "
             f"(min_side {dataset.min_side})"
         )
         checker.report(f"{key}.synthetic.min_size", cause, f"take {dataset.min_side} or more")
+    # With 'auto' the generator invents as many classes as it needs; a list is finite.
     if dataset.classes == "auto":
         return
     try:

@@ -36,6 +36,7 @@ def _source_stage(checker: Checker, stage: str, source: str) -> None:
     key = f"stages.{stage}.from"
     # Training stages that run before this one, in the job's order.
     possible = [name for name in TRAINING if ORDER.index(name) < ORDER.index(stage)]
+    # The latest of them is the likely intention: evaluate from finetune rather than from pretrain.
     earlier = [name for name in possible if name in present]
     remedy = f"from: {earlier[-1]}" if earlier else "add the stage, or give a weights file"
     if source not in possible:
@@ -61,6 +62,7 @@ def check_used_data(checker: Checker) -> None:
     """Report every dataset that a stage uses but that does not exist or is not prepared."""
     job = checker.job
     for stage in stage_names(job):
+        # Preparation names its datasets itself; export reads weights only.
         if stage in ("prepare", "export"):
             continue
         key = f"stages.{stage}.data"
@@ -86,6 +88,7 @@ def check_evaluation(checker: Checker) -> None:
     if stage is None:
         return
     source = stage.initial
+    # If the source stage ran in an earlier job, its weights file tells the image size at run time.
     trains_here = source in TRAINING and source in stage_names(job)
     if source.endswith(WEIGHTS) or trains_here:
         checker.attempt("evaluate", lambda: evaluate_image_size(job))

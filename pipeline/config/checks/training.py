@@ -29,6 +29,7 @@ def check_training(checker: Checker, stage: str, train: TrainConfig, world_size:
     _network(checker, key, train)
     _drop_path(checker, key, train)
     _schedule(checker, key, train)
+    # Evaluation crops image_size pixels out of image_size x eval_resize.
     if train.eval_resize < 1:
         cause = f"{train.eval_resize:g} makes images smaller than the crop"
         checker.report(f"{key}.eval_resize", cause, "take 1 or more")
@@ -45,6 +46,7 @@ def _pairs(checker: Checker, stage: str, train: TrainConfig, world_size: int) ->
     except ConfigError:
         return  # already reported
     if micro % 2:
+        # Point to the key that the user wrote: with 'auto', micro_batch follows from global_batch.
         cause = (
             f"mixup and cutmix pair the images of a micro batch, and {micro} is odd "
             f"(on {world_size} processes)"
@@ -63,10 +65,12 @@ def _network(checker: Checker, key: str, train: TrainConfig) -> None:
         )
         remedy = "intermediate_supervision: false, or a model with more columns"
         checker.report(f"{key}.intermediate_supervision", cause, remedy)
-    # Without ZeRO, DeepSpeed's bf16 optimizer would update the bf16 weights themselves.
+    # A bf16 number has 8 significant bits, so an update of less than 1/512 of a weight is rounded
+    # away. ZeRO stages 1 to 3 update an fp32 copy of the weights, stage 0 has none.
     if train.zero_stage == 0 and train.precision == "bf16":
         cause = "ZeRO stage 0 with bf16 keeps no fp32 master weights"
         checker.report(f"{key}.zero_stage", cause, "take 1")
+    # ZeRO-3 gathers parameters in hooks of the modules, which a compiled level would not run.
     if train.zero_stage == 3 and model.compile:
         cause = "levels whose parameters ZeRO-3 gathers cannot be compiled"
         checker.report("model.compile", cause, f"{key}.zero_stage: 2, or compile: false")
@@ -97,6 +101,7 @@ def _schedule(checker: Checker, key: str, train: TrainConfig) -> None:
 
 def _order(checker: Checker, key: str, train: TrainConfig) -> None:
     """Orders of an epoch that exclude each other or do not fit the global batch."""
+    # Example: 20 images of a class lie in at most 20 of 1000 shards; most windows hold none.
     if train.balance and train.order == "windowed":
         cause = (
             "classes cannot be balanced within windows: "

@@ -34,6 +34,7 @@ class ClusterConfig(Section):
         description="Image decoding threads per process. 'auto': CPU cores / processes, at most "
         "16.",
     )
+    # A limit in bytes, not in batches: a batch of 640-pixel images is 30 times one of 112 pixels.
     prefetch_mib: PositiveInt = Field(
         512,
         description="Memory limit per process for prefetched batches (MiB). At least two batches "

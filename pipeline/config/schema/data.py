@@ -18,6 +18,7 @@ DatasetName = Annotated[
 class SyntheticConfig(Section):
     """Synthetic images in the layout of a real source, for a first run and for rehearsals."""
 
+    # Small defaults: a first run should take minutes.
     classes: PositiveInt = Field(
         24, description="Number of classes that have images, drawn from the class list."
     )
@@ -90,10 +91,12 @@ class DatasetConfig(Section):
     min_side: Annotated[PositiveInt, Rules(rehearse_input=at_most(64))] = Field(
         32, description="Images with a shorter side are quarantined (pixels)."
     )
+    # Pillow's own limit against decompression bombs: 2 x 1024^3 / 4 / 3 bytes.
     max_pixels: PositiveInt = Field(
         178_956_970,
         description="Images with more pixels (width x height) are quarantined without decoding.",
     )
+    # Synthetic sources contain corrupt files on purpose, hence the higher limit in a rehearsal.
     max_rejected: Annotated[Fraction, Rules(rehearse_input=fixed(0.2))] = Field(
         0.01,
         description="Largest acceptable share of rejected images (share). Preparation fails "

@@ -41,6 +41,7 @@ class EvaluateStage(Section):
         description="Weights to evaluate: a training stage (its EMA weights if it has any) or a "
         ".safetensors file.",
     )
+    # Optional: weights are best evaluated at the size they were trained at.
     image_size: Annotated[PositiveInt | None, Rules(rehearse=small_image_size)] = Field(
         None,
         description="Side of the square evaluation image (pixels). null: that of the stage in "
@@ -72,7 +73,8 @@ class Stages(Section):
     export: ExportStage | None = Field(None, description="Export.")
 
 
-# A folder name on every system: no separators, no control characters, not hidden.
+# The job's name becomes runs/<name>, so it must be a folder name on every system: no separators,
+# no control characters, not hidden.
 _JobName = Annotated[
     str,
     Field(min_length=1, max_length=LONGEST_NAME, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"),
@@ -86,6 +88,8 @@ class Job(Section):
         description="Name of the job; its run directory is runs/<name>. It contains no '/', '\\' "
         "or control character and does not start with '.'."
     )
+    # One seed for initial weights, order and augmentation. Each random choice is a function of it
+    # and of what it decides (epoch, sample), so that a resumed run repeats the same choices.
     seed: Seed = Field(0, description="Seed of all random choices.")
     model: ModelConfig = Field(
         description="The network: a mapping, or the name of a file in configs/model."

@@ -68,6 +68,7 @@ class ModelConfig(Section):
         description="Use torch.compile for each level. Compilation takes a minute or more at the "
         "start; steps on a GPU are faster afterwards.",
     )
+    # Example for 18 bits: steps of 2^-18 = 3.8e-6 and a range of +-2^13 = 8192.
     fraction_bits: Annotated[int, Field(ge=8, le=24)] = Field(
         18,
         description="With activations 'exact': fraction bits of the fixed-point residual stream. "

@@ -42,7 +42,7 @@ class Rules:
     rehearse_input: Shrink | None = None
 
 
-_NO_RULES = Rules()
+_NO_RULES = Rules()  # most keys: a resumed run must not change them, a rehearsal keeps them
 
 
 def _rules_of(info: FieldInfo) -> Rules:
@@ -60,6 +60,7 @@ def may_change_on_resume(root: type[Section], path: Sequence[str], stage: str) -
     A key that the schema does not have (of an older release) must not change, unless it lies
     below a section that may.
     """
+    # Any rule on the way suffices: Job.cluster permits everything below it at once.
     return any(
         rules.may_change_on_resume and stage not in rules.fixed_in
         for rules in _rules_along(root, path)
@@ -68,6 +69,8 @@ def may_change_on_resume(root: type[Section], path: Sequence[str], stage: str) -
 
 def hparam_keys(section: type[Section]) -> list[str]:
     """The hyperparameters of a section that TensorBoard shows, in the order of its columns."""
+    # Sorted by column and not by position in the class: TensorBoard's table puts the values first
+    # that people compare most.
     columns = {name: _rules_of(info).hparam for name, info in section.model_fields.items()}
     shown = [name for name, column in columns.items() if column]
     return sorted(shown, key=lambda name: columns[name])
@@ -100,6 +103,7 @@ def _rules_along(root: type[Section], path: Sequence[str]) -> Iterator[Rules]:
         if info is None:
             return
         yield _rules_of(info)
+        # A mapping by name: the next part of the path is a name and not a key of the schema.
         if get_origin(info.annotation) is dict:
             next(parts, None)
         section = _section_within(info.annotation)

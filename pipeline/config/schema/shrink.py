@@ -67,6 +67,7 @@ def narrow(channels: Iterable[int], _context: RehearsalContext) -> list[int]:
     Example: [72, 144, 288, 576] is scaled by 12/72 to [12, 24, 48, 96].
     """
     widths = list(channels)
+    # Proportions stay, so that every down-sampling between levels still changes the width.
     scale = min(1.0, WIDTH / widths[0])
     return [max(4, round(width * scale / 4) * 4) for width in widths]
 
@@ -83,6 +84,7 @@ def small_image_sizes(sizes: Iterable[int]) -> dict[int, int]:
     """
     ascending = sorted(set(sizes))
     last = len(IMAGE_SIZES) - 1
+    # Distinct sizes stay distinct, so that a change of resolution between stages is rehearsed too.
     return {size: min(size, IMAGE_SIZES[min(i, last)]) for i, size in enumerate(ascending)}
 
 

@@ -75,6 +75,7 @@ class TrainConfig(Section):
     epochs: Annotated[PositiveInt, Rules(hparam=4, rehearse=fixed(1))] = Field(
         description="Passes over the training split (epochs)."
     )
+    # Not an early stop of a longer schedule: the cosine ends at this step.
     max_steps: Annotated[PositiveInt | None, Rules(rehearse=fixed(shrink.STEPS))] = Field(
         None,
         description="Stop after this many optimizer steps; the learning-rate schedule ends there "
@@ -102,6 +103,7 @@ class TrainConfig(Section):
         description="With order 'windowed': number of shards whose images are shuffled together. "
         "The next window is prefetched, so a cache needs room for twice as many.",
     )
+    # Optimizer steps per epoch = images x repeats / global_batch.
     repeated_augmentation: Annotated[PositiveInt, Rules(rehearse=at_most(2))] = Field(
         1,
         description="Repeated augmentation: views of each image in a global batch. An epoch is "
@@ -129,6 +131,8 @@ class TrainConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3), Rules(may_change_on_resume=True, hparam=10)] = (
         Field(1, description="DeepSpeed ZeRO stage.")
     )
+    # Rates are stated for one batch size, so that a recipe holds for any number of GPUs.
+    # Example: base_lr 1e-3 for 1024 images, global_batch 4096 -> 4e-3 at the peak.
     base_lr: Annotated[PositiveFloat, Rules(hparam=2)] = Field(
         description="Peak learning rate for a batch of `base_lr_batch` images. It is scaled "
         "linearly with global_batch."
@@ -159,12 +163,14 @@ class TrainConfig(Section):
     clip_grad: NonNegativeFloat = Field(
         5.0, description="Gradient clipping: largest global gradient norm (0: off)."
     )
+    # Example: with 0.9, parameters three layers below the head learn at 0.9^3 = 0.73 of its rate.
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0), Rules(hparam=6)] = Field(
         1.0, description="Layer-wise learning-rate decay factor (1: off)."
     )
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None, description="Stochastic depth rate of this stage; replaces the model's drop_path."
     )
+    # Fine-tuning of the published models starts with an almost silent head (0.001).
     head_init_scale: PositiveFloat = Field(
         1.0, description="Factor on the classifier's initial weights."
     )

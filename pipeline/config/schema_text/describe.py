@@ -104,6 +104,7 @@ def root() -> SchemaKey:
 
 def find(path: Sequence[str]) -> SchemaKey | None:
     """The key at a path such as ("stages", "pretrain", "base_lr"), or None if there is none."""
+    # Names of datasets are no keys of the schema: child() accepts any name there.
     key: SchemaKey | None = root()
     for part in path:
         key = key.child(part) if key is not None else None
@@ -129,6 +130,7 @@ def is_dataset_key(word: str) -> bool:
     dataset = find(("data", ANY))
     if dataset is None:
         return False
+    # A high likeness: only obvious typos ("rot", "layuot") count; other words name datasets.
     mistyped = closest(word, [*dataset.keys, "base"], likeness=0.8)
     return bool(mistyped) or dataset.new_name(word) is not None
 
@@ -136,6 +138,7 @@ def is_dataset_key(word: str) -> bool:
 def expectation_of(schema: JsonSchema) -> str:
     """The JSON Schema of one value in words: "a whole number above 0 or 'auto'"."""
     schema = _resolve(schema)
+    # A union of pydantic: PositiveInt | Literal["auto"]. dict.fromkeys drops equal phrases.
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(expectation_of(part) for part in schema["anyOf"]))
     if "const" in schema or "enum" in schema:
@@ -159,6 +162,7 @@ def expectation_of(schema: JsonSchema) -> str:
 
 def _range(schema: JsonSchema) -> str:
     """The limits of a number: " from 0 to 3", " above 0", ", 0 or more and below 1" or ""."""
+    # Pydantic writes PositiveInt as exclusiveMinimum 0, NonNegativeInt as minimum 0.
     bounds = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
     low, above, high, below = (
         f"{schema[bound]:.10g}" if bound in schema else "" for bound in bounds

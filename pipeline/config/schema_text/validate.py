@@ -29,6 +29,7 @@ def validate(tree: Node) -> Job:
         ConfigError: names every problem (C1, C4).
     """
     try:
+        # As JSON, because only there strict mode accepts a list for a tuple.
         return Job.model_validate_json(json.dumps(tree.data()), strict=True)
     except ValidationError as error:
         raise_problems(_problems(tree, error.errors(include_url=False, include_context=True)))

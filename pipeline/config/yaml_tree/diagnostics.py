@@ -28,6 +28,7 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     Raises:
         ConfigError: names every problem, each of them once.
     """
+    # Two stages that name the same recipe find its mistakes twice; dict.fromkeys keeps one each.
     errors = [
         ConfigError(problem.cause, place=problem.place, remedy=problem.remedy)
         for problem in dict.fromkeys(problems)

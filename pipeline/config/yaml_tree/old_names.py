@@ -21,6 +21,7 @@ def replace_old_names(node: Node, key: SchemaKey, problems: list[Problem]) -> No
 
     Adds one problem per old name. If a mapping has both the old and the new name, the new one wins.
     """
+    # Lists need no visit: no key of the schema holds a list of mappings.
     if not isinstance(node.value, dict):
         return _replace_old_value(node, key, problems)
     entries: dict[str, Node] = {}
@@ -32,7 +33,7 @@ def replace_old_names(node: Node, key: SchemaKey, problems: list[Problem]) -> No
             if new in node.entries():
                 continue
             name = new
-        child = key.child(name)
+        child = key.child(name)  # under the new name, so that old names inside are found too
         # An unknown key stays as it is: the schema reports it later, with a suggestion.
         entries[name] = replace_old_names(below, child, problems) if child is not None else below
     return Node(entries, node.origin)

@@ -31,6 +31,7 @@ def apply(tree: Node, overrides: Sequence[str]) -> Node:
     """
     for override in overrides:
         path, text = _split(override)
+        # `--set data=imagenet1k` replaces the whole section and needs no dataset name.
         if len(path) > 1:
             tree = name_the_dataset(tree)
             path = _with_dataset_name(tree, path, override)
@@ -78,11 +79,13 @@ def _find(path: list[str], text: str, override: str) -> describe.SchemaKey:
         if new is not None:
             renamed.append(f"'{part}' was renamed to '{new}'")
         child = key.child(new or part)
+        # `base` is not in the schema, because references are replaced before validation.
         if child is None and part == "base" and _is_reference(path[:depth]):
             child = describe.SchemaKey(tuple(path), {"type": "string"})
         if child is None:
             raise _unknown_key(key, part, override)
         key = child
+    # Walk to the end before reporting: the remedy spells the whole new key.
     if renamed:
         cause = f"'{override}': {', '.join(renamed)}"
         raise ConfigError(cause, place=ORIGIN, remedy=f"--set {key.dotted}={text.strip()}")
@@ -110,6 +113,7 @@ def _with_mappings_above(tree: Node, path: list[str]) -> Node:
         node = tree.get(*above)
         if node is None or node.value is None or isinstance(node.value, dict):
             continue
+        # `seed: 5` with --set seed.x=1 fails earlier; this is a job file with `stages: 5`.
         if not (isinstance(node.value, str) and _is_reference(above)):
             cause = f"{'.'.join(above)} is not a mapping"
             raise ConfigError(cause, place=node.origin, remedy="write `key: value` lines")

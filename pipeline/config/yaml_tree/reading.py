@@ -146,6 +146,7 @@ class _Reader:
             return Node(items, origin)
         if "\0" in node.value:
             self._report(node, "a NUL character in a value", "remove it")
+        # PyYAML gives quoted and block scalars a style ('"', "'", "|", ">"): those are always text.
         plain = not node.style
         return Node(scalar(node.value) if plain else node.value, origin, plain)
 
@@ -177,6 +178,7 @@ class _Reader:
                 continue
             self._check_tag(key_node)
             key = str(key_node.value)
+            # YAML parsers keep the last of two equal keys without a word; here it is an error.
             if key in entries:
                 cause = f"the key '{key}' is written twice (first at {entries[key].origin})"
                 self._report(key_node, cause, "keep one of them")

@@ -70,6 +70,7 @@ class Fragments:
     @property
     def folders(self) -> list[Path]:
         """The folders to search; the first that has the file wins."""
+        # A job inside the checkout has the shipped folder beside its parent; do not list it twice.
         own = self.job_folder / "configs"
         return [own, CONFIGS] if own.is_dir() and own.resolve() != CONFIGS else [CONFIGS]
 
@@ -111,6 +112,7 @@ class Fragments:
         Raises:
             ConfigError: no such file, or a file includes itself (C6).
         """
+        # `model: ${MODEL}` works: variables in references are replaced before all others.
         name = substituted(name, key)
         if not isinstance(name.value, str) or not name.value:
             cause = f"{key}: expected the name of a file in configs/{kind}, given {name.data()!r}"
@@ -122,6 +124,7 @@ class Fragments:
             remedy = did_you_mean(name.value, self.names(kind), f"files in configs/{kind}")
             raise ConfigError(f"{key}: there is no file {file}", place=name.origin, remedy=remedy)
         path = path.resolve()
+        # a.yaml -> b.yaml -> a.yaml: resolved paths also catch loops through links and "../".
         if path in chain:
             loop = " -> ".join(display_path(file) for file in (*chain[chain.index(path) :], path))
             cause = f"{key}: the files include each other: {loop}"
@@ -164,6 +167,7 @@ def expand(tree: Node, fragments: Fragments) -> Node:
         node = tree.get("stages", stage)
         recipe = tree.get("stages", stage, "recipe")
         if node is not None and recipe is not None and recipe.value:
+            # The recipe goes underneath: keys of the job override it.
             under = fragments.load("recipe", recipe, f"stages.{stage}.recipe")
             tree = tree.replaced(("stages", stage), merge(under, node))
     return tree
@@ -198,6 +202,7 @@ def substituted(node: Node, key: str) -> Node:
             raise ConfigError(cause, place=node.origin, remedy=remedy)
         return value or default or ""
 
+    # A quoted "${N}" stays text; an unquoted ${N} is typed again: "5" becomes the number 5.
     text = _VARIABLE.sub(variable_value, node.value)
     return dataclasses.replace(node, value=scalar(text) if node.plain else text)
 
@@ -208,6 +213,7 @@ def substitute(tree: Node) -> Node:
     Raises:
         ConfigError: names every variable that is not set, not only the first.
     """
+    # Collect instead of raising: on a new machine usually several variables are missing at once.
     problems: list[Problem] = []
 
     def walk(node: Node, path: Sequence[str]) -> Node:
