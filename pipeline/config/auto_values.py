@@ -39,8 +39,7 @@ class Budget:
     batch: int  # largest global batch (images)
 
 
-# Guesses that err on the short side: a first result after one sitting is worth more than the best
-# accuracy, and every chosen value can be set by hand.
+# Chosen for an early first result rather than the best accuracy. Every value can be set by hand.
 BUDGETS = {
     "cpu": Budget(image_size=96, presentations=30_000, epochs=(4, 60), batch=128),
     "cuda": Budget(image_size=224, presentations=20_000_000, epochs=(20, 300), batch=1024),

@@ -1,4 +1,4 @@
-"""Checks a validated job for what cannot work, before anything starts (C5, C7).
+"""Checks a validated job for combinations that cannot work, before anything starts (C5, C7).
 
 The schema checks values one by one; these checks compare them with each other, with the number of
 processes and with the results of an earlier run. All problems are reported together.
@@ -37,8 +37,8 @@ def check(
     stages = stage_names(job)
     if not stages:
         checker.report("stages", "the job has no stage", f"write one of {', '.join(ORDER)}")
-    # From values to connections: the values of each section first, then what stages take from each
-    # other. The order of the problems in the message follows.
+    # First the values of each section, then the connections between stages. The problems appear in
+    # the message in this order.
     check_model(checker)
     check_datasets(checker)
     check_prepared_names(checker)

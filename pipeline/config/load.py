@@ -33,7 +33,7 @@ from pipeline.sources import class_lists
 DEFAULT = "default"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedJob:
     """A job, the origin of each of its values, and notes for the user.
 
@@ -92,12 +92,12 @@ def load_job(
     job = validate(tree)
     origins = _origins(job.model_dump(by_alias=True), tree)
     if not rehearse:
-        return LoadedJob(job, origins, path, notes)
+        return LoadedJob(job=job, origins=origins, path=path, notes=notes)
     # Only now: the rehearsal checks the real job first, and needs its validated values for that.
     small = make_rehearsal(job, origins)
     origins = _origins(small.job.model_dump(by_alias=True), tree)
     origins |= dict.fromkeys(small.changed_keys, REHEARSE)
-    return LoadedJob(small.job, origins, path, notes + small.notes)
+    return LoadedJob(job=small.job, origins=origins, path=path, notes=notes + small.notes)
 
 
 def _origins(

@@ -118,15 +118,16 @@ def _length(job: Job, stage: str, images: Mapping[str, int]) -> str:
     """The length of a training stage: epochs, and steps if the number of images is known."""
     train = train_config(job, stage)
     name = dataset_name(job, stage)
+    epochs = f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}"
     synthetic = job.data[name].synthetic
     # The number of real images is known only after preparation; of synthetic ones, at once.
     count = images.get(name)
     if not count and synthetic is not None:
         count = synthetic.classes * synthetic.images_per_class
     if count:
-        return f"{train.epochs} epochs, about {steps(train, count)} steps"
+        return f"{epochs}, about {steps(train, count)} steps"
     limit = f", at most {train.max_steps} steps" if train.max_steps is not None else ""
-    return f"{train.epochs} epochs{limit}"
+    return f"{epochs}{limit}"
 
 
 def explain(key: str, loaded: LoadedJob | None = None) -> str:
@@ -143,7 +144,7 @@ def explain(key: str, loaded: LoadedJob | None = None) -> str:
     lines = [first.dotted, f"  {first.description}"]
     if first.keys:
         children = [child for name in first.keys if (child := first.child(name)) is not None]
-        lines += [f"    {child.path[-1]:<20} {child.description}" for child in children]
+        lines += [f"    {child.path[-1]:<24} {child.description}" for child in children]
         return "\n".join(lines)
     lines.append(f"  type     {first.expectation}")
     if first.unit:

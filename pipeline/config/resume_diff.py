@@ -28,7 +28,7 @@ Resolved: TypeAlias = Mapping[str, Any]
 MISSING = "(not there)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """A key whose value differs. ``allowed``: the started stage may resume with the new value."""
 
@@ -53,10 +53,10 @@ def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
     keys = dict.fromkeys([*before, *after])  # those of the old job first
     return [
         Change(
-            key,
-            before.get(key, MISSING),
-            after.get(key, MISSING),
-            may_change_on_resume(Job, key.split("."), stage),
+            key=key,
+            old=before.get(key, MISSING),
+            new=after.get(key, MISSING),
+            allowed=may_change_on_resume(Job, key.split("."), stage),
         )
         for key in keys
         if before.get(key, MISSING) != after.get(key, MISSING)

@@ -117,7 +117,10 @@ def test_values_set_by_the_user_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_image_sizes_are_read_from_every_format(tmp_path: Path, kind: str) -> None:
     source = look_at(
-        str(folders(tmp_path / "mine", 2, 3, 90, 70, kind)), "auto", "data.images.root", "x.yaml:1"
+        str(folders(tmp_path / "mine", 2, 3, width=90, height=70, kind=kind)),
+        "auto",
+        "data.images.root",
+        "x.yaml:1",
     )
     assert (source.layout, source.classes, source.images, source.short_side) == (
         "class_folders",

@@ -21,12 +21,9 @@ def test_configs_beside_the_job_come_before_the_shipped_ones(tmp_path: Path) -> 
     )
     write(tmp_path, "b\na\n", "configs/classes/ab.txt")
     text = edited(
-        "revcol_quickstart",
-        "revcol_mine",
-        "recipe: quickstart_pretrain\n    epochs: 3",
-        "recipe: mine",
-        "layout:",
-        "classes: ab, layout:",
+        *("revcol_quickstart", "revcol_mine"),
+        *("recipe: quickstart_pretrain\n    epochs: 3", "recipe: mine"),
+        *("layout:", "classes: ab, layout:"),
     )
     loaded = load_job(write(tmp_path, text))
     assert (loaded.job.model.columns, loaded.job.model.channels[0]) == (6, 64)

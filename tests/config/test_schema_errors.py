@@ -182,12 +182,9 @@ def test_missing_required_keys_are_reported(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_in_one_message(tmp_path: Path) -> None:
     text = edited(
-        "name: small",
-        "nmae: small",
-        "epochs: 3",
-        "epochs: many\n    base_lr: 0",
-        "layout: class_tars",
-        "min_side: 1.5",
+        *("name: small", "nmae: small"),
+        *("epochs: 3", "epochs: many\n    base_lr: 0"),
+        *("layout: class_tars", "min_side: 1.5"),
     )
     message = error_message(tmp_path, text)
     assert message.startswith("5 problems:\njob.yaml:1: unknown key 'nmae'")

@@ -189,7 +189,7 @@ class TrainConfig(Section):
     eval_every_epochs: Annotated[
         PositiveFloat, Rules(may_change_on_resume=True, rehearse=fixed(1.0))
     ] = Field(
-        1.0, description="Interval between evaluations (epochs). The last step is always one."
+        1.0, description="Interval between evaluations (epochs). The last step is always evaluated."
     )
     eval_resize: Annotated[PositiveFloat, Rules(may_change_on_resume=True)] = Field(
         1.143,

@@ -123,9 +123,9 @@ def all_keys(start: SchemaKey | None = None) -> Iterator[SchemaKey]:
 
 
 def is_dataset_key(word: str) -> bool:
-    """True if a word is a key of a dataset, a mistyped one or an old one; no dataset has its name.
+    """True if a word is a key of a dataset, possibly mistyped or renamed. No dataset is called so.
 
-    Tells ``data: {root: /images}`` (one dataset without a name) from ``data: {toy: {...}}``.
+    It distinguishes ``data: {root: /images}``, a dataset without a name, from ``data: {toy: ...}``.
     """
     dataset = find(("data", ANY))
     if dataset is None:
