@@ -36,7 +36,7 @@ def find(what: Path, runs: Path, stage: str = "") -> InspectTarget:
         return _of_job(job, RunDir(runs / job.name), stage)
     run_dir = RunDir(place)
     if run_dir.run_yaml.is_file():
-        return _of_job(load_job(run_dir.run_yaml, []).job, run_dir, stage)
+        return _of_job(load_job(run_dir.run_yaml, [], migrate=True).job, run_dir, stage)
     if (place / DATASET_JSON).is_file():
         return _of_dataset(place.absolute(), stage)
     known = sorted(path.name for path in runs.glob("*") if RunDir(path).run_yaml.is_file())
@@ -48,7 +48,7 @@ def _of_dataset(dataset: Path, stage: str) -> InspectTarget:
     """A dataset inside a run's directory is shown as that run trains on it."""
     run_dir = RunDir(dataset.parent.parent.parent)
     if run_dir.run_yaml.is_file() and dataset == run_dir.dataset(dataset.name):
-        job = load_job(run_dir.run_yaml, []).job
+        job = load_job(run_dir.run_yaml, [], migrate=True).job
         if not stage:
             stage = next(
                 (

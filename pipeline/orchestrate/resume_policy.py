@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config.resume_diff import Change, changes
+from pipeline.config.yaml_tree.old_names import migrate_renamed
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
@@ -97,7 +98,7 @@ def settings_of(run_dir: RunDir, stage: str) -> dict[str, Any] | None:
         value: dict[str, Any] = json.loads(run_dir.started_with(stage).read_text())
     except FileNotFoundError:
         return None
-    return value
+    return migrate_renamed(value)
 
 
 def keep_settings(run_dir: RunDir, stage: str, resolved: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from pipeline.checkpoint.manifest import directory_of
 from pipeline.checkpoint.weights import initial_weights
 from pipeline.config import job_queries, machine
-from pipeline.config.schema import Job, TrainConfig
+from pipeline.config.schema import Job, TrainConfig, hparam_keys
 from pipeline.data.dataset import PreparedDataset, open_dataset
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader, TrainLoader
@@ -36,19 +36,6 @@ from pipeline.train.self_check import SelfCheck
 from pipeline.train.step import TrainingStep
 from pipeline.train.throughput import Throughput
 from pipeline.train.zero_state import ShardedState
-
-HPARAMS = (
-    "recipe",
-    "base_lr",
-    "global_batch",
-    "epochs",
-    "weight_decay",
-    "layer_decay",
-    "ema_decay",
-    "image_size",
-    "precision",
-    "zero_stage",
-)
 
 
 @dataclass
@@ -225,7 +212,9 @@ def _finish(run: Trainer, spec: NetworkSpec) -> dict[str, float]:
         run.run_dir.stage(run.stage), directory_of(run.checkpoints, run.total_steps), spec, facts
     )
     if run.recorder is not None:
-        settings: dict[str, str | float | bool] = {key: getattr(config, key) for key in HPARAMS}
+        settings: dict[str, str | float | bool] = {
+            key: getattr(config, key) for key in hparam_keys(TrainConfig)
+        }
         settings |= {
             "channels": str(spec.channels),
             "columns": spec.columns,
