@@ -55,8 +55,8 @@ def add_upsampled(x: Tensor, coarse: Tensor) -> Tensor:
     if height % h == 0 and width % w == 0:
         # Broadcast instead of materialising the upsampled map. Example: an 8x8 map seen as 4x2x4x2
         # plus a 4x4 map seen as 4x1x4x1.
-        tiles = x.view(n, h, height // h, w, width // w, channels)
-        tiles = tiles + coarse.view(n, h, 1, w, 1, channels)
+        tiles = x.view((n, h, height // h, w, width // w, channels))
+        tiles = tiles + coarse.view((n, h, 1, w, 1, channels))
         return tiles.view(n, height, width, channels)
     upsampled = functional.interpolate(
         coarse.permute(0, 3, 1, 2), size=(height, width), mode="nearest"
@@ -78,6 +78,8 @@ class Level(nn.Module):
         self.up = kind.up(channels[level + 1], channels[level]) if has_upper else None
         self.up_top = kind.up(channels[3], channels[level]) if has_top else None
         self.blocks = nn.ModuleList(kind.block(channels[level]) for _ in range(spec.depths[level]))
+        # Also in column 0, where it has no effect: all columns then have the same parameters, as in
+        # the published code.
         self.alpha = nn.Parameter(torch.full((channels[level],), 0.5))
         self.compiled = torch.compile(self.branch, dynamic=False) if spec.compile else None
 
@@ -101,6 +103,7 @@ class Level(nn.Module):
         compiled = self.compiled if torch.is_grad_enabled() else None
         branch = self.branch if compiled is None else compiled
         f = branch(lower, upper, top, drop_path_scale)
+        # Under autocast F is narrower than the maps. Widen it before it is quantised or added.
         return residual(f.to(lower.dtype) if f.dtype != lower.dtype else f, self.alpha)
 
     def branch(

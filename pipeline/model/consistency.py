@@ -61,6 +61,7 @@ class Consistency:
         )
         self.max_abs = torch.zeros(columns, 4, dtype=torch.float64, device=device)
         self.remainder_overflow = torch.zeros(columns, 4, dtype=torch.bool, device=device)
+        # int32 has 31 bits beside the sign. Example: 18 fraction bits leave 13, so +-8192.
         self.fraction_bits = fraction_bits
         self.limit = 2.0 ** (31 - fraction_bits)
 
@@ -85,6 +86,7 @@ class Consistency:
         invalid = self.overflowed.any() | self.remainder_overflow.any()
         if mismatches:
             invalid = invalid | (self.mismatched_elements > 0)
+        # where, not an if: an if would wait for the device.
         return torch.where(invalid, torch.inf, 0.0)
 
     def add(self, other: Consistency) -> None:

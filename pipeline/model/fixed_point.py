@@ -74,6 +74,7 @@ def make_resolution(fraction_bits: int, device: torch.device) -> Resolution:
 def grid_alpha(alpha: Tensor) -> GridAlpha:
     """Round |alpha| (C,) to the grid and split off its sign."""
     a = alpha.detach().double()
+    # Rounding must not go below the limit: the remainder widths are bounded by it.
     steps = torch.floor(a.abs() * ALPHA_SCALE + 0.5).clamp(min=math.ceil(ALPHA_LIMIT * ALPHA_SCALE))
     return GridAlpha(steps / ALPHA_SCALE, torch.where(a < 0, -1.0, 1.0).to(a.dtype))
 

@@ -80,7 +80,7 @@ def run_columns(
     tapped = []
     for t in range(first, columns.count):
         maps = column_fn(t, maps)
-        if t in columns.taps:
+        if t in columns.taps:  # a head reads this column
             tapped.append(maps[3])
     return (*tapped, *maps)
 

@@ -25,6 +25,7 @@ class Classifier(nn.Module):
         self.linear = Linear(channels, num_classes, init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Pool in the precision of the map, before the cast to that of the weights.
         return cast(Tensor, self.linear(self.norm(self.cast(x.mean((1, 2))))))
 
 

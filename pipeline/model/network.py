@@ -39,8 +39,11 @@ class Output:
 
 
 class Column(nn.Module):
-    """The four levels of one column. Holds parameters only: the pass through all columns is one
-    function (``exact_columns``, ``stored_columns`` or ``checkpointed_columns``)."""
+    """The four levels of one column.
+
+    Holds parameters only and has no forward: one function runs all columns (``exact_columns``,
+    ``stored_columns`` or ``checkpointed_columns``).
+    """
 
     def __init__(self, spec: NetworkSpec, column: int) -> None:
         super().__init__()
@@ -107,6 +110,8 @@ class Backbone(nn.Module):
             )
         with self._check_saved_tensors(self.stem):
             x = self.stem(images)
+        # The maps stay in float32 (float64 in tests): F's inputs are narrowed where F starts, and
+        # its output is added in full precision.
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         levels = [
             [cast(Level, level) for level in cast(Column, column).levels] for column in self.columns
@@ -140,6 +145,7 @@ class Backbone(nn.Module):
         )
         if self.spec.stored_columns != "auto":
             return exact_columns(columns, x, exact, min(self.spec.stored_columns, columns.count))
+        # Without gradients nothing is stored, so there is nothing to measure or to decide.
         if not torch.is_grad_enabled():
             return exact_columns(columns, x, exact, 0)
         stored = self.activation_budget.columns_to_store(images, columns.count)
@@ -161,6 +167,7 @@ class Backbone(nn.Module):
             uniforms = torch.rand(x.shape[0], self.uniforms, device=x.device)
         rates = torch.arange(blocks, device=x.device) * (last_rate / max(blocks - 1, 1))
         keep_prob = (1.0 - rates).view(1, -1, 1)
+        # All columns are drawn at once, before the pass. The recompute reads the same tensor.
         draws = uniforms.view(-1, self.spec.columns, blocks).permute(1, 2, 0)
         return ((draws < keep_prob).float() / keep_prob).contiguous()
 

@@ -35,6 +35,7 @@ def layer_id(name: str, spec: NetworkSpec) -> int:
     level = int(match[2])
     if match[3]:  # alpha
         return column + 1
+    # Blocks of the finer levels, then the block's number in its level (0 for down, up and up_top).
     return sum(spec.depths[:level]) + int(match[4] or 0) + column + 1
 
 

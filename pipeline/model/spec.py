@@ -17,44 +17,40 @@ Fused = Literal["auto", "compiled", "eager"]
 class NetworkSpec:
     """Architecture of one RevCol (Cai et al., ICLR 2023, section 3) and its way of computing.
 
-    Attributes:
-        channels, depths: widths and numbers of blocks of the four levels, finest (stride 4) first.
-        columns: number of columns.
-        num_classes: of the classifiers.
-        huge: wiring of RevCol-H: level 0 also takes level 3 of the previous column.
-        supervised: intermediate supervision. Four columns get a classifier, and the first three of
-            them a reconstruction decoder. Otherwise one classifier reads the last column.
-        block: block kind, one for all levels or one per level.
-
-    The other attributes do not change the parameters:
-        activations: 'stored': plain autograd in floating point. 'checkpointed': the same, with one
-            column at a time recomputed. 'exact': fixed-point stream, inverted in the backward pass.
-        drop_path: stochastic-depth rate of the last block of a column.
-        head_init_scale: factor of the classifiers' initial weights.
-        stored_columns: with 'exact', the number of last columns that store their activations;
-            'auto': as many as fit the free memory.
-        compile: torch.compile of each level's function (not with ZeRO-3).
-        fused: whether the stream's element-wise kernels are compiled.
-        fraction_bits: of the stream; resolution 2**-bits, range 2**(31 - bits).
-
     Raises:
         ValueError: the values do not describe a network.
     """
 
+    # Architecture: these decide the parameters' names and shapes.
+    # Widths and numbers of blocks of the four levels, finest (stride 4) first.
     channels: Four
     depths: Four
     columns: int
     num_classes: int
+    # Wiring of RevCol-H: level 0 also takes level 3 of the previous column.
     huge: bool = False
     _: KW_ONLY
+    # Intermediate supervision: four columns get a classifier, and the first three of them a
+    # reconstruction decoder. Otherwise one classifier reads the last column.
     supervised: bool = False
+    # Block kind, one for all levels or one per level.
     block: str | FourNames = "convnext"
+
+    # Computation: these do not change the parameters.
+    # stored: plain autograd in floating point. checkpointed: the same, but each column is
+    # recomputed in the backward pass. exact: fixed-point stream, inverted in the backward pass.
     activations: Activations = "exact"
+    # Stochastic-depth rate of the last block of a column. The first block has rate 0.
     drop_path: float = 0.0
+    # Factor of the classifiers' initial weights.
     head_init_scale: float = 1.0
+    # With exact: this many last columns store their activations. auto: as many as fit the memory.
     stored_columns: int | Literal["auto"] = 0
+    # torch.compile of each level's function (not with ZeRO-3).
     compile: bool = False
+    # Whether the stream's element-wise kernels are compiled.
     fused: Fused = "auto"
+    # Of the stream: resolution 2**-bits, range 2**(31 - bits).
     fraction_bits: int = 18
 
     def __post_init__(self) -> None:

@@ -65,13 +65,13 @@ def test_exact_columns_equal_the_reference_in_every_combination(case: Any) -> No
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.integers(1, 5),
-    st.integers(32, 75),
-    st.integers(32, 75),
-    st.lists(st.integers(2, 11), min_size=4, max_size=4),
-    st.integers(1, 6),
-    st.booleans(),
-    st.sampled_from([*KINDS, MIXED]),
+    batch=st.integers(1, 5),
+    height=st.integers(32, 75),
+    width=st.integers(32, 75),
+    channels=st.lists(st.integers(2, 11), min_size=4, max_size=4),
+    columns=st.integers(1, 6),
+    huge=st.booleans(),
+    block=st.sampled_from([*KINDS, MIXED]),
 )
 def test_exact_columns_equal_the_reference_for_any_shape(
     batch: int, height: int, width: int, channels: list[int], columns: int, huge: bool, block: Block

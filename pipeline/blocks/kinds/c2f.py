@@ -74,6 +74,7 @@ class ConvNorm(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
+        # permute only relabels the dimensions: (N, C, H, W) in channels-last memory format.
         x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
         return (x if self.linear else functional.silu(x)).permute(0, 2, 3, 1).contiguous()
 
@@ -104,6 +105,7 @@ class C2fBlock(nn.Module):
 
     def forward(self, x: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
         """Run the block. ``drop_path_scale`` must be None: a dropped block would have no output."""
+        # The output sees three depths: the first half, the second, and the second after two 3x3.
         a, b = self.split(x).chunk(2, -1)
         merged: Tensor = self.merge(torch.cat([a, b, self.second(self.first(b))], -1))
         return merged
