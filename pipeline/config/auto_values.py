@@ -14,7 +14,7 @@ from pipeline.config.machine import device, world_size
 from pipeline.config.schema import ClusterConfig
 from pipeline.config.yaml_tree.reading import Node
 from pipeline.errors import ConfigError
-from pipeline.sources.inspection import Source, look_at
+from pipeline.sources.inspection import SourceSummary, inspect_source
 
 AUTO = "auto"
 KEYS = ("image_size", "epochs", "global_batch")
@@ -115,7 +115,7 @@ def _dataset_of(tree: Node, stage: str) -> str:
     )
 
 
-def _look(tree: Node, name: str) -> Source:
+def _look(tree: Node, name: str) -> SourceSummary:
     dataset = _datasets(tree)[name]
     root, layout = dataset.get("root"), dataset.get("layout")
     if root is None or not isinstance(root.value, str) or not root.value:
@@ -126,7 +126,7 @@ def _look(tree: Node, name: str) -> Source:
             place=place,
             remedy=f"--set {short}=DIR",
         )
-    return look_at(
+    return inspect_source(
         root.value,
         str(layout.value) if layout is not None else AUTO,
         f"data.{name}.root",
@@ -134,7 +134,7 @@ def _look(tree: Node, name: str) -> Source:
     )
 
 
-def _fraction(source: Source) -> tuple[float, str]:
+def _fraction(source: SourceSummary) -> tuple[float, str]:
     if source.has_validation:
         return 0.1, "not used: the source has a validation split of its own"
     if source.images < 50 * source.classes:
@@ -145,7 +145,7 @@ def _fraction(source: Source) -> tuple[float, str]:
     return 0.1, "held out by content hash: the source has no validation split"
 
 
-def _training_images(tree: Node, name: str, source: Source) -> int:
+def _training_images(tree: Node, name: str, source: SourceSummary) -> int:
     node = tree.get("data", name, "validation_fraction")
     held_out = (
         float(node.value) if node is not None and isinstance(node.value, (int, float)) else 0.1
@@ -166,7 +166,9 @@ def _cluster(tree: Node) -> ClusterConfig:
         return ClusterConfig()
 
 
-def _advice(tree: Node, stage: str, key: str, source: Source, images: int) -> tuple[int, str]:
+def _advice(
+    tree: Node, stage: str, key: str, source: SourceSummary, images: int
+) -> tuple[int, str]:
     cluster = _cluster(tree)
     budget = BUDGETS[device(cluster)]
     if key == "image_size":
@@ -182,7 +184,7 @@ def _advice(tree: Node, stage: str, key: str, source: Source, images: int) -> tu
     return _global_batch(images, budget, world_size(cluster))
 
 
-def _image_size(source: Source, budget: Budget, where: str, later: bool) -> tuple[int, str]:
+def _image_size(source: SourceSummary, budget: Budget, where: str, later: bool) -> tuple[int, str]:
     """The largest multiple of 32 that most images fill, within what the machine can do; fine-tuning goes one step up."""
     size = min(budget.image_size, max(64, source.short_side // 32 * 32))
     if later and source.short_side >= size + 32 and where == "cuda":

@@ -84,7 +84,14 @@ def fingerprint(found: Survey, config: DatasetConfig, seed: int) -> str:
         mode="json", exclude={"root", "layout", "classes", "synthetic", "max_rejected"}
     )
     return json_digest(
-        [FORMAT, found.layout, [one for one, _ in found.classes], found.listing, settings, seed]
+        [
+            FORMAT,
+            found.layout,
+            [one for one, _ in found.classes],
+            found.fingerprint_items,
+            settings,
+            seed,
+        ]
     )
 
 

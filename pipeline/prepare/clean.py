@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
-from pipeline.sources.reader import MAX_BYTES, Rejected
+from pipeline.sources.reader import MAX_BYTES, Rejection
 
 _GZIP = b"\x1f\x8b"
 _HARMLESS = (
@@ -44,16 +44,16 @@ class Kept:
     moments: tuple[float, ...]
 
 
-def clean(data: bytes, name: str, config: DatasetConfig) -> Kept | Rejected:
+def clean(data: bytes, name: str, config: DatasetConfig) -> Kept | Rejection:
     """Judge one file. ``name`` only tells system litter from damaged images."""
     base = name.rsplit("/", 1)[-1].lower()
     if base in _JUNK or base.startswith("._"):
-        return Rejected("not_an_image", f"left by an operating system: {base}")
+        return Rejection("not_an_image", f"left by an operating system: {base}")
     unpacked = _gunzip(data) if data[:2] == _GZIP else data
     if unpacked is None:
-        return Rejected("damaged_gzip", "does not unpack, or to more than 256 MiB")
+        return Rejection("damaged_gzip", "does not unpack, or to more than 256 MiB")
     if not unpacked:
-        return Rejected("empty", "no bytes")
+        return Rejection("empty", "no bytes")
     changed = "unpacked" if unpacked is not data else ""
     if unpacked[:3] == JPEG_MAGIC:
         return _clean_jpeg(unpacked, config, changed)
@@ -69,25 +69,25 @@ def _gunzip(data: bytes) -> bytes | None:
     return None if unpacker.unconsumed_tail or not unpacker.eof else result
 
 
-def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> Kept | Rejected:
+def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> Kept | Rejection:
     try:
         height, width, space = jpeg_header(data)
     except ValueError as error:
-        return Rejected("undecodable", str(error))
+        return Rejection("undecodable", str(error))
     if unfit := _unfit(width, height, config):
         return unfit
     if space in ("CMYK", "YCCK"):
         image = _pillow(data)
         return _encoded(image, config, "converted") if isinstance(image, np.ndarray) else image
     pixels = _decode_strictly(data)
-    if isinstance(pixels, Rejected):
+    if isinstance(pixels, Rejection):
         return pixels
     if config.short_side != "keep" and min(width, height) > config.short_side:
         return _encoded(pixels, config, "resized")
     return Kept(data, width, height, changed, _moments(pixels))
 
 
-def _decode_strictly(data: bytes) -> Image | Rejected:
+def _decode_strictly(data: bytes) -> Image | Rejection:
     """All pixels, or what is wrong. A missing end marker alone is no damage."""
     try:
         image: Image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, strict=True)
@@ -97,13 +97,13 @@ def _decode_strictly(data: bytes) -> Image | Rejected:
     if problem == "Premature end of JPEG file":
         if isinstance(whole := _decode_with_end(data), np.ndarray):
             return whole
-        return Rejected("truncated", problem)
+        return Rejection("truncated", problem)
     if any(part in problem for part in _HARMLESS):
         try:
             return decode_jpeg(data)
         except ValueError as error:  # the first that it met was harmless, what follows is not
-            return Rejected("corrupt", str(error))
-    return Rejected("truncated" if "remature" in problem else "corrupt", problem)
+            return Rejection("corrupt", str(error))
+    return Rejection("truncated" if "remature" in problem else "corrupt", problem)
 
 
 def _decode_with_end(data: bytes) -> Image | None:
@@ -114,22 +114,22 @@ def _decode_with_end(data: bytes) -> Image | None:
     return image
 
 
-def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
+def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejection:
     """PNG, GIF, BMP, TIFF, WebP ...: decoded and made a JPEG."""
     try:
         with _opened(data) as header:  # reads the header only
             width, height = header.size
     except Pillow.DecompressionBombError as error:
-        return Rejected("too_many_pixels", str(error))
+        return Rejection("too_many_pixels", str(error))
     except (OSError, ValueError, SyntaxError) as error:
-        return Rejected("not_an_image", str(error).split(" <")[0])
+        return Rejection("not_an_image", str(error).split(" <")[0])
     if unfit := _unfit(width, height, config):
         return unfit
     try:
         image = decode_any(data)
     except ValueError:
         other = _pillow(data)
-        if isinstance(other, Rejected):
+        if isinstance(other, Rejection):
             return other
         image = other
     return _encoded(image, config, "converted")
@@ -145,21 +145,21 @@ def _opened(data: bytes) -> Iterator[Pillow.Image]:
             yield image
 
 
-def _pillow(data: bytes) -> Image | Rejected:
+def _pillow(data: bytes) -> Image | Rejection:
     try:
         with _opened(data) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError) as error:
-        return Rejected("undecodable", str(error).split(" <")[0])
+        return Rejection("undecodable", str(error).split(" <")[0])
 
 
-def _unfit(width: int, height: int, config: DatasetConfig) -> Rejected | None:
+def _unfit(width: int, height: int, config: DatasetConfig) -> Rejection | None:
     if width * height > config.max_pixels:
-        return Rejected(
+        return Rejection(
             "too_many_pixels", f"{width} x {height} pixels, at most {config.max_pixels} in all"
         )
     if min(width, height) < config.min_side:
-        return Rejected(
+        return Rejection(
             "too_small", f"{width} x {height} pixels, the shorter side at least {config.min_side}"
         )
     return None

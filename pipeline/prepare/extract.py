@@ -19,7 +19,7 @@ from pipeline.data.shards import GROUP_ROWS, Row, ShardInfo, write_shard
 from pipeline.files import atomic, digest, write_bytes, write_json
 from pipeline.layout import CLASSES_JSON
 from pipeline.prepare.clean import Kept, clean
-from pipeline.sources.reader import Member, Rejected, members
+from pipeline.sources.reader import Member, Rejection, members
 from pipeline.sources.units import Unit
 
 # What the plan needs to know of a row: its content (xxh3-128 in halves), its key (xxh3-64 with the seed) and label.
@@ -101,8 +101,8 @@ class _Tally:
 
     def rows(self, found: Iterator[Member]) -> Iterator[Row]:
         for member in found:
-            judged = member.rejected or clean(member.data, member.key, self.place.config)
-            if isinstance(judged, Rejected):
+            judged = member.rejection or clean(member.data, member.key, self.place.config)
+            if isinstance(judged, Rejection):
                 self._reject(member, judged)
             else:
                 yield self._keep(member, judged)
@@ -121,7 +121,7 @@ class _Tally:
             _text(member.key), member.label, kept.width, kept.height, f"{content:032x}", kept.data
         )
 
-    def _reject(self, member: Member, why: Rejected) -> None:
+    def _reject(self, member: Member, why: Rejection) -> None:
         name = digest(member.key.encode("utf-8", "surrogateescape"))[:16]
         file = f"{why.reason}/{name}" if member.data else ""
         if file:

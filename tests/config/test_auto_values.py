@@ -13,7 +13,7 @@ from pipeline.config import machine
 from pipeline.config.check import check
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.errors import ConfigError
-from pipeline.sources.inspection import USUAL_SIDE, look_at
+from pipeline.sources.inspection import USUAL_SIDE, inspect_source
 from tests.config.jobs import ROOT
 from tests.prepare.source_folders import class_tars, write_tar
 
@@ -113,7 +113,7 @@ def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_sizes_of_every_kind(tmp_path: Path, kind: str) -> None:
-    found = look_at(
+    found = inspect_source(
         str(folders(tmp_path / "mine", 2, 3, 90, 70, kind)), "auto", "data.images.root", "x.yaml:1"
     )
     assert (found.layout, found.classes, found.images, found.short_side) == (
@@ -137,12 +137,12 @@ def test_damage_does_not_stop_a_look(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[:1500])
     write_tar(tmp_path / "whole.tar", files)
     (tmp_path / "nonsense.tar").write_bytes(b"\x01" * 3000)
-    found = look_at(str(tmp_path), "auto", "key", "place")
+    found = inspect_source(str(tmp_path), "auto", "key", "place")
     assert (found.classes, found.short_side) == (3, 48)
     assert found.images in (4, 5)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.jpg").write_bytes(b"no image")
-    assert look_at(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
+    assert inspect_source(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
 
 
 @pytest.mark.parametrize(

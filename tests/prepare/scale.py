@@ -24,7 +24,7 @@ from pipeline.data.shards import ShardInfo
 from pipeline.prepare import build
 from pipeline.prepare.extract import FACTS, BuildContext, UnitRecord
 from pipeline.prepare.plan import ShardPlan, read_order
-from pipeline.sources.units import Part, Survey, Unit, listing
+from pipeline.sources.units import Part, Survey, Unit, fingerprint_items
 
 CLASSES = 21_841
 REPEATS = 100  # one unit in so many has a content twice and a name twice
@@ -42,10 +42,26 @@ def made_up_survey(images: int, unit_rows: int) -> Survey:
             Unit(
                 number,
                 "",
-                (Part("folder", f"{ROOT}/{name}", 0, rows, name, label, size=rows * 110_000),),
+                (
+                    Part(
+                        kind="folder",
+                        path=f"{ROOT}/{name}",
+                        first=0,
+                        last=rows,
+                        group=name,
+                        label=label,
+                        size=rows * 110_000,
+                    ),
+                ),
             )
         )
-    return Survey("class_folders", classes, units, listing(ROOT, units), [])
+    return Survey(
+        layout="class_folders",
+        classes=classes,
+        units=units,
+        fingerprint_items=fingerprint_items(ROOT, units),
+        notes=[],
+    )
 
 
 def made_up_unit(place: BuildContext, unit: Unit) -> UnitRecord:

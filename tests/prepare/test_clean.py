@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.prepare.clean import Kept, clean
-from pipeline.sources.reader import Rejected
+from pipeline.sources.reader import Rejection
 from tests.data.small_datasets import jpeg, picture
 
 CONFIG = DatasetConfig(root="x", min_side=16, max_pixels=1_000_000)
@@ -65,7 +65,7 @@ REJECTED = {
 @pytest.mark.parametrize("reason", REJECTED)
 def test_unusable_files_are_rejected_under_their_reason(reason: str) -> None:
     judged = clean(*REJECTED[reason], CONFIG)
-    assert isinstance(judged, Rejected)
+    assert isinstance(judged, Rejection)
     assert judged.reason == reason
     assert judged.detail
 
@@ -74,12 +74,14 @@ def test_a_warning_that_the_decoder_stops_at_is_a_rejection() -> None:
     """Stray bytes between the tables: libjpeg only warns, but not every decoder goes on."""
     table = GOOD.index(b"\xff\xc4")
     judged = clean(GOOD[:table] + b"\0" * 5 + GOOD[table:], "a.JPEG", CONFIG)
-    assert judged == Rejected("corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4")
+    assert judged == Rejection(
+        "corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4"
+    )
 
 
 @pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG"])
 def test_litter_of_operating_systems_is_no_image(name: str) -> None:
-    assert clean(GOOD, name, CONFIG) == Rejected(
+    assert clean(GOOD, name, CONFIG) == Rejection(
         "not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}"
     )
 
@@ -140,7 +142,7 @@ def test_gzipped_images_are_unpacked() -> None:
 
 def test_a_gzip_bomb_is_not_unpacked() -> None:
     bomb = gzip.compress(bytes(300 << 20), 9)
-    assert clean(bomb, "a.JPEG", CONFIG) == Rejected(
+    assert clean(bomb, "a.JPEG", CONFIG) == Rejection(
         "damaged_gzip", "does not unpack, or to more than 256 MiB"
     )
 

@@ -33,7 +33,7 @@ from pipeline.layout import RunDir
 from pipeline.prepare.clean import clean
 from pipeline.prepare.verify import verify_dataset
 from pipeline.runtime.dist_env import DistEnv
-from pipeline.sources.reader import Rejected
+from pipeline.sources.reader import Rejection
 from pipeline.synthetic import generate
 from pipeline.train.trainer import train_stage
 from tests.data.small_datasets import jpeg, make_dataset
@@ -431,7 +431,7 @@ def test_postscript_is_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n"
     )
     judged = clean(program, "a.JPEG", DatasetConfig(root="x"))
-    assert isinstance(judged, Rejected) and judged.reason == "not_an_image"
+    assert isinstance(judged, Rejection) and judged.reason == "not_an_image"
     assert not mark.exists()
 
 

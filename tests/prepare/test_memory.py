@@ -17,7 +17,7 @@ import simplejpeg
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.prepare.clean import clean
-from pipeline.sources.reader import Rejected
+from pipeline.sources.reader import Rejection
 from tests.prepare.bombs import jpeg_bomb, png_bomb
 from tests.prepare.source_folders import class_tars, images, write_tar
 
@@ -95,7 +95,7 @@ def test_bombs_are_whole_images() -> None:
     shown = simplejpeg.decode_jpeg(jpeg_bomb(96), strict=True)
     assert shown.shape == (96, 96, 3) and (shown == 128).all()
     judged = clean(png_bomb(96), "a.png", DatasetConfig(root="x"))
-    assert not isinstance(judged, Rejected) and (judged.width, judged.height, judged.changed) == (
+    assert not isinstance(judged, Rejection) and (judged.width, judged.height, judged.changed) == (
         96,
         96,
         "converted",

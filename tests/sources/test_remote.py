@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DataError
 from pipeline.sources import reader, remote, survey, units
-from pipeline.sources.remote import ATTEMPTS, LONGEST_DELAY, delay, without_secrets
+from pipeline.sources.remote import MAX_ATTEMPTS, MAX_DELAY, retry_delay, without_secrets
 from tests.data.small_datasets import jpeg
 from tests.prepare.source_folders import (
     class_folders,
@@ -156,8 +156,8 @@ def test_a_store_that_stays_away_is_said_and_gone_on_with_later(
         prepare(f"s3://{bucket}", tmp_path / "out")
     text = caught.value.message
     assert text.startswith(f"s3://{bucket}/")
-    assert f"could not be read in {ATTEMPTS} attempts" in text
-    assert "-> see whether the store is up" in text
+    assert f"could not be read in {MAX_ATTEMPTS} attempts" in text
+    assert "-> check that the store is up" in text
     assert SECRET not in text
     assert not list((tmp_path / "out" / "quarantine").rglob("*"))
     monkeypatch.undo()
@@ -249,16 +249,16 @@ def test_a_partial_read_is_no_damaged_image(
 
 def test_delays_grow_up_to_a_bound_and_are_spread() -> None:
     for attempt in range(1, 20):
-        longest = min(0.5 * 2 ** (attempt - 1), LONGEST_DELAY)
-        delays = [delay(f"bucket/{i}", attempt) for i in range(50)]
+        longest = min(0.5 * 2 ** (attempt - 1), MAX_DELAY)
+        delays = [retry_delay(f"bucket/{i}", attempt) for i in range(50)]
         assert all(longest / 2 <= one < longest for one in delays)
         assert max(delays) > 1.5 * min(delays)
-        assert delays == [delay(f"bucket/{i}", attempt) for i in range(50)]
+        assert delays == [retry_delay(f"bucket/{i}", attempt) for i in range(50)]
 
 
 def test_slow_attempts_end_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(remote, "LONGEST", -1.0)
+    monkeypatch.setattr(remote, "MAX_RETRY_TIME", -1.0)
 
     def late(*_: Any, **__: Any) -> bytes:
         raise TimeoutError("no answer")
