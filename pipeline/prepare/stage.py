@@ -27,10 +27,10 @@ def prepare_stage(
             source = target.with_name(
                 f"{name}.source-{_made_from(config)}"
             )  # no dataset's name has a dot
-            pieces = generate.pieces(config, source)
-            for done, _ in enumerate(tasks(generate.make, pieces), 1):
-                progress(f"{name}: making images up", done, len(pieces), "")
-            generate.finish(config, source)
+            files = generate.plan_files(config, source)
+            for done, _ in enumerate(tasks(generate.write_file, files), 1):
+                progress(f"{name}: generating images", done, len(files), "")
+            generate.finish_source(config, source)
             config = config.model_copy(update={"root": str(source), "synthetic": None})
         found = prepare_dataset(name, config, target, job.seed, tasks, progress, log)
         metrics |= {f"{name}/{key}": value for key, value in found.items()}

@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[str, ...]:
             raise ConfigError(cause, place=f"{path}:{number}", remedy="remove one of the two lines")
         line_of[name] = number
     if not line_of:
-        raise ConfigError("lists no class", place=str(path), remedy="write one class per line")
+        raise ConfigError("names no class", place=str(path), remedy="write one class per line")
     return tuple(line_of)
 
 

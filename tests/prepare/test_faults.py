@@ -35,6 +35,7 @@ from pipeline.prepare.verify import verify_dataset
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.sources.reader import Rejection
 from pipeline.synthetic import generate
+from pipeline.synthetic.contents import CORRUPT_KINDS
 from pipeline.train.trainer import train_stage
 from tests.data.small_datasets import jpeg, make_dataset
 from tests.prepare.source_folders import (
@@ -78,10 +79,10 @@ def test_every_kind_of_dirt_is_counted_under_its_reason(layout: str, tmp_path: P
         corrupt_fraction=1.0,
     )
     config = DatasetConfig.model_validate({"layout": layout, "synthetic": made_up})
-    for piece in generate.pieces(config, tmp_path / "in"):
-        generate.make(piece)
-    generate.finish(config, tmp_path / "in")
-    assert generate.dirt_kinds(config) == dict.fromkeys(generate.KINDS, 2)
+    for file in generate.plan_files(config, tmp_path / "in"):
+        generate.write_file(file)
+    generate.finish_source(config, tmp_path / "in")
+    assert generate.corrupt_counts(config) == dict.fromkeys(CORRUPT_KINDS, 2)
     metrics = prepare(tmp_path / "in", tmp_path / "out", layout=layout, min_side=32)
     found = described(tmp_path / "out")
     assert found["rejected"] == {
