@@ -1,6 +1,7 @@
 """Where the configs and jobs that come with the pipeline lie.
 
-In a checkout ``configs/`` and ``jobs/`` stand beside the package; ``pip install`` puts them inside it.
+In a checkout ``configs/`` and ``jobs/`` stand beside the package; ``pip install`` puts them inside
+it.
 """
 
 from __future__ import annotations

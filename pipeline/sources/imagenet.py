@@ -166,8 +166,8 @@ def _cut_at_members(
 ) -> Iterator[Part]:
     """Cut a tar into parts of about UNIT_BYTES, each beginning at a member's header.
 
-    Example with ``UNIT_BYTES = 100``: members at 0, 60, 130 and 170 in a tar of 200 bytes give [0,
-    130) with the labels of two members, and [130, 200) with those of the other two.
+    Example with ``UNIT_BYTES = 100``: members at 0, 60, 130 and 170 in a tar of 200 bytes give two
+    parts, [0, 130) and [130, 200), with the labels of two members each.
     """
     begin = 0
     for number in range(1, len(offsets) + 1):

@@ -6,7 +6,7 @@ the same dataset.
 Worked example with ``UNIT_BYTES = 16``, sizes in bytes. A folder holds a.tar (6), b.tar (7), c.tar
 (5) and d.tar (90):
 
-    parts   a[0:6]  b[0:7]  c[0:5]  d[0:20]  d[20:38]  ... d (over 4 UNIT_BYTES) is cut at headers
+    parts   a[0:6]  b[0:7]  c[0:5]  d[0:20]  d[20:38]  ...   d > 4 UNIT_BYTES: cut at headers
     units   0: a, b                                          c would make it 18 > 16
             1: c                                             d[0:20] would make it 25
             2: d[0:20]   3: d[20:38]   ...                   larger than UNIT_BYTES: a unit alone
