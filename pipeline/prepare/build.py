@@ -89,14 +89,17 @@ def prepare_dataset(
     context = BuildContext(
         target=target, config=config, fingerprint=fingerprint(source, config, seed), seed=seed
     )
+    # 1. Nothing to do if the finished dataset is up to date and intact.
     finished = _finished_dataset(context, tasks)
     if finished is not None:
         return _metrics(finished)
+    # 2. Two phases on the workers, the plan between them in this process.
     _prepare_target(context, source)
     stats = _extract(name, context, source, tasks, progress)
     plan = make_plan(context, source.units, stats.images_per_unit, len(source.classes))
     _require_images(plan, context)
     shards = _shuffle(name, context, plan, tasks, progress)
+    # 3. dataset.json comes last: readers take its presence as "complete".
     write_quarantine_list(context, source.units, stats.images_per_unit, plan)
     description = _describe(context, source, stats, plan, shards)
     description.write(target)
@@ -110,9 +113,12 @@ def fingerprint(source: Survey, config: DatasetConfig, seed: int) -> str:
     The content of the source counts, not its place: a copy in another folder gives the same
     fingerprint.
     """
+    # Left out: where the source lies, and limits that only decide whether preparation may continue.
+    # The layout and the classes enter as they were found, so that "auto" equals the explicit value.
     settings = config.model_dump(
         mode="json", exclude={"root", "layout", "classes", "synthetic", "max_rejected"}
     )
+    # Names are for people; the order of the IDs decides the labels.
     class_ids = [class_id for class_id, _ in source.classes]
     return json_digest([FORMAT, source.layout, class_ids, source.fingerprint_items, settings, seed])
 
@@ -168,6 +174,7 @@ def _prepare_target(context: BuildContext, source: Survey) -> None:
     if _fingerprint_of(target) not in ("", context.fingerprint):
         now = time.strftime("%Y%m%d-%H%M%S")
         target.rename(target.with_name(f"{target.name}.replaced-{now}"))
+    # Units of other settings must not be mixed in; quarantined files belong to those units.
     if not context.stamp.exists() or context.stamp.read_text() != context.fingerprint:
         shutil.rmtree(context.work, ignore_errors=True)
         shutil.rmtree(context.quarantine, ignore_errors=True)

@@ -49,6 +49,7 @@ def extract_unit(context: BuildContext, unit: Unit) -> UnitRecord:
     finished = finished_unit(context, unit.number)
     if finished is not None:
         return finished
+    # Rows stream from the source through the cleaning into the shard, group by group.
     collector = _Collector(context)
     rows = collector.rows(_members(context, unit))
     shard = write_shard(context.unit_shard(unit.number), _in_groups(rows), context.fingerprint)
@@ -87,6 +88,7 @@ class _Collector:
                 yield self._keep(member, result)
 
     def _keep(self, member: Member, image: CleanImage) -> Row:
+        # The hash is of the cleaned bytes: a gzipped copy of an image is a duplicate of it.
         content = xxhash.xxh3_128_intdigest(image.data)
         # With the seed: another seed shuffles the dataset differently.
         key = xxhash.xxh3_64_intdigest(_key_bytes(member), self.context.seed)

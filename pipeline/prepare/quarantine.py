@@ -48,6 +48,7 @@ def _dropped(
     images_per_unit: NDArray[np.int64],
     plan: DatasetPlan,
 ) -> Iterator[QuarantineEntry]:
+    # Mapped, not read: one byte per image of all units. Unit u owns [ends[u] - count, ends[u]).
     drop_reasons = np.load(context.drop_reasons, mmap_mode="r", allow_pickle=False)
     ends = np.cumsum(images_per_unit).tolist()
     for code, reason in enumerate(DROP_REASONS, 1):

@@ -49,6 +49,8 @@ def shuffle_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo:
 
 def _finished_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo | None:
     """The record of a shard whose files are intact; None if it has to be written (again)."""
+    # The record alone does not prove that the shard is intact: a rebuild after damage writes the
+    # records of all shards first and relies on this check to find the damaged ones.
     path = context.shard(shard.file)
     try:
         info = ShardInfo(**json.loads(context.shard_record(shard.file).read_text()))
@@ -62,6 +64,7 @@ def _finished_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo | None
 
 def _groups(context: BuildContext, row_refs: NDArray[np.void]) -> Iterator[Sequence[Row]]:
     """The rows of a shard in groups, one group in memory at a time."""
+    # Rows of one unit come at random positions of the shard, so recently used units stay open.
     open_unit = lru_cache(MAX_OPEN_UNITS)(lambda unit: _UnitShard(context.unit_shard(unit)))
     for start in range(0, len(row_refs), GROUP_ROWS):
         group = row_refs[start : start + GROUP_ROWS].tolist()

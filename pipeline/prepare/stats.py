@@ -50,6 +50,7 @@ class DatasetStats:
         apart and added in the order of the units: the result is the same bytes on any number of
         workers.
         """
+        # Var = E[x^2] - mean^2. Rounding may make it slightly negative for one-coloured images.
         mean, mean_square = np.split(self._moments.sum(axis=0) / self.kept, 2)
         return mean, np.sqrt(np.maximum(mean_square - mean**2, 0))
 

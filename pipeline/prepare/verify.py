@@ -64,6 +64,7 @@ def _image_problem(data: bytes, expected_hash: str) -> str | None:
     if digest(data) != expected_hash:
         return "checksum mismatch: the image changed after preparation"
     try:
+        # The same two decoders that the loader uses.
         if data.startswith(JPEG_MAGIC):
             decode_jpeg(data)
         else:

@@ -39,6 +39,8 @@ def ordered_classes(
         ids = class_list(config.classes)
     else:
         ids = list(own_names) or list(dict.fromkeys(present))
+    # A class without a label cannot be trained on. Classes of the list without images are fine:
+    # ImageNet-22K has lists with empty classes, and their labels must keep their places.
     unknown = sorted(set(present) - set(ids))
     if unknown:
         list_name = config.classes if config.classes != "auto" else SYNSETS_FILE

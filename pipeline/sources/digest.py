@@ -24,6 +24,7 @@ def source_digest(config: SourceConfig) -> str | None:
     A remote source and a dataset of the Hugging Face hub have no such times: their digest is that
     of the address.
     """
+    # A name on the hub looks like a relative path ("user/dataset"), so test whether it exists.
     root = Path(config.root)
     if "://" in config.root or (config.layout == "huggingface" and not root.exists()):
         return json_digest(config.root)

@@ -56,6 +56,7 @@ def inspect_dataset(config: SourceConfig) -> HubSummary:
         DataError: it cannot be loaded, or lacks the image column or the label column.
     """
     dataset = _load(config.root)
+    # Split names of datasets are free text: "Train" and "TRAIN" occur.
     own_names = {name.lower(): name for name in dataset}
     train_key = first_present(TRAIN_NAMES, own_names)
     train = own_names[train_key] if train_key is not None else next(iter(dataset))

@@ -90,6 +90,7 @@ def _class_tars(storage: Storage, path: str, size: int) -> Iterator[Part]:
         for member in outer:
             if not member.isfile() or not member.name.endswith(CLASS_TAR_SUFFIX):
                 continue
+            # A member of an uncompressed tar is one stretch of bytes, and this one is itself a tar.
             yield Part(
                 kind="tar",
                 path=path,

@@ -67,6 +67,7 @@ def members(part: Part, config: SourceConfig, classes: dict[str, int]) -> Iterat
 
 
 def _read_folder(storage: Storage, part: Part) -> Iterator[Member]:
+    # Sorted, because stores list files in any order, and [first, last) must mean the same files.
     for path, size in sorted(storage.files(part.path))[part.first : part.last]:
         key = f"{part.group}/{path.removeprefix(part.path).lstrip('/')}"
         if size is not None and size > MAX_BYTES:
@@ -130,6 +131,7 @@ def _unsafe(info: tarfile.TarInfo) -> Rejection | None:
     if info.name.startswith("/") or ".." in info.name.split("/"):
         return Rejection("unsafe_name", f"its name leads out of the archive: {info.name}")
     if info.size > MAX_BYTES:
+        # The size is from the header: nothing of a huge member is read.
         return _too_large(info.size)
     return None
 

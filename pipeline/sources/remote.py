@@ -35,9 +35,7 @@ from pipeline.errors import DataError
 MAX_ATTEMPTS = 8
 FIRST_DELAY = 0.5  # seconds
 MAX_DELAY = 30.0  # seconds
-MAX_RETRY_TIME = (
-    300.0  # seconds; no further attempt is made after this time, however slow each of them was
-)
+MAX_RETRY_TIME = 300.0  # seconds; slow attempts end after this time, however few there were
 BLOCK = 8 << 20  # bytes per request when a file is read from end to end
 
 _PERMANENT_ERRORS = (

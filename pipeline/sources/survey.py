@@ -64,6 +64,7 @@ def open_root(config: SourceConfig) -> tuple[Storage, str]:
 
 
 def _detect_layout(storage: Storage, root: str, config: SourceConfig) -> str:
+    # From the most specific layout to the least: ImageNet's archives are tars as well.
     entries = visible_entries(storage, root)
     if OUTER_TRAIN in entries:
         return "imagenet_tars"
@@ -119,6 +120,7 @@ def _split_folders(storage: Storage, root: str) -> dict[SplitName, str]:
     subfolders = [name for name, entry in entries.items() if entry["type"] == "directory"]
     train = names.first_present(names.TRAIN_NAMES, subfolders)
     validation = names.first_present(names.VALIDATION_NAMES, subfolders)
+    # A validation folder counts only beside a training folder: "test" alone may be a class.
     if train is None:
         return {"": root}
     if validation is None:

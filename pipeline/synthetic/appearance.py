@@ -1,12 +1,13 @@
 """How the classes of synthetic images look: a few cues per class, drawn from its WordNet ID.
 
-One cue alone does not identify a class. All classes draw from the same few values, so that "red and
-striped" narrows a class down as it does in photographs.
+One cue alone does not identify a class: all classes draw from the same few values, so many of them
+are red, and many are striped.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -64,30 +65,30 @@ def mixed_appearance(random: Random, own: Appearance, other: Appearance) -> Appe
 def random_appearance(random: Random) -> Appearance:
     """A random appearance. The order of the draws is part of the format of synthetic images."""
 
-    def choose(*values: float) -> float:
+    def choose(values: Sequence[float]) -> float:
         return values[int(random.random() * len(values))]
 
     def colour(saturations: tuple[float, float], values: tuple[float, float]) -> Colour:
-        return choose(0.02, 0.16, 0.42, 0.68), choose(*saturations), choose(*values)
+        return choose([0.02, 0.16, 0.42, 0.68]), choose(saturations), choose(values)
 
     return Appearance(
         outline=(
-            choose(0, 2, 3, 4, 5, 7),
-            choose(0.22, 0.4),
-            choose(0.1, 0.9),
-            choose(0.5, 0.75, 1.0),
+            choose([0, 2, 3, 4, 5, 7]),
+            choose([0.22, 0.4]),
+            choose([0.1, 0.9]),
+            choose([0.5, 0.75, 1.0]),
         ),
         body=colour((0.5, 0.85), (0.5, 0.85)),
         marking=colour((0.25, 0.8), (0.25, 0.9)),
         pattern=(
-            int(choose(PLAIN, STRIPES, CHECKS, DOTS, RINGS)),
-            choose(2.4, 4.8),
-            choose(0.0, 0.25, 0.5, 0.75),
+            int(choose([PLAIN, STRIPES, CHECKS, DOTS, RINGS])),
+            choose([2.4, 4.8]),
+            choose([0.0, 0.25, 0.5, 0.75]),
         ),
-        mark=(int(choose(0, 0, 3, 4, 5, 32)), choose(0.3, 0.45)),
-        count=int(choose(1, 1, 2, 3, 5)),
-        upright=bool(choose(0, 1, 1)),
+        mark=(int(choose([0, 0, 3, 4, 5, 32])), choose([0.3, 0.45])),
+        count=int(choose([1, 1, 2, 3, 5])),
+        upright=bool(choose([0, 1, 1])),
         ground=colour((0.15, 0.5), (0.3, 0.75)),
-        slope=choose(0.0, 0.25, 0.5, 0.75),
-        grain=(choose(3.0, 7.0, 14.0), choose(0.0, 0.25, 0.5, 0.75)),
+        slope=choose([0.0, 0.25, 0.5, 0.75]),
+        grain=(choose([3.0, 7.0, 14.0]), choose([0.0, 0.25, 0.5, 0.75])),
     )

@@ -121,6 +121,7 @@ def _classes(config: DatasetConfig) -> list[str]:
             remedy=f"set it to at most {len(wnids)}",
         )
     random = _random("classes", synthetic.seed)
+    # Drawn at random, so that two seeds have different classes.
     drawn = random.choice(len(wnids), synthetic.classes, replace=False)
     return [wnids[index] for index in sorted(drawn.tolist())]
 
@@ -161,6 +162,7 @@ def _class_file(
 ) -> SyntheticFile:
     """The tar or folder of one class in one split."""
     synthetic = _settings(config)
+    # The class tars of ImageNet are parts until they are nested in the outer tar.
     is_nested = config.layout == "imagenet_tars"
     folder = target / PARTS_FOLDER / split if is_nested else target / split
     return SyntheticFile(

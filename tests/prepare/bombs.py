@@ -17,7 +17,7 @@ def png_bomb(side: int) -> bytes:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *(side, side, 1, 0, 0, 0, 0))  # 1 bit, grey
     packer = zlib.compressobj(1)
     line = b"\0" + b"\xff" * -(-side // 8)  # filter type 0, then white pixels
     data = b"".join([*(packer.compress(line) for _ in range(side)), packer.flush()])

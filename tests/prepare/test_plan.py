@@ -103,12 +103,12 @@ def write_units(
 
 @settings(deadline=None, max_examples=100)
 @given(
-    RECORDS_OF_UNITS,
-    st.sampled_from([1, 2, 7, 1 << 20]),
-    st.sampled_from([1, 5, 1 << 18]),
-    st.integers(1, 9),
-    st.sampled_from([0.0, 0.1, 0.5]),
-    st.integers(0, 3),
+    records=RECORDS_OF_UNITS,
+    bucket_rows=st.sampled_from([1, 2, 7, 1 << 20]),
+    chunk_rows=st.sampled_from([1, 5, 1 << 18]),
+    shard_rows=st.integers(1, 9),
+    fraction=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 3),
 )
 def test_the_plan_equals_the_simple_one(
     records: UnitRecords,

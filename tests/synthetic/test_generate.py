@@ -27,7 +27,8 @@ from pipeline.synthetic import generate
 from pipeline.synthetic.contents import CORRUPT_KINDS, encode_unusual
 from pipeline.synthetic.drawing import draw_image
 
-MIN, MAX = 48, 80
+MIN = 48
+MAX = 80
 
 
 def settings(layout: str = "class_tars", listed: str = "auto", **synthetic: Any) -> DatasetConfig:
@@ -209,7 +210,8 @@ def test_every_kind_of_corrupt_file_occurs(layout: str, tmp_path: Path) -> None:
     assert kinds == dict.fromkeys(CORRUPT_KINDS, 1)
     files = contents(build(config, tmp_path))
     if layout == "class_tars":
-        train, val = images(tmp_path, "train"), images(tmp_path, "val")
+        train = images(tmp_path, "train")
+        val = images(tmp_path, "val")
     else:
         inner = members(files["ILSVRC2012_img_train.tar"]).values()
         train = {name: data for tar in inner for name, data in members(tar).items()}
