@@ -23,7 +23,7 @@ from pipeline.config.machine import device, world_size
 from pipeline.config.schema import ClusterConfig
 from pipeline.config.yaml_tree.reading import Node
 from pipeline.errors import ConfigError
-from pipeline.sources.inspection import Source, look_at
+from pipeline.sources.inspection import SourceSummary, inspect_source
 
 AUTO = "auto"
 KEYS = ("image_size", "epochs", "global_batch")
@@ -143,7 +143,7 @@ def _dataset_of(tree: Node, stage: str) -> str:
     raise ConfigError(cause, place=section.origin, remedy=remedy)
 
 
-def _inspect(tree: Node, name: str) -> Source:
+def _inspect(tree: Node, name: str) -> SourceSummary:
     """Inspect the source of a dataset."""
     dataset = _datasets(tree)[name]
     root = dataset.get("root")
@@ -154,10 +154,10 @@ def _inspect(tree: Node, name: str) -> Source:
         cause = f"data.{name}.root: no folder of images is given"
         raise ConfigError(cause, place=place, remedy=f"--set {key}=DIR")
     layout_name = str(layout.value) if layout is not None else AUTO
-    return look_at(root.value, layout_name, f"data.{name}.root", root.origin)
+    return inspect_source(root.value, layout_name, f"data.{name}.root", root.origin)
 
 
-def _validation_fraction(source: Source) -> Choice:
+def _validation_fraction(source: SourceSummary) -> Choice:
     if source.has_validation:
         return Choice(0.1, "not used: the source has a validation split of its own")
     # A tenth of 20 images is 2: one mistake would move the accuracy by 50 percentage points.
@@ -168,7 +168,7 @@ def _validation_fraction(source: Source) -> Choice:
     return Choice(0.1, "held out by content hash: the source has no validation split")
 
 
-def _training_images(tree: Node, name: str, source: Source) -> int:
+def _training_images(tree: Node, name: str, source: SourceSummary) -> int:
     """Images that remain for training. Example: 400 images, 0.1 held out -> 360."""
     if source.has_validation:
         return source.images
@@ -191,7 +191,7 @@ def _cluster(tree: Node) -> ClusterConfig:
         return ClusterConfig()  # the schema reports the mistake later, with its line
 
 
-def _stage_choice(tree: Node, stage: str, key: str, source: Source) -> Choice:
+def _stage_choice(tree: Node, stage: str, key: str, source: SourceSummary) -> Choice:
     cluster = _cluster(tree)
     device_name = device(cluster)
     budget = BUDGETS[device_name]
@@ -203,7 +203,7 @@ def _stage_choice(tree: Node, stage: str, key: str, source: Source) -> Choice:
     return _global_batch(images, budget, world_size(cluster))
 
 
-def _image_size(source: Source, budget: Budget, device_name: str, *, finetune: bool) -> Choice:
+def _image_size(source: SourceSummary, budget: Budget, device_name: str, *, finetune: bool) -> Choice:
     """The largest multiple of 32 that most images fill, within the budget.
 
     Fine-tuning on a GPU goes one step up, as the published recipes do.

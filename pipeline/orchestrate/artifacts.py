@@ -13,9 +13,9 @@ from pipeline.errors import StageError
 from pipeline.files import file_digest, json_digest
 from pipeline.layout import CLASSES_JSON, DATASET_JSON, WEIGHTS_JSON, RunDir
 from pipeline.orchestrate.run_state import Artifact
+from pipeline.sources.digest import source_digest
 
 NOT_THERE = "not there"  # in place of a digest
-_SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
 def stage_dirs(run_dir: RunDir, stage: str) -> list[Path]:
@@ -27,7 +27,7 @@ def stage_dirs(run_dir: RunDir, stage: str) -> list[Path]:
 def inputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, str]:
     """Digests of what a stage reads, by name; ``NOT_THERE`` where it is missing."""
     if stage == "prepare":
-        return {f"data.{name}": source_digest(job.data[name]) for name in prepared_names(job)}
+        return {f"data.{name}": _source_digest(job.data[name]) for name in prepared_names(job)}
     data = run_dir.dataset(_dataset(job, stage)) / DATASET_JSON
     found = {"data": _digest(data)}
     initial = getattr(job_queries.stage_config(job, stage), "initial", "")
@@ -77,29 +77,11 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
     }
 
 
-def source_digest(config: DatasetConfig) -> str:
-    """Digest of names, sizes and times of a source's topmost files and folders (those of its splits too); cheap for
-    millions of images, for a folder's time changes with what is put into it."""
+def _source_digest(config: DatasetConfig) -> str:
+    """Digest of a dataset's source: of the settings if it is synthetic, else of its folder."""
     if config.synthetic is not None:
         return json_digest(config.synthetic.model_dump(mode="json"))
-    root = Path(config.root)
-    if "://" in config.root or (config.layout == "huggingface" and not root.exists()):
-        return json_digest(config.root)
-    if not root.exists():
-        return NOT_THERE
-    folders = [
-        root,
-        *sorted(path for path in root.iterdir() if path.is_dir() and path.name.lower() in _SPLITS),
-    ]
-    return json_digest([_listing(folder) for folder in folders])
-
-
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
-    entries = []
-    for path in sorted(folder.iterdir()):
-        status = path.stat()
-        entries.append((path.name, 0 if path.is_dir() else status.st_size, status.st_mtime_ns))
-    return entries
+    return source_digest(config) or NOT_THERE
 
 
 def _prepared(directory: Path) -> dict[Path, str]:

@@ -1,23 +1,24 @@
-"""What a source holds: its layout, classes and splits, cut into units of work. Looks at names and sizes, reads no image."""
+"""Survey a source: its layout, classes and splits, cut into units of work.
+
+Reads names and sizes, no image.
+"""
 
 from __future__ import annotations
 
 import posixpath
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import fsspec
 
 from pipeline.errors import DataError
-from pipeline.sources import huggingface
-from pipeline.sources.class_order import names_in, ordered_classes
-from pipeline.sources.imagenet import HEADERS, OUTER_TRAIN, survey_imagenet
-from pipeline.sources.inspection import TRAIN, VALIDATION
-from pipeline.sources.remote import BLOCK, Storage, open_storage
+from pipeline.sources import huggingface, names
+from pipeline.sources.class_order import ordered_classes, visible_entries
+from pipeline.sources.imagenet import HEADER_BLOCK, OUTER_TRAIN, survey_imagenet
+from pipeline.sources.remote import BLOCK, Entry, Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import (
     UNIT_BYTES,
@@ -26,20 +27,26 @@ from pipeline.sources.units import (
     SplitName,
     Survey,
     Unit,
-    bundle,
-    listing,
+    fingerprint_items,
+    pack_units,
 )
 
-AT_ONCE = 16  # tars or folders of a remote store that are looked at
-Look = Callable[
-    [Storage, str, str, int], list[Part]
-]  # storage, folder, name and bytes of one of them
+CONCURRENT_REQUESTS = 16  # tars or folders of a remote store that are listed at the same time
+HUGGINGFACE_FILES = {*huggingface.SAVED_FILES, "dataset_info.json"}
+
+# Cuts one tar or folder into parts: (storage, parent folder, name, bytes) -> parts.
+PartFinder = Callable[[Storage, str, str, int], list[Part]]
 
 
 def survey(config: SourceConfig) -> Survey:
-    """Look at a source. Raises DataError where it is missing, of no known layout, or has classes that its list lacks (D5)."""
+    """Survey a source.
+
+    Raises:
+        DataError: the source is missing, has no known layout, or has classes that its class list
+            lacks (D5).
+    """
     storage, root = open_root(config)
-    layout = config.layout if config.layout != "auto" else _detect(storage, root, config)
+    layout = config.layout if config.layout != "auto" else _detect_layout(storage, root, config)
     if layout == "huggingface":
         return _survey_huggingface(config)
     if layout == "imagenet_tars":
@@ -48,7 +55,7 @@ def survey(config: SourceConfig) -> Survey:
 
 
 def open_root(config: SourceConfig) -> tuple[Storage, str]:
-    """Where a dataset's root lies, and the path in it. Raises DataError."""
+    """The storage of a dataset's root, and the path in it. Raises DataError."""
     storage, root = open_storage(config.root)
     if config.layout != "huggingface" and not storage.is_folder(root):
         remedy = "correct `root`, or mount the file system"
@@ -56,130 +63,185 @@ def open_root(config: SourceConfig) -> tuple[Storage, str]:
     return storage, root
 
 
-def _detect(storage: Storage, root: str, config: SourceConfig) -> str:
-    names = names_in(storage, root)
-    if OUTER_TRAIN in names:
+def _detect_layout(storage: Storage, root: str, config: SourceConfig) -> str:
+    # From the most specific layout to the least: ImageNet's archives are tars as well.
+    entries = visible_entries(storage, root)
+    if OUTER_TRAIN in entries:
         return "imagenet_tars"
-    if {"dataset_dict.json", "dataset_info.json", "state.json"} & set(names) or any(
-        name.endswith(".parquet") for name in names
-    ):
+    if HUGGINGFACE_FILES & set(entries) or any(name.endswith(".parquet") for name in entries):
         return "huggingface"
-    folder = next((f"{root}/{name}" for name in TRAIN if name in names), root)
-    inside = names_in(storage, folder)
-    if any(name.endswith(".tar") for name in inside):
+    train = names.first_present(names.TRAIN_NAMES, entries)
+    inside = entries if train is None else visible_entries(storage, f"{root}/{train}")
+    if any(names.is_class_tar(name) for name in inside):
         return "class_tars"
     if any(entry["type"] == "directory" for entry in inside.values()):
         return "class_folders"
-    remedy = "class tars or class folders (at the top, or below train/ and val/), or give `layout`"
+    remedy = (
+        "provide class tars or class folders (at the top, or below train/ and val/), "
+        "or set `layout`"
+    )
     raise DataError("holds no images in a layout that is known", place=config.root, remedy=remedy)
 
 
 def _survey_classes(storage: Storage, root: str, config: SourceConfig, layout: str) -> Survey:
-    top = names_in(storage, root)
-    splits: list[tuple[SplitName, str]] = []
-    train = next((name for name in TRAIN if name in top and top[name]["type"] == "directory"), None)
-    if train is None:
-        splits = [("", root)]
-    else:
-        validation = next(
-            (name for name in VALIDATION if name in top and top[name]["type"] == "directory"), None
-        )
-        splits = [("train" if validation else "", f"{root}/{train}")]
-        splits += [("validation", f"{root}/{validation}")] if validation else []
-    find = _tars if layout == "class_tars" else _folders
-    found = {split: list(find(storage, folder)) for split, folder in splits}
-    if not any(found.values()):
-        what = "tars" if layout == "class_tars" else "folders of images"
-        raise DataError(
-            f"holds no {what}",
-            place=config.root,
-            remedy="one a class, named by the class; or give `layout`",
-        )
-    classes = ordered_classes(
-        storage, root, config, sorted({part.group for parts in found.values() for part in parts})
-    )
-    labels = {one: index for index, (one, _) in enumerate(classes)}
+    find_parts = _tar_parts if layout == "class_tars" else _folder_parts
+    parts_of: dict[SplitName, list[Part]] = {
+        split: list(find_parts(storage, folder))
+        for split, folder in _split_folders(storage, root).items()
+    }
+    all_parts = [part for parts in parts_of.values() for part in parts]
+    if not all_parts:
+        missing = "tars" if layout == "class_tars" else "folders of images"
+        remedy = "provide one per class, named by the class; or set `layout`"
+        raise DataError(f"holds no {missing}", place=config.root, remedy=remedy)
+    classes = ordered_classes(storage, root, config, sorted({part.group for part in all_parts}))
+    label_of = {class_id: label for label, (class_id, _) in enumerate(classes)}
     units: list[Unit] = []
-    for split, parts in found.items():
-        labelled = (replace(part, label=labels[part.group]) for part in parts)
-        units += bundle(labelled, split, len(units))
-    empty = sorted({part.group for parts in found.values() for part in parts if part.last == 0})
-    notes = [f"{len(empty)} classes have no image: {', '.join(empty[:5])}"] if empty else []
-    return Survey(layout, classes, units, listing(root, units), notes)
-
-
-def _tars(storage: Storage, folder: str) -> Iterator[Part]:
-    found = names_in(storage, folder).items()
-    return _all_parts(
-        _tar,
-        storage,
-        folder,
-        [entry for name, entry in found if name.endswith(".tar") and entry["type"] == "file"],
+    for split, parts in parts_of.items():
+        # Labels depend on the classes of all splits, so they are filled in only now.
+        labelled = (replace(part, label=label_of[part.group]) for part in parts)
+        units += pack_units(labelled, split, len(units))
+    return Survey(
+        layout=layout,
+        classes=classes,
+        units=units,
+        fingerprint_items=fingerprint_items(root, units),
+        notes=_notes(all_parts),
     )
 
 
-def _folders(storage: Storage, folder: str) -> Iterator[Part]:
-    found = names_in(storage, folder).values()
-    return _all_parts(
-        _folder, storage, folder, [entry for entry in found if entry["type"] == "directory"]
-    )
+def _split_folders(storage: Storage, root: str) -> dict[SplitName, str]:
+    """The folders to read, by split.
+
+    Three cases: train/ and val/ (two splits); train/ alone, or classes at the top ("": the split is
+    decided per image).
+    """
+    entries = visible_entries(storage, root)
+    subfolders = [name for name, entry in entries.items() if entry["type"] == "directory"]
+    train = names.first_present(names.TRAIN_NAMES, subfolders)
+    validation = names.first_present(names.VALIDATION_NAMES, subfolders)
+    # A validation folder counts only beside a training folder: "test" alone may be a class.
+    if train is None:
+        return {"": root}
+    if validation is None:
+        return {"": f"{root}/{train}"}
+    return {"train": f"{root}/{train}", "validation": f"{root}/{validation}"}
 
 
-def _all_parts(
-    look: Look, storage: Storage, folder: str, entries: list[dict[str, Any]]
+def _notes(parts: Iterable[Part]) -> list[str]:
+    empty = sorted({part.group for part in parts if part.last == 0})
+    return [f"{len(empty)} classes have no image: {', '.join(empty[:5])}"] if empty else []
+
+
+def _tar_parts(storage: Storage, folder: str) -> Iterator[Part]:
+    tars = [
+        entry
+        for name, entry in visible_entries(storage, folder).items()
+        if names.is_class_tar(name) and entry["type"] == "file"
+    ]
+    return _parts_of_all(_cut_tar, storage, folder, tars)
+
+
+def _folder_parts(storage: Storage, folder: str) -> Iterator[Part]:
+    entries = visible_entries(storage, folder).values()
+    folders = [entry for entry in entries if entry["type"] == "directory"]
+    return _parts_of_all(_cut_folder, storage, folder, folders)
+
+
+def _parts_of_all(
+    find: PartFinder, storage: Storage, folder: str, entries: list[Entry]
 ) -> Iterator[Part]:
-    """The parts of each tar or folder, in their order; a remote store is asked for several at once."""
-    with ThreadPoolExecutor(1 if storage.is_local else AT_ONCE) as pool:
-        names = [posixpath.basename(entry["name"].rstrip("/")) for entry in entries]
-        sizes = [int(entry["size"] or 0) for entry in entries]
-        for parts in pool.map(partial(look, storage, folder), names, sizes):
+    """The parts of each tar or folder, in order.
+
+    Requests to a remote store overlap; their results keep the order.
+    """
+    entry_names = [posixpath.basename(entry["name"].rstrip("/")) for entry in entries]
+    sizes = [int(entry["size"] or 0) for entry in entries]
+    with ThreadPoolExecutor(1 if storage.is_local else CONCURRENT_REQUESTS) as pool:
+        for parts in pool.map(partial(find, storage, folder), entry_names, sizes):
             yield from parts
 
 
-def _tar(storage: Storage, folder: str, name: str, size: int) -> list[Part]:
-    path, group = f"{folder}/{name}", name.removesuffix(".tar")
+def _cut_tar(storage: Storage, folder: str, name: str, size: int) -> list[Part]:
+    path = f"{folder}/{name}"
     return [
-        Part("tar", path, first, last, group, size=last - first)
-        for first, last in _ranges(storage, path, size)
+        Part(
+            kind="tar",
+            path=path,
+            first=first,
+            last=last,
+            group=names.class_of_tar(name),
+            size=last - first,
+        )
+        for first, last in _byte_ranges(storage, path, size)
     ]
 
 
-def _folder(storage: Storage, folder: str, name: str, _: int) -> list[Part]:
+def _cut_folder(storage: Storage, folder: str, name: str, _: int) -> list[Part]:
     path = f"{folder}/{name}"
     sizes = [int(size or 0) for _, size in sorted(storage.files(path))]
-    starts = range(0, max(len(sizes), 1), UNIT_FILES)
-    pieces = [(first, sizes[first : first + UNIT_FILES]) for first in starts]
-    return [
-        Part("folder", path, first, first + len(piece), name, size=sum(piece))
-        for first, piece in pieces
-    ]
+    parts: list[Part] = []
+    # An empty folder is one part without files, so that its class is known.
+    for first in range(0, max(len(sizes), 1), UNIT_FILES):
+        part_sizes = sizes[first : first + UNIT_FILES]
+        parts.append(
+            Part(
+                kind="folder",
+                path=path,
+                first=first,
+                last=first + len(part_sizes),
+                group=name,
+                size=sum(part_sizes),
+            )
+        )
+    return parts
 
 
-def _ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]]:
-    """Byte ranges of about UNIT_BYTES that begin with a member's header. A tar that cannot be scanned stays whole."""
+def _byte_ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]]:
+    """Byte ranges of about UNIT_BYTES, each beginning with a member's header.
+
+    A small tar stays whole: the scan reads every header, which costs more than it gains. So does a
+    damaged one.
+    """
     if size <= 4 * UNIT_BYTES:
         return [(0, size)]
     starts = [0]
-    block = HEADERS if storage.is_local else BLOCK  # images are smaller than what a request costs
+    # On a local disk, skip from header to header. A remote request costs more than reading the
+    # images in between.
+    block = HEADER_BLOCK if storage.is_local else BLOCK
     with storage.open(path, 0, size, block) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # else a list of all members grows
+                    # tarfile remembers every member, which would grow with the archive.
+                    tar.members = []  # type: ignore[attr-defined]
                     if member.offset - starts[-1] >= UNIT_BYTES:
                         starts.append(member.offset)
         except (tarfile.TarError, EOFError):
-            pass  # its damage is told where it is read
+            pass  # the reader reports the damage
     return list(zip(starts, [*starts[1:], size], strict=True))
 
 
 def _survey_huggingface(config: SourceConfig) -> Survey:
-    found = huggingface.look(config)
-    nothing = Storage(fsspec.filesystem("memory"))
-    classes = ordered_classes(nothing, "/none", config, found.names)
+    dataset = huggingface.inspect_dataset(config)
+    # A dataset has no synsets.txt; an empty file system stands for that.
+    no_files = Storage(fsspec.filesystem("memory"))
+    classes = ordered_classes(no_files, "/none", config, dataset.class_ids)
     units: list[Unit] = []
-    for split, (name, rows) in found.splits.items():
+    for split, (name, rows) in dataset.splits.items():
         for first in range(0, rows, UNIT_FILES):
-            part = Part("huggingface", name, first, min(first + UNIT_FILES, rows), split or "train")
+            part = Part(
+                kind="huggingface",
+                path=name,
+                first=first,
+                last=min(first + UNIT_FILES, rows),
+                group=split or "train",
+            )
             units.append(Unit(len(units), split, (part,)))
-    return Survey("huggingface", classes, units, [(config.root, *found.fingerprints)], [])
+    return Survey(
+        layout="huggingface",
+        classes=classes,
+        units=units,
+        fingerprint_items=[(config.root, *dataset.fingerprints)],
+        notes=[],
+    )

@@ -13,7 +13,7 @@ from pipeline.config import machine
 from pipeline.config.check import check
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.errors import ConfigError
-from pipeline.sources.inspection import USUAL_SIDE, look_at
+from pipeline.sources.inspection import USUAL_SIDE, inspect_source
 from tests.config.jobs import ROOT
 from tests.prepare.source_folders import class_tars, write_tar
 
@@ -116,7 +116,7 @@ def test_values_set_by_the_user_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_image_sizes_are_read_from_every_format(tmp_path: Path, kind: str) -> None:
-    source = look_at(
+    source = inspect_source(
         str(folders(tmp_path / "mine", 2, 3, width=90, height=70, kind=kind)),
         "auto",
         "data.images.root",
@@ -143,12 +143,12 @@ def test_damaged_files_do_not_stop_the_inspection(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[:1500])
     write_tar(tmp_path / "whole.tar", files)
     (tmp_path / "nonsense.tar").write_bytes(b"\x01" * 3000)
-    source = look_at(str(tmp_path), "auto", "key", "place")
+    source = inspect_source(str(tmp_path), "auto", "key", "place")
     assert (source.classes, source.short_side) == (3, 48)
     assert source.images in (4, 5)  # the cut tar counts as far as it can be read
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.jpg").write_bytes(b"no image")
-    assert look_at(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
+    assert inspect_source(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
 
 
 @pytest.mark.parametrize(
