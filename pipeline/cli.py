@@ -134,7 +134,7 @@ def train(
     """Train one stage in this process alone, or as one of torchrun's: needs prepared data, no Ray."""
     from pipeline.config.check import check
     from pipeline.config.load import load_job
-    from pipeline.monitor.console import Display, Follow, following
+    from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
     from pipeline.orchestrate.run_state import run_lock
     from pipeline.orchestrate.signals import StopRequest
     from pipeline.runtime.dist_env import DistEnv
@@ -152,7 +152,7 @@ def train(
     with (
         run_lock(directory),
         display.stage(stage),
-        following(Follow(directory.events(stage), display)),
+        polled_in_background(DisplayFeed(directory.events(stage), display)),
     ):
         metrics = train_stage(loaded.job, stage, directory, world, stop)
     display.log("  ".join(f"{name} {value:,.4g}" for name, value in metrics.items()))

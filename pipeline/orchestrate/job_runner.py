@@ -18,7 +18,7 @@ from pipeline.config.schema import Job
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.files import write_text
 from pipeline.layout import RunDir
-from pipeline.monitor.console import Display, Follow
+from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, resume_policy
 from pipeline.orchestrate.ray_session import ray_session
 from pipeline.orchestrate.ray_tasks import map_tasks
@@ -167,11 +167,11 @@ def _train_or_use(run: JobRunner, stage: str) -> dict[str, float]:
         device="cpu" if one else machine.device(cluster),
         run_dir=run.run_dir,
     )
-    follow = Follow(run.run_dir.events(stage), run.display)
+    follow = DisplayFeed(run.run_dir.events(stage), run.display)
 
     def tick() -> int:
         follow.poll()
-        return follow.highest
+        return follow.highest_step
 
     metrics = run_supervised(
         entry(run.job, stage, run.run_dir), placement, stop=run.stop, tick=tick, log=run.log
