@@ -128,7 +128,7 @@ def ended(process: subprocess.Popen[str], victim: str) -> int:
         return process.returncode
     code, out = finish(process)
     assert code in (0, 3), out
-    assert code == 0 or "the same command goes on from here" in out, out
+    assert code == 0 or "rerun the same command to resume" in out, out
     return code
 
 

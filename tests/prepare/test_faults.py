@@ -319,7 +319,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path: Path) -> Non
     for run in runs[:2]:
         assert (
             "the disk is full" in run
-            and "free some space; the same command goes on from here" in run
+            and "free some space, then rerun the same command to resume" in run
         )
     assert "Traceback" not in done.stdout
     assert shard_bytes(tmp_path / "out").keys() == shard_bytes(tmp_path / "undisturbed").keys()
