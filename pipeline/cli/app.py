@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # main() reports errors
 )
 
-# In the order in which --help lists them.
+# Registered here, not by decorators in the modules: the order is that of --help.
 app.command("run", epilog=job.SHIPPED_JOBS)(job.run)
 app.command("train")(job.train)
 app.command("verify")(prepared_data.verify)

@@ -31,6 +31,7 @@ def bench_reversible(
     """Measure memory, step time and gradients of every activation mode."""
     from pipeline.bench import reversible
 
+    # typer has no type for a list in one argument.
     try:
         counts = [int(count) for count in columns.split(",")]
     except ValueError:

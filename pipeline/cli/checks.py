@@ -22,6 +22,7 @@ def test(context: typer.Context) -> None:
         ["mypy", "--strict", "pipeline"],
         ["pytest", *(context.args or _ALL_TESTS)],
     ]
+    # Run all of them, also after a failure: one call shows everything that is wrong.
     failed = [
         check[0]
         for check in checks

@@ -42,6 +42,7 @@ def main() -> None:
 
 def _report(error: Exception) -> int:
     """Print an exception for the user; returns the exit code."""
+    # Errors go to standard error, so that `schema > file` and `--dry-run > file` stay clean.
     console = Console(stderr=True)
     known = user_error(error)
     if known is None:

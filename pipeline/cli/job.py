@@ -9,10 +9,12 @@ import typer
 from pipeline.cli.options import JobFile, Overrides, RunDirectory, load, run_directory
 from pipeline.orchestrate.job_files import description, shipped_jobs
 
+# Shown below the options by `run --help`.
 SHIPPED_JOBS = f"Shipped jobs: {', '.join(shipped_jobs())}. Their descriptions: run --list."
 
 
 def _list_jobs(requested: bool) -> None:
+    # An eager callback runs before the missing argument JOB is reported.
     if requested:
         for name, path in shipped_jobs().items():
             print(f"{name:<20}  {description(path)}")

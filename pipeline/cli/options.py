@@ -50,4 +50,5 @@ def load(job: str, overrides: list[str] | None, *, rehearse: bool = False) -> Lo
 
 def run_directory(given: Path | None, loaded: LoadedJob) -> RunDir:
     """The run directory of ``--run-dir``, or the default one of the job."""
+    # Absolute: Ray's workers have another current folder.
     return RunDir((given or RUNS / loaded.job.name).absolute())

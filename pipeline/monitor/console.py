@@ -133,6 +133,7 @@ class Display:
                 total=total,
                 detail=detail,
             )
+        # Plain lines are rare, or they would fill log files. The last one of a task always appears.
         if now - self._last_line >= self._interval or done == total:
             self._last_line = now
             parts = (f"{label} {done}/{total}", detail, self._time_left(done, total, now))

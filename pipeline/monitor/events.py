@@ -71,6 +71,7 @@ class EventWriter:
         )
         line = {key: value for key, value in asdict(event).items() if key in _REQUIRED or value}
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        # Flush to the kernel, so that a killed process loses nothing and the display keeps up.
         self._file.flush()
 
     def close(self) -> None:

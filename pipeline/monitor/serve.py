@@ -25,6 +25,7 @@ def logs_of(run: str, runs: Path) -> Path:
             f"there is no run '{run}'" if run else "there are no runs here",
             remedy=f"runs here: {', '.join(known) or 'none'}",
         )
+    # A run keeps its curves in a folder of its own; the folder of all runs is searched as a whole.
     logs = RunDir(directory).tensorboard()
     return logs if logs.is_dir() else directory
 
@@ -36,5 +37,6 @@ def serve(logs: Path, host: str, port: int) -> NoReturn:
         "Ctrl-C ends it",
         flush=True,
     )
+    # TensorBoard's own main loop handles Ctrl-C, and its command line stays the documented one.
     arguments = ["--logdir", str(logs), "--host", host, "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *arguments])

@@ -30,6 +30,7 @@ def _every_position(tag: Callable[[int], str]) -> str:
     return tag(0).replace("0", r"\d+")
 
 
+# Groups of charts in the tab Custom Scalars: {group: {title of the chart: its lines}}.
 _LAYOUT = {
     "Loss": {
         "total": _lines(tags.LOSS),
@@ -80,6 +81,8 @@ class Board:
         def start() -> None:
             from torch.utils.tensorboard import SummaryWriter
 
+            # Seconds between two writes to disk, so that curves appear while the stage runs. The
+            # default is 120.
             self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=15)
             self._writer.add_custom_scalars(_LAYOUT)
 
@@ -129,6 +132,8 @@ class Board:
         try:
             action()
         except (OSError, ImportError) as error:
+            # Do not try again at the next step: one warning is enough, and a network file system
+            # that fails often hangs as well.
             self._writer = None
             self._warn(f"TensorBoard is off: {self._directory} cannot be written: {error}")
 

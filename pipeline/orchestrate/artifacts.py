@@ -39,6 +39,7 @@ def inputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, str]:
     digests = {"data": _digest(run_dir.dataset(_dataset(job, stage)) / DATASET_JSON)}
     initial = _initial(job, stage)
     if initial:
+        # `from` names a stage of this run or a file; the file may come from anywhere.
         weights = run_dir.weights(initial) if initial in TRAINING else Path(initial)
         digests["weights"] = _digest(weights)
     if stage not in TRAINING and initial in TRAINING and getattr(job.stages, initial) is not None:
@@ -74,6 +75,7 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
         for name in prepared_names(job):
             files |= _prepared_files(run_dir.dataset(name))
     elif stage in TRAINING:
+        # Checkpoints are no outputs: retention deletes them, and a finished stage needs none.
         weights = run_dir.weights(stage)
         files = dict.fromkeys((weights, weights.with_name(WEIGHTS_JSON)), "")
     elif stage == "export":

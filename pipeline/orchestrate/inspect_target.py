@@ -37,15 +37,20 @@ def find(what: Path, runs: Path, stage: str = "") -> InspectTarget:
         ConfigError: the job has no such stage.
         DataError: ``what`` names nothing of this kind.
     """
+    # A path wins over the name of a run, and that over the name of a shipped job: the run directory
+    # has the settings that were really used.
     path = next((path for path in (what, runs / what) if path.exists()), what)
     if not path.exists() and str(what) in shipped_jobs():
         path = find_job_file(str(what))
+    # 1. A job file: the dataset lies in the run directory of its name.
     if path.is_file():
         job = load_job(path, []).job
         return _of_job(job, RunDir(runs / job.name), stage)
+    # 2. A run directory.
     run_dir = RunDir(path)
     if run_dir.run_yaml.is_file():
         return _of_job(load_job(run_dir.run_yaml, []).job, run_dir, stage)
+    # 3. A prepared dataset, perhaps inside a run directory.
     if (path / DATASET_JSON).is_file():
         return _of_dataset(path.absolute(), stage)
     known = sorted(path.name for path in runs.glob("*") if RunDir(path).run_yaml.is_file())

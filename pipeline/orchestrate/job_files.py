@@ -34,8 +34,10 @@ def find_job_file(name: str) -> Path:
             even if it does not exist: the reader of the file reports that.
     """
     path = Path(name)
+    # The text decides, not the Path: Path("./quickstart") is Path("quickstart").
     if path.is_file() or os.sep in name or path.suffix in SUFFIXES:
         return path
+    # A user's file wins, so that a copy of a shipped job can be changed without being renamed.
     for suffix in SUFFIXES:
         local = Path(name + suffix)
         if local.is_file():

@@ -62,6 +62,8 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
             display = Display(console, log_file)
             stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()
+            # run.yaml is for people and for `data show`; resuming compares the settings that each
+            # stage keeps for itself.
             write_text(run_dir.run_yaml, render.job_file(loaded))
             run_state = RunState(run_dir, job.name)
             run_state.declare(job_queries.stage_names(job))
@@ -77,6 +79,7 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
         Interrupted: stopped on request; the same command resumes.
         PipelineError: a stage failed, or cannot resume with changed settings.
     """
+    # Report a misspelled stage before the first one runs for days.
     for stage in only:
         job_queries.stage_config(run.job, stage)  # raises if the job has no such stage
     with contextlib.ExitStack() as ray:
@@ -136,6 +139,7 @@ def _run_stage(run: JobRunner, stage: str) -> None:
             metrics = _prepare(run) if stage == "prepare" else _supervise(run, stage)
         outputs = artifacts.outputs(run.job, stage, run.run_dir)
     except (Interrupted, KeyboardInterrupt):
+        # Not a failure: the stage is pending and resumes.
         run.run_state.stop(stage, time.monotonic() - started)
         raise
     except BaseException as error:

@@ -46,6 +46,8 @@ def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[N
         os.environ.update(environment.ray_session(token))
         import ray
 
+        # "local": never join a cluster that happens to run on this host. The output of workers goes
+        # to their log files, not to the driver's.
         try:
             ray.init(
                 address="local",

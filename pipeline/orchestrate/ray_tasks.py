@@ -44,10 +44,12 @@ def map_tasks(
                 submitted[task.remote(function, item)] = item
             if not submitted:
                 return
+            # Short waits, so that a stop request is noticed soon.
             ready, _ = ray.wait(list(submitted), timeout=0.5)
             for ref in ready:
                 yield submitted.pop(ref), _result(ref)
     finally:
+        # Reached with tasks left after an error, a stop request, or a consumer that stopped early.
         for ref in submitted:
             ray.cancel(ref, force=True)
 

@@ -62,18 +62,23 @@ def decide(
     Raises:
         ConfigError: the stage was interrupted, and a setting has changed that must not.
     """
+    # Rules 1 and 2.
     if started_with is None:
         return Decision("start", "not run yet")
     if force:
         return Decision("restart", "restarting from scratch (--force)")
+    # Rule 3. This includes interrupted stages: their first half has used the old data.
     changed_inputs = [name for name, digest in inputs.items() if _differs(record, name, digest)]
     if changed_inputs:
         names = ", ".join(changed_inputs)
         return Decision("restart", f"input changed ({names}), restarting from scratch")
+    # Rule 4.
     changed = changes(started_with, resolved, stage)
     refused = [change for change in changed if not change.allowed]
     if record.state == "done":
         return _decide_finished(record, refused, run_dir)
+    # Rule 5. A restart would discard days of training, perhaps because of a typing error: refuse,
+    # and let the user decide.
     if refused:
         listed = "\n".join(f"    {change}" for change in changed)
         raise ConfigError(
@@ -130,6 +135,7 @@ def move_aside(run_dir: RunDir, stage: str) -> Path | None:
         results.append(started_with)
     if not results:
         return None
+    # The layout below the new folder is that of the run directory, so that results can be put back.
     target = run_dir.replaced / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}"
     for path in results:
         new = target / path.relative_to(run_dir.path)

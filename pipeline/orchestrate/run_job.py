@@ -62,7 +62,9 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
     display = Display(Console(highlight=False))
     stop = StopRequest(lambda text: display.log(text, "warning"))
     stop.install()
-    if not dist_env.is_main:  # rank 0 holds the lock and shows the progress
+    # Rank 0 alone checks the job, holds the lock and shows the progress. If it refuses the job, it
+    # exits with an error, upon which torchrun ends the other ranks.
+    if not dist_env.is_main:
         with stop.after_step():
             train_stage(loaded.job, stage, run_dir, dist_env, stop)
         return

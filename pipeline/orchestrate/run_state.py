@@ -17,6 +17,8 @@ from pipeline.errors import ConfigError, StageError
 from pipeline.files import file_digest, write_json
 from pipeline.layout import RunDir
 
+# pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
+# lock of the run, not this state, tells whether a process is working on it.
 State = Literal["pending", "running", "done", "failed"]
 
 
@@ -45,13 +47,15 @@ class Artifact(BaseModel):
             return False
         if status.st_size != self.size:
             return False
-        # A file that was not modified is not read: a check of terabytes of shards takes no time.
+        # Read the content only if the file was touched: a run checks terabytes of shards at each
+        # start. (`pipeline verify` reads everything.)
         return status.st_mtime_ns == self.modified or file_digest(path) == self.digest
 
 
 class StageRecord(BaseModel):
     """The state of one stage."""
 
+    # A later version may add fields: ignore them, so that an older one can still resume the run.
     model_config = ConfigDict(extra="ignore")
 
     state: State = "pending"
@@ -134,6 +138,7 @@ class RunState:
         self._save()
 
     def _save(self) -> None:
+        # The whole file, under another name and then renamed: a crash leaves the old one complete.
         write_json(self._path, self._record.model_dump(mode="json"))
 
 
@@ -176,7 +181,8 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
                 remedy=f"wait for process {holder} or stop it, or give this run a directory of its "
                 "own with --run-dir",
             ) from None
-        # The process id is for the message above only; the lock itself is flock's.
+        # The process id only serves the message above. The file stays after the run: if it were
+        # removed, one process could hold the lock of the removed file, another that of a new one.
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -13,6 +13,7 @@ from types import FrameType
 from pipeline.errors import Interrupted
 from pipeline.orchestrate.user_errors import RERUN
 
+# Schedulers send SIGTERM or SIGUSR1 before they take the machine away, sometimes both.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

@@ -33,6 +33,7 @@ def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
 
     Export runs in one process on the CPU. Only training has something to save when it is stopped.
     """
+    # Export writes a few files and compares two forward passes: more processes would not help.
     single = stage == "export"
     return Placement(
         stage=stage,

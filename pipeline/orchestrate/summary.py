@@ -26,6 +26,7 @@ _LABELS = {"top1": "top-1", "top5": "top-5", "images_per_s": "images/s"}
 
 def summarise(run: JobRunner) -> None:
     """Print the table of stages, the locations of the results and the next command."""
+    # A table of a run that did nothing would show old numbers as if they were new.
     if run.ran:
         names = job_queries.stage_names(run.job)
         run.display.console.print(_table({name: run.run_state.stage(name) for name in names}))
@@ -74,6 +75,7 @@ def _relative(path: Path) -> str:
 
 
 def _next(run: JobRunner) -> str:
+    # Of several possible hints, print the one that is most useful now.
     pending = [
         name
         for name in job_queries.stage_names(run.job)

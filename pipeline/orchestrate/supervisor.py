@@ -71,7 +71,11 @@ def run_supervised(
             progress = highest > reached
             reached = highest
             failures = 0 if progress else failures + 1
-            # The same exception before any progress would come again; a lost process need not.
+            # Restart or give up?
+            #  - A process was lost (out of memory, killed, hardware): up to RESTARTS times, counted
+            #    from the last progress. A crash loop thus ends, a long run survives many faults.
+            #  - An exception after progress: likewise; it may come from a hardware fault.
+            #  - An exception before any progress: it would come again, so give up at once.
             if failures > RESTARTS or not (progress or error.lost):
                 count = f" (failed {failures} times without progress)" if failures > 1 else ""
                 raise StageError(

@@ -25,6 +25,7 @@ def verify(path: Path) -> None:
     display = Display(Console(highlight=False))
     datasets = find_datasets(path.absolute())
     problems: list[str] = []
+    # Verification changes nothing, so a signal may end it anywhere: no handlers are installed.
     with ray_session(machine.cores(), 0, started=lambda: None), display.stage("verify"):
         for dataset in datasets:
             new = verify_dataset(dataset, map_tasks, display.progress)

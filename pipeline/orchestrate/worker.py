@@ -57,6 +57,7 @@ class Worker:
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # A crash in C++ code leaves a stack trace in the log.
         faulthandler.enable()
         os.environ.update(environment)
         self._stop = threading.Event()
@@ -84,7 +85,8 @@ class Worker:
             return Outcome(rank=rank, metrics=stage_fn(dist_env, self._stop.is_set))
         except PipelineError as error:
             return Outcome(rank=rank, error=error, traceback=traceback.format_exc())
-        except Exception:  # any other: the driver reports its traceback
+        except Exception:
+            # The driver decides whether to restart, and shows this traceback if it gives up.
             return Outcome(rank=rank, traceback=traceback.format_exc())
 
     def request_stop(self) -> None:

@@ -86,6 +86,7 @@ def worker_group(placement: Placement) -> Iterator[list[WorkerHandle]]:
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    # One bundle per process; PACK puts as many as possible on the same node.
     gpus = 1 if placement.device == "cuda" else 0
     bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
     group = placement_group([bundle] * placement.processes, strategy="PACK")
@@ -111,6 +112,7 @@ def worker_group(placement: Placement) -> Iterator[list[WorkerHandle]]:
             workers.append(cast(WorkerHandle, handle))
         yield workers
     finally:
+        # Kill, do not ask: the peers of a failed rank hang in a collective operation.
         for worker in workers:
             ray.kill(cast("ActorHandle[Worker]", worker), no_restart=True)
         remove_placement_group(group)
