@@ -55,7 +55,8 @@ def _report(error: Exception) -> int:
         text = Text(known.message, "yellow")
     else:
         text = Text.assemble(("error: ", "bold red"), known.message)
-    console.print(text, soft_wrap=True)  # keep lines whole: users copy paths and commands from them
+    # Keep lines whole: users copy paths and commands from them.
+    console.print(text, soft_wrap=True)
     return known.exit_code
 
 

@@ -187,5 +187,6 @@ def _supervise(run: JobRunner, stage: str) -> dict[str, float]:
             poll=poll,
             log=run.log,
         )
+    # Show the events that the stage wrote after the supervisor's last poll.
     poll()
     return metrics

@@ -16,7 +16,9 @@ from pipeline.orchestrate.worker import StageFn
 from pipeline.orchestrate.worker_group import Placement
 from pipeline.runtime.dist_env import DistEnv
 
-CHECKPOINT_GRACE_S = 600.0  # for the current step and its checkpoint, on slow storage
+# Long enough for a step and its checkpoint on slow storage. If a scheduler kills the run earlier,
+# only the steps since the last checkpoint are lost.
+CHECKPOINT_GRACE_S = 600.0
 
 
 def stage_fn(job: Job, stage: str, run_dir: RunDir) -> StageFn:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def restored_handlers() -> Iterator[None]:
+    """The command train installs signal handlers: pytest gets its own back."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def test_a_shipped_job_runs_by_its_name_from_any_folder() -> None:
     by_name = invoke("run", "quickstart", "--dry-run")
     assert by_name.exit_code == 0
@@ -68,6 +80,7 @@ def test_an_unknown_name_suggests_the_closest_shipped_job() -> None:
         find_job_file("zzzzzzzz")
 
 
+@pytest.mark.usefixtures("restored_handlers")
 def test_every_command_that_takes_a_job_finds_shipped_ones(folder: Path) -> None:
     shown = invoke("explain", "model.columns", "--job", "quickstart")
     assert shown.exit_code == 0
