@@ -203,7 +203,9 @@ def _stage_choice(tree: Node, stage: str, key: str, source: SourceSummary) -> Ch
     return _global_batch(images, budget, world_size(cluster))
 
 
-def _image_size(source: SourceSummary, budget: Budget, device_name: str, *, finetune: bool) -> Choice:
+def _image_size(
+    source: SourceSummary, budget: Budget, device_name: str, *, finetune: bool
+) -> Choice:
     """The largest multiple of 32 that most images fill, within the budget.
 
     Fine-tuning on a GPU goes one step up, as the published recipes do.

@@ -104,7 +104,13 @@ def test_synthetic_source_instead_of_a_real_one_is_listed(resolved: Any) -> None
 def decision(resolved: Any, override: str, state: Any, tmp_path: Path, **more: Any) -> Any:
     record = StageRecord(state=state, inputs={"data": "d"})
     return decide(
-        "pretrain", record, resolved(), resolved(override), {"data": "d"}, RunDir(tmp_path), **more
+        "pretrain",
+        record,
+        started_with=resolved(),
+        resolved=resolved(override),
+        inputs={"data": "d"},
+        run_dir=RunDir(tmp_path),
+        **more,
     )
 
 
@@ -117,17 +123,17 @@ def test_c8_an_interrupted_stage(resolved: Any, tmp_path: Path, state: str) -> N
         decide(
             "pretrain",
             StageRecord(state=state),
-            resolved(),
-            resolved("model.columns=5", "stages.pretrain.log_every_steps=3"),
-            {},
-            RunDir(tmp_path),
+            started_with=resolved(),
+            resolved=resolved("model.columns=5", "stages.pretrain.log_every_steps=3"),
+            inputs={},
+            run_dir=RunDir(tmp_path),
         )
     assert error.value.message == (
         "stages.pretrain: it was interrupted, and its settings have changed since:\n"
         "    stages.pretrain.log_every_steps: 10 -> 3  (may change)\n"
         "    model.columns: 4 -> 5  (refused)\n"
-        "  -> put them back, or give the job another name, or begin the stage anew: --stage "
-        "pretrain --force"
+        "  -> restore the settings, give the job another name, or restart the stage from scratch: "
+        "--stage pretrain --force"
     )
 
 
@@ -136,7 +142,7 @@ def test_c8_a_finished_stage(resolved: Any, tmp_path: Path) -> None:
     assert (
         decision(resolved, "stages.pretrain.log_every_steps=3", "done", tmp_path).action == "skip"
     )
-    anew = decision(resolved, "model.columns=5", "done", tmp_path)
-    assert anew.action == "anew"
-    assert "model.columns 4 -> 5" in anew.reason
-    assert decision(resolved, "seed=0", "done", tmp_path, force=True).action == "anew"
+    restart = decision(resolved, "model.columns=5", "done", tmp_path)
+    assert restart.action == "restart"
+    assert "model.columns 4 -> 5" in restart.reason
+    assert decision(resolved, "seed=0", "done", tmp_path, force=True).action == "restart"

@@ -152,7 +152,7 @@ def test_find_accepts_job_files_runs_and_datasets(
         assert find(Path(name), runs, "finetune").settings.augment.mixup == 0
     make_dataset(tmp_path / "alone", {"train": 3})
     assert find(Path("alone"), runs).settings == Settings(224, AugmentConfig(), 0)
-    with pytest.raises(ConfigError, match="no job here tells of a stage 'pretrain'"):
+    with pytest.raises(ConfigError, match="no job is known that has the stage 'pretrain'"):
         find(Path("alone"), runs, "pretrain")
     with pytest.raises(
         DataError,
