@@ -32,7 +32,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
         data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "evaluate")))
         image_size, resize = preprocessing(job, run_dir, stage.initial, stage.image_size)
         network = load_network(job, run_dir, stage.initial, data).to(device)
-        # On a GPU, evaluate in the precision of the training.
+        # On a GPU, evaluate in the precision of the training; on the CPU always in fp32.
         description = WeightsDescription.read(weights_path(run_dir, stage.initial))
         use_bf16 = device.type == "cuda" and description.precision == "bf16"
         normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)

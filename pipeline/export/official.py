@@ -11,8 +11,8 @@ from pipeline.blocks import registry
 from pipeline.errors import CheckpointError
 from pipeline.model import NetworkSpec
 
-# (our pattern, published name). The first pattern that matches the start of a name applies; the rest
-# of the name stays. Example:
+# (our pattern, published name). The first pattern that matches the start of a name applies; the
+# rest of the name stays. Example:
 #   columns.3.levels.0.down.norm.bias -> subnet3.level0.fusion.down.1.bias
 _RULES: tuple[tuple[str, str], ...] = (
     (r"stem\.conv\.", r"stem.0."),

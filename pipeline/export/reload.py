@@ -124,7 +124,8 @@ def load_export(directory: str | Path) -> Exported:
 
 def make_network(description: ModelDescription) -> Network:
     """The network that ``model.json`` describes: stored activations, random weights."""
-    # JSON has no tuples: its lists were tuples.
+    # The fields of a NetworkSpec are tuples, which JSON stores as lists. How training computed the
+    # network does not matter here, and stored activations need the least code.
     network: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in description["network"].items()

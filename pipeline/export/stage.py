@@ -100,8 +100,8 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
 
 
 def _write(network: Network, description: ModelDescription, target: Path) -> None:
-    # Copies: loaded weights are views of one mapped file. Both formats would take them for tensors
-    # that share memory; safetensors refuses those, torch.save would store the file once per tensor.
+    # Copies: loaded weights are views of one mapped file, and both formats would take them for
+    # tensors that share memory.
     state = {name: value.detach().clone() for name, value in network.state_dict().items()}
     write_with(
         target / MODEL_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"})

@@ -23,6 +23,7 @@ def clamp_alpha(state: ShardedState) -> None:
     2. The low-precision copies: they were made before the clamp, so without this the next forward
        pass would read values that are one step old.
     """
+    # No communication: each rank clamps what it owns.
     for fragment in state.fragments:
         if is_alpha(fragment.name):
             _clamp(fragment.of(state.flats))
@@ -35,6 +36,7 @@ def clamp_alpha(state: ShardedState) -> None:
 @torch.no_grad()
 def smallest_alpha(state: ShardedState) -> list[list[float]]:
     """min |alpha| for each [column][level], over all ranks. Collective; waits for the device."""
+    # A rank that owns nothing of an alpha contributes infinity to the minimum.
     smallest = torch.full((state.engine.module.spec.columns, 4), torch.inf)
     for fragment in state.fragments:
         if is_alpha(fragment.name):

@@ -61,6 +61,7 @@ class StageContext:
         return {
             "network": spec.architecture,
             "data": self.data.fingerprint,
+            # All that decides which image lies at which position of an epoch, with the seed.
             "order": [
                 config.order,
                 config.window_shards,
@@ -94,7 +95,7 @@ class StageLog:
             self.recorder.message(text, level)
 
     def attach(self, recorder: Recorder) -> None:
-        """Log to ``recorder`` from now on, the pending messages first."""
+        """Log to ``recorder`` from now on, starting with the pending messages."""
         self.recorder = recorder
         for text, level in self._pending:
             recorder.message(text, level)
@@ -130,6 +131,7 @@ class StepContext:
 
     def to_device(self, batch: Batch) -> Batch:
         """Copy what the step needs to the device. Does not wait for the copies."""
+        # ``samples`` stays on the host: augmentation is keyed by view, not by sample.
         names = ("images", "labels", "views", "positions")
         copies = {name: getattr(batch, name).to(self.device, non_blocking=True) for name in names}
         return replace(batch, **copies)
@@ -155,7 +157,8 @@ class StepContext:
         return list(self.state.buffers.values())
 
     def after_update(self, step: int) -> None:
-        """What follows an applied update: the alpha clamp, then the EMA of the clamped weights."""
+        """Clamp alpha and update the EMA, after the engine has applied an update."""
+        # In this order: the EMA must average clamped weights, or its own alpha could get too small.
         clamp_alpha(self.state)
         ema_update(self.state, self.ema_decay, step)
 
@@ -166,13 +169,17 @@ class StepContext:
     def set_remainder_widths(self) -> None:
         """Set the bits that exact columns keep of each remainder until the next call.
 
-        The width follows from the smallest alpha, and reading alpha waits for the device. So it is
-        read once per log interval, with a margin: Adam moves a weight by about three learning rates
-        per step at most, here four are assumed. Collective for exact columns.
+        Waits for the device. Collective for exact columns, no effect for others.
         """
         network = self.network
         if network.spec.activations != "exact":
             return
+        # The smaller alpha is, the more bits a remainder needs. Alpha changes in every step, but
+        # reading it waits for the device, so it is read once per log interval and its change until
+        # the next reading is bounded: Adam moves a weight by about three learning rates per step at
+        # most; four are assumed. Example: smallest alpha 0.1, peak rate 1e-4, log interval 50.
+        # Until the next reading, alpha is at least 0.1 - 4 * 1e-4 * 50 = 0.08. A remainder that
+        # outgrows its width is detected all the same, and the step is retried.
         drift = 4 * self.schedule.peak * self.log_every_steps
         network.remainder_widths = [
             [remainder_width(max(smallest - drift, ALPHA_LIMIT / 2)) for smallest in column]

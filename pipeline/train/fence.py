@@ -36,6 +36,8 @@ class Fence:
         try:
             newest = self.path.read_text().strip()
         except FileNotFoundError:
+            # Fail closed. The supervisor writes the file before it starts a group, so somebody
+            # deleted it, and a newer group may exist.
             return False
         return newest == str(self.generation)
 

@@ -50,11 +50,13 @@ def compound_terms(out: Output, images: Tensor, targets: Tensor) -> Loss:
         targets: class indices (N,) or distributions (N, classes).
     """
     classification = [cross_entropy(logits, targets) for logits in out.logits]
+    # As published: only infinite logits would reach a target of exactly 0 or 1.
     pixels = images.clamp(0.01, 0.99)
     reconstruction = [
         functional.binary_cross_entropy_with_logits(logits.to(pixels.dtype), pixels)
         for logits in out.reconstructions
     ]
+    # A plain head has no decoder: then only the last line adds a term.
     heads = len(classification)
     decoders = len(reconstruction)
     terms = [

@@ -71,6 +71,7 @@ class Metrics:
         """Add one micro-batch. Does not wait for the device."""
         correct = (out.logits[-1].argmax(1) == targets.argmax(1)).float().mean()
         entries = [loss.total, *loss.classification, *loss.reconstruction, correct, mismatched]
+        # float64: a sum over many micro-batches must not lose the small terms.
         self.sums += torch.stack([entry.detach().double() for entry in entries])
         self.count += 1
 

@@ -12,6 +12,8 @@ from pipeline.model import NetworkSpec
 def training_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpec:
     """The network of a training stage: the job's architecture, and how training computes it."""
     model = job.model
+    # The architecture decides the parameters; evaluation and export build the same one. What
+    # follows changes only how they are trained.
     architecture = architecture_spec(model, num_classes, supervised=config.intermediate_supervision)
     return replace(
         architecture,

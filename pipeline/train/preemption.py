@@ -30,10 +30,12 @@ class CollectiveStop:
 
     def after_step(self) -> bool:
         """True on every rank if the ranks stop now. Call it once per step on every rank."""
+        # 1. Read the result of the previous step. After a whole step it is complete: no waiting.
         stop_now = False
         if self._reduction is not None:
             self._reduction.wait()
             stop_now = bool(self._flag.item())
+        # 2. Start the reduction of this step's requests; the next call reads it.
         self._flag = torch.tensor([int(self._stop_requested())], dtype=torch.int32)
         self._reduction = dist.all_reduce(
             self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True

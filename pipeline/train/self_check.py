@@ -97,6 +97,7 @@ class SelfCheck:
             lines=lines,
             retryable=bool(lines) and not overflowed,
         )
+        # Every rank gathers all of them, so that all ranks decide alike (``should_retry``).
         gathered: list[Mismatch] = [own] * dist.get_world_size()
         dist.all_gather_object(gathered, own)
         return [mismatch for mismatch in gathered if mismatch.lines]
@@ -121,6 +122,8 @@ class SelfCheck:
                 remedy="the update was not applied: rerun the same command, on another machine if "
                 "this one has failed before",
             )
+        # A fault that stays is not a random bit flip: broken hardware, or an operation that gives
+        # other results in the backward pass than in the forward pass.
         if attempt > MAX_RETRIES:
             raise StageError(
                 f"{failed} {attempt} times in a row: {retryable[0]}",

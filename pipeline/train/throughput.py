@@ -26,6 +26,7 @@ class Throughput:
     def rates(self, step: int) -> dict[str, float]:
         """Rates since the last call, now that ``step`` steps are done; images of all processes."""
         now = time.perf_counter()
+        # Two logs within one tick of the clock must not divide by zero.
         seconds = max(now - self._since, 1e-9)
         images = (step - self._step) * self._loader.global_batch
         rates = {

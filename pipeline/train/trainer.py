@@ -125,6 +125,7 @@ class Trainer:
         """
         config = self.context.config
         total_steps = self.context.total_steps
+        # Steps between evaluations and between checkpoints. By default one checkpoint per epoch.
         evaluate_every = max(1, round(config.eval_every_epochs * self.loader.steps_per_epoch))
         checkpoint_every = config.checkpoint_every_steps or self.loader.steps_per_epoch
         self.step.context.set_remainder_widths()
@@ -136,6 +137,7 @@ class Trainer:
             if done % config.log_every_steps == 0 or last:
                 self._log_metrics(done)
                 self.step.context.set_remainder_widths()
+            # Evaluate before the checkpoint: a resumed run must not repeat the evaluation.
             if done % evaluate_every == 0 or last:
                 with self.throughput.paused():
                     self.history.evaluations.append(self._evaluate(done))
@@ -199,6 +201,7 @@ class Trainer:
     def _evaluate(self, done: int) -> dict[str, float]:
         """Evaluate the EMA (without one, the weights) on the validation split. Collective."""
         state = self.step.context.state
+        # Each rank has running statistics of its own batches; all must evaluate the same network.
         state.average_buffers()
         with ema_weights(state):
             accuracy = self._validate()

@@ -87,7 +87,7 @@ def test_evaluation_during_training_under_zero_3_equals_the_stage(
         "ema_decay": 0.5,
     }
     job = staging.job(finetune=settings, activations="stored")
-    during, *_ = processes.run(run_dir.logs, world_size, staging.train, job, "finetune", run_dir)
+    during, *_ = staging.run_stage(run_dir, world_size, job, "finetune")
     assert isinstance(during, dict), during
     after = evaluate(run_dir, 1, job)
     assert after["images"] == staging.VALIDATION

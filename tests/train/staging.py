@@ -20,6 +20,7 @@ from pipeline.monitor.events import Event, read_events
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.train.trainer import train_stage
 from tests.data.small_datasets import make_dataset
+from tests.train import processes
 
 DATASET = "set"
 CLASSES = 6
@@ -131,6 +132,18 @@ def train(
 def evaluate(job: Job, run_dir: RunDir) -> dict[str, float]:
     """Run the evaluate stage. Called in each process of a group."""
     return evaluate_stage(job, run_dir, DistEnv.from_environment())
+
+
+def run_stage(
+    run_dir: RunDir,
+    world_size: int,
+    job: Job,
+    stage: str = "pretrain",
+    stop: Callable[[], bool] | None = None,
+) -> list[Any]:
+    """Run a training stage with ``world_size`` processes; what each rank returned or raised."""
+    arguments = (job, stage, run_dir) if stop is None else (job, stage, run_dir, stop)
+    return processes.run(run_dir.logs / "output", world_size, train, *arguments)
 
 
 class StopAfter:

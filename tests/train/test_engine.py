@@ -66,8 +66,10 @@ def test_two_processes_equal_one(
     assert report["mismatched"] == 0
     trained = values(tmp_path)
     assert (flat(trained) - flat(weights)).norm() <= 1e-5 * flat(weights).norm()
-    for name, value in trained.items():
-        assert not is_alpha(name) or value.abs().min() >= 0.999e-3, name
+    alphas = {name: value for name, value in trained.items() if is_alpha(name)}
+    assert alphas
+    for name, alpha in alphas.items():
+        assert alpha.abs().min() >= 0.999e-3, name
     if stage == 3:
         # Every level is released as soon as it is no longer needed, and gathered about twice per
         # step. The first step is left out: DeepSpeed does not know the order yet. The last one

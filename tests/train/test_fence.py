@@ -39,8 +39,8 @@ class DeleteFence:
 
 
 def run_in_process(run_dir: RunDir, stop: Callable[[], bool]) -> object:
-    job = staging.job(pretrain={"max_steps": 2})
-    (result,) = processes.run(run_dir.logs / "output", 1, train, job, run_dir, stop)
+    arguments = (staging.job(pretrain={"max_steps": 2}), run_dir, stop)
+    (result,) = processes.run(run_dir.logs / "output", 1, train, *arguments)
     return result
 
 

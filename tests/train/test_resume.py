@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,24 +22,16 @@ from tests.train import processes, staging
 KILLS = 3
 
 
-def run(
+def train(
     run_dir: RunDir,
     job: Job,
     stage: str = "pretrain",
     *,
     world_size: int = 2,
     stop: Callable[[], bool] | None = None,
-) -> list[Any]:
-    """Run a stage; what each rank returned or raised."""
-    options = [] if stop is None else [stop]
-    return processes.run(
-        run_dir.logs / "output", world_size, staging.train, job, stage, run_dir, *options
-    )
-
-
-def train(run_dir: RunDir, job: Job, stage: str = "pretrain", **options: Any) -> dict[str, float]:
+) -> dict[str, float]:
     """Run a stage to its end; the metrics of rank 0."""
-    results = run(run_dir, job, stage, **options)
+    results = staging.run_stage(run_dir, world_size, job, stage, stop)
     assert all(isinstance(metrics, dict) for metrics in results), results
     first: dict[str, float] = results[0]
     return first
@@ -73,7 +64,8 @@ def test_a_run_killed_at_random_moments_gives_the_same_weights(
     moments = random.Random(seed)
     checkpoints = run_dir.checkpoints("pretrain")
     for kill in range(KILLS):
-        group = processes.start(run_dir.logs / "output", 2, staging.train, job, "pretrain", run_dir)
+        arguments = (job, "pretrain", run_dir)
+        group = processes.start(run_dir.logs / "output", 2, staging.train, *arguments)
         # The first kill falls between two checkpoints, the others anywhere.
         deadline = time.monotonic() + 60
         while kill == 0 and not list_checkpoints(checkpoints) and time.monotonic() < deadline:
@@ -89,7 +81,7 @@ def test_a_stop_request_on_one_rank_stops_all_after_the_same_step(
     rank: int, uninterrupted: RunDir, tmp_path: Path
 ) -> None:
     run_dir = staging.prepared_run(tmp_path)
-    stopped = run(run_dir, staging.job(), stop=staging.StopAfter(6, rank))
+    stopped = staging.run_stage(run_dir, 2, staging.job(), stop=staging.StopAfter(6, rank))
     for error in stopped:
         assert isinstance(error, Interrupted), stopped
         assert "after step 7 of 12" in error.message
@@ -131,7 +123,7 @@ def test_a_full_disk_skips_a_checkpoint_with_a_warning(
 def test_a_full_disk_at_the_end_fails_with_a_remedy(uninterrupted: RunDir, tmp_path: Path) -> None:
     run_dir = staging.prepared_run(tmp_path)
     job = staging.job(pretrain={"keep_checkpoints": 1})
-    failed = run(run_dir, job, stop=FullDisk(9, 99))
+    failed = staging.run_stage(run_dir, 2, job, stop=FullDisk(9, 99))
     for error in failed:
         assert isinstance(error, CheckpointError), failed
         assert "final checkpoint" in error.message
@@ -154,7 +146,7 @@ def test_a_finished_stage_returns_its_metrics_again_without_training(tmp_path: P
     assert len(staging.events(run_dir, "step")) == 5
     for name, value in staging.weights(run_dir).items():
         assert torch.equal(value, weights[name]), name
-    (error,) = run(run_dir, staging.job(), world_size=1)
+    (error,) = staging.run_stage(run_dir, 1, staging.job())
     assert isinstance(error, CheckpointError)
     assert "(total_steps: saved 5, now 12)" in error.message
 
@@ -179,7 +171,7 @@ def downgrade(directory: Path) -> None:
 def test_a_checkpoint_of_the_version_before_resumes(uninterrupted: RunDir, tmp_path: Path) -> None:
     run_dir = staging.prepared_run(tmp_path)
     job = staging.job(pretrain={"log_every_steps": 5})
-    stopped = run(run_dir, job, stop=staging.StopAfter(6, 0))
+    stopped = staging.run_stage(run_dir, 2, job, stop=staging.StopAfter(6, 0))
     assert isinstance(stopped[0], Interrupted), stopped
     for _, directory in list_checkpoints(run_dir.checkpoints("pretrain")):
         downgrade(directory)
@@ -209,7 +201,7 @@ def test_running_statistics_resume_and_transfer_to_fine_tuning(
     complete = staging.prepared_run(tmp_path / "a")
     stopped = staging.prepared_run(tmp_path / "b")
     train(complete, job)
-    run(stopped, job, stop=staging.StopAfter(2, 1))
+    staging.run_stage(stopped, 2, job, stop=staging.StopAfter(2, 1))
     train(stopped, job)
     assert_same_run(complete, stopped)
     weights = staging.weights(complete)

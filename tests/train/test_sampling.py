@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from pipeline.errors import DataError, Interrupted
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from tests.data.small_datasets import damage
-from tests.train import processes, staging
+from tests.train import staging
 
 BAD = [2, 30, 31, 66]  # samples that cannot be read
 
 
-def train(run_dir: RunDir, world_size: int, settings: dict[str, Any], *options: Any) -> list[Any]:
+def train(
+    run_dir: RunDir,
+    world_size: int,
+    settings: dict[str, Any],
+    stop: Callable[[], bool] | None = None,
+) -> list[Any]:
     """Run the stage 'pretrain'; what each rank returned or raised."""
-    logs = run_dir.logs / "output"
-    arguments = (staging.job(settings), "pretrain", run_dir, *options)
-    return processes.run(logs, world_size, staging.train, *arguments)
+    return staging.run_stage(run_dir, world_size, staging.job(settings), stop=stop)
 
 
 @pytest.fixture

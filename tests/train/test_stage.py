@@ -17,7 +17,7 @@ from pipeline.data.dataset import open_dataset
 from pipeline.errors import CheckpointError
 from pipeline.layout import DATASET_JSON, RunDir
 from pipeline.monitor import tags
-from tests.train import processes, staging
+from tests.train import staging
 
 STEPS = 12
 LAST_LEVEL = "columns.3.levels.3.down.conv.weight"
@@ -27,8 +27,7 @@ METRICS = {"loss", "top1", "top5", "images_per_s", "data_wait_share", "steps"}
 
 def train(run_dir: RunDir, world_size: int, job: Job, stage: str = "pretrain") -> dict[str, float]:
     """Train with ``world_size`` processes; the metrics of rank 0."""
-    logs = run_dir.logs / stage
-    results = processes.run(logs, world_size, staging.train, job, stage, run_dir)
+    results = staging.run_stage(run_dir, world_size, job, stage)
     assert all(isinstance(metrics, dict) for metrics in results), results
     for metrics in results:
         for key in ("loss", "top1", "top5", "steps"):  # each rank has rates of its own
@@ -154,7 +153,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     train(run_dir, 1, job)
     path = open_dataset(run_dir.dataset(staging.DATASET)).path / DATASET_JSON
     path.write_text(path.read_text().replace('"test"', '"another"'))
-    (error,) = processes.run(tmp_path / "logs", 1, staging.train, job, "pretrain", run_dir)
+    (error,) = staging.run_stage(run_dir, 1, job)
     assert isinstance(error, CheckpointError)
     different = "checkpoint belongs to a different run (data: saved test, now another)"
     assert different in error.message
