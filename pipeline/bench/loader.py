@@ -1,154 +1,201 @@
-"""``bench loader``: images per second and memory of our loader and the usual ones, one process a case, side by side in one run.
+"""``bench loader``: throughput and memory of our loader and the usual ones, side by side.
 
-All read the same JPEGs from files that are cached in memory. ``images_per_s``: batches handed over, ready for the device's
-work, which differs (`pipeline.bench.loaders`); ``finished_images_per_s``: with that work done too, on these CPU cores, so
-that all deliver the same. ``peak_mb`` is of the whole case (`pipeline.bench.workers.run_case`).
+Every case (loader, images, recipe, number of workers) runs in a process of its own, and the loaders
+of one comparison run one after the other. All of them read the same JPEGs, from files that are
+cached in memory. The metrics are:
+
+- ``images_per_s``: batches as the loader hands them over. What is left for the device differs from
+  loader to loader (`pipeline.bench.loaders`).
+- ``finished_images_per_s``: with the device's part done too, on the same CPU cores, so that all
+loaders
+  deliver the same.
+- ``peak_mb``: memory of the whole case (`pipeline.bench.workers.run_case`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 import torch
 
-from pipeline.bench.loaders import LOADERS, Load, lay_out
+from pipeline.bench.loaders import LOADERS, PACKAGES, Workload, write_layouts
 from pipeline.bench.photographs import photographs, write_class_tars
-from pipeline.bench.workers import run_case, serially
+from pipeline.bench.requirements import require
+from pipeline.bench.workers import run_case, serially, silent
 from pipeline.config.schema import DatasetConfig
 from pipeline.files import write_json
 from pipeline.prepare.build import prepare_dataset
 
 BASELINE = "pillow"
-SOURCES = ("original", "256")  # as they are; short side 256 pixels, re-encoded by the preparation
+SOURCES = ("original", "256")  # unchanged; or short side 256 pixels, encoded by the preparation
 RECIPES = ("crop_flip", "full")
-COMPARED = 2  # workers at which ratios are taken
+RATIO_WORKERS = 2  # number of workers at which ratios to the baseline are taken
+
+Metric = Literal["images_per_s", "finished_images_per_s", "peak_mb"]
+# Name in the JSON file, metric, name on the screen.
+RATIOS: tuple[tuple[str, Metric, str], ...] = (
+    ("ratios", "images_per_s", "images/s"),
+    ("finished_ratios", "finished_images_per_s", "finished/s"),
+    ("memory_ratios", "peak_mb", "peak memory"),
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoaderCase:
-    """One measurement: seconds that count, after some that do not; half as many of both for the second rate."""
+    """One case. ``seconds`` are measured after ``warm_up`` seconds that are not."""
 
     loader: str
     source: str
-    load: Load
+    work: Workload
     seconds: float
     warm_up: float
 
 
-def measure(case: LoaderCase) -> dict[str, Any]:
-    """Figures of one case."""
-    torch.set_num_threads(1)  # workers are the parallelism
-    delivery = LOADERS[case.loader](case.load)
-    with closing(delivery.batches) as batches:
+class LoaderMetrics(TypedDict):
+    """Result of one case, as measured in its process."""
+
+    loader: str
+    workers: int
+    source: str
+    recipe: str
+    images_per_s: float
+    finished_images_per_s: float
+
+
+class LoaderResult(LoaderMetrics):
+    """Result of one case, with the memory of its process."""
+
+    peak_mb: float
+
+
+def measure(case: LoaderCase) -> LoaderMetrics:
+    """Measure one case in this process."""
+    torch.set_num_threads(1)  # the workers are the parallelism
+    source = LOADERS[case.loader](case.work)
+    with closing(source.batches) as batches:
+        # The first batch waits for the workers to start, which is not part of the throughput.
         next(batches)
 
-        def rate(one: Callable[[], Any], share: float) -> float:
-            _repeat(one, case.warm_up * share)
-            calls, seconds = _repeat(one, case.seconds * share)
-            return calls * case.load.batch / seconds
+        def rate(deliver: Callable[[], object], share: float) -> float:
+            _repeat(deliver, case.warm_up * share)
+            calls, seconds = _repeat(deliver, case.seconds * share)
+            return calls * case.work.batch / seconds
 
+        # The second rate gets half the time: it is shown for comparison only.
         handed_over = rate(lambda: next(batches), 1.0)
-        finished = rate(lambda: delivery.finish(next(batches)), 0.5)
+        finished = rate(lambda: source.finish(next(batches)), 0.5)
     return {
         "loader": case.loader,
-        "workers": case.load.workers,
+        "workers": case.work.workers,
         "source": case.source,
-        "recipe": case.load.recipe,
+        "recipe": case.work.recipe,
         "images_per_s": handed_over,
         "finished_images_per_s": finished,
     }
 
 
-def _repeat(one: Callable[[], Any], least: float) -> tuple[int, float]:
-    """Call until so many seconds are over; returns the calls and the seconds that they took."""
-    calls, begin = 0, time.perf_counter()
+def _repeat(function: Callable[[], object], min_seconds: float) -> tuple[int, float]:
+    """Call a function, at least once, until ``min_seconds`` are over: (calls, seconds)."""
+    # Count whole calls: the time of a call that is under way when the time is over counts too.
+    begin = time.perf_counter()
+    calls = 0
     while True:
-        one()
-        calls, seconds = calls + 1, time.perf_counter() - begin
-        if seconds >= least:
+        function()
+        calls += 1
+        seconds = time.perf_counter() - begin
+        if seconds >= min_seconds:
             return calls, seconds
 
 
 def prepare_sources(directory: Path, count: int, sources: Sequence[str] = SOURCES) -> int:
-    """Lay out the images below ``directory/<source>``; returns how many there are to draw from."""
+    """Write the images in all layouts below ``directory/<source>``.
+
+    Args:
+        count: photographs to prepare.
+    Returns:
+        The number of training images.
+    """
     write_class_tars(photographs(count), directory / "class_tars")
     images = 0
     for source in sources:
+        # A bad photograph must not stop the benchmark: allow 10% instead of the default.
         config = DatasetConfig(
             root=str(directory / "class_tars"),
             short_side="keep" if source == "original" else int(source),
             max_rejected=0.1,
         )
         target = directory / source / "dataset"
-        figures = prepare_dataset(
-            "bench", config, target, 0, serially, lambda *_: None, lambda *_: None
+        metrics = prepare_dataset(
+            "bench", config, target, 0, tasks=serially, progress=silent, log=silent
         )
-        lay_out(directory / source)
-        images = int(figures["images"])
+        write_layouts(directory / source)
+        images = int(metrics["images"])
     return images
 
 
-def compared(cases: Sequence[dict[str, Any]], figure: str) -> dict[str, float]:
-    """``figure`` of ours divided by the baseline's at COMPARED workers, by source and recipe."""
-    own = {
-        (c["loader"], c["source"], c["recipe"]): c[figure]
-        for c in cases
-        if c["workers"] == COMPARED
+def compare(results: Sequence[LoaderResult], metric: Metric) -> dict[str, float]:
+    """``metric`` of our loader divided by the baseline's, per "source/recipe"."""
+    values = {
+        (result["loader"], result["source"], result["recipe"]): result[metric]
+        for result in results
+        if result["workers"] == RATIO_WORKERS
     }
     return {
-        f"{source}/{recipe}": own["ours", source, recipe] / own[BASELINE, source, recipe]
-        for loader, source, recipe in own
-        if loader == "ours" and (BASELINE, source, recipe) in own
+        f"{source}/{recipe}": value / values[BASELINE, source, recipe]
+        for (loader, source, recipe), value in values.items()
+        if loader == "ours" and (BASELINE, source, recipe) in values
     }
 
 
-def table(cases: Sequence[dict[str, Any]]) -> str:
-    """The figures, and the ratio of both rates to the baseline's with as many workers."""
+def table(results: Sequence[LoaderResult]) -> str:
+    """The metrics as text, with the ratio of both rates to the baseline's at as many workers."""
     lines = [
-        f"loader       workers  source    recipe     images/s  x {BASELINE}  finished/s  x {BASELINE}  peak MiB"
+        f"loader       workers  source    recipe     images/s  vs {BASELINE}"
+        f"  finished/s  vs {BASELINE}  peak MiB"
     ]
     baselines = {
-        (c["workers"], c["source"], c["recipe"]): c for c in cases if c["loader"] == BASELINE
+        (result["workers"], result["source"], result["recipe"]): result
+        for result in results
+        if result["loader"] == BASELINE
     }
-    for c in cases:
-        baseline = baselines.get((c["workers"], c["source"], c["recipe"]), {})
-        one, two = (
-            c[rate] / baseline.get(rate, float("nan"))
-            for rate in ("images_per_s", "finished_images_per_s")
-        )
+    for result in results:
+        baseline = baselines.get((result["workers"], result["source"], result["recipe"]))
+        ratio = float("nan")
+        finished_ratio = float("nan")
+        if baseline is not None:
+            ratio = result["images_per_s"] / baseline["images_per_s"]
+            finished_ratio = result["finished_images_per_s"] / baseline["finished_images_per_s"]
         lines.append(
-            f"{c['loader']:<12} {c['workers']:>7}  {c['source']:<9} {c['recipe']:<9} {c['images_per_s']:>9.1f} {one:>9.2f} "
-            f"{c['finished_images_per_s']:>11.1f} {two:>9.2f} {c['peak_mb']:>9.0f}"
+            f"{result['loader']:<12} {result['workers']:>7}  {result['source']:<9} "
+            f"{result['recipe']:<9} {result['images_per_s']:>9.1f} {ratio:>10.2f} "
+            f"{result['finished_images_per_s']:>11.1f} {finished_ratio:>10.2f} "
+            f"{result['peak_mb']:>9.0f}"
         )
-    for name, ratios in all_ratios(cases).items():
-        lines.append(f"{name}, ours to {BASELINE} at {COMPARED} workers: " + _listed(ratios))
+    lines += [
+        "images/s: batches as the loader hands them over",
+        "finished/s: the same after the device's part of the work, done on the CPU",
+        f"vs {BASELINE}: ratio to {BASELINE} with as many workers",
+        "peak MiB: memory of all processes of the loader",
+    ]
+    for _, metric, title in RATIOS:
+        ratios = compare(results, metric)
+        listed = ", ".join(f"{key} {value:.2f}" for key, value in ratios.items())
+        lines.append(f"{title}, ours / {BASELINE} at {RATIO_WORKERS} workers: {listed}")
     return "\n".join(lines)
-
-
-def all_ratios(cases: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """`compared` for both rates and the memory."""
-    figures = {
-        "ratios": "images_per_s",
-        "finished_ratios": "finished_images_per_s",
-        "memory_ratios": "peak_mb",
-    }
-    return {name: compared(cases, figure) for name, figure in figures.items()}
-
-
-def _listed(ratios: dict[str, float]) -> str:
-    return ", ".join(f"{key} {ratio:.2f}" for key, ratio in ratios.items())
 
 
 def main(
     json_path: Path | None = None,
+    *,
     images: int = 500,
     seconds: float = 5.0,
     warm_up: float = 1.0,
@@ -156,40 +203,56 @@ def main(
     workers: Sequence[int] = (1, 2),
     sources: Sequence[str] = SOURCES,
     recipes: Sequence[str] = RECIPES,
-    **options: Any,
-) -> dict[str, Any]:
-    """Measure every combination (``options``: further fields of ``Load``), print a table, write JSON."""
-    cases = []
+    batch: int = 64,
+    image_size: int = 224,
+) -> dict[str, object]:
+    """Measure every combination, print a table, and write the results to ``json_path``.
+
+    Raises:
+        ConfigError: if a package that a loader needs is not installed.
+    """
+    require("loader", [package for loader in loaders for package in PACKAGES.get(loader, ())])
+
+    def cases(directory: str) -> Iterator[LoaderCase]:
+        # The loader varies fastest, so that a slow phase of the machine affects all of them.
+        combinations = itertools.product(sources, recipes, workers, loaders)
+        for source, recipe, number, loader in combinations:
+            work = Workload(
+                directory=f"{directory}/{source}",
+                recipe=recipe,
+                workers=number,
+                batch=batch,
+                image_size=image_size,
+            )
+            yield LoaderCase(
+                loader=loader, source=source, work=work, seconds=seconds, warm_up=warm_up
+            )
+
     with tempfile.TemporaryDirectory() as temporary:
-        drawn_from = prepare_sources(Path(temporary), images, sources)
-        for source in sources:
-            for recipe in recipes:
-                for number in workers:
-                    load = Load(f"{temporary}/{source}", recipe, number, **options)
-                    for (
-                        loader
-                    ) in loaders:  # next to each other: the machine's moods hit all of them
-                        case = LoaderCase(loader, source, load, seconds, warm_up)
-                        cases.append(run_case("pipeline.bench.loader", asdict(case)))
-                        rate = f"{cases[-1]['images_per_s']:.1f} images/s"
-                        print(
-                            f"{loader} {number} {source} {recipe}: {rate}",
-                            file=sys.stderr,
-                            flush=True,
-                        )
-    result = {
-        "cases": cases,
-        **all_ratios(cases),
+        image_count = prepare_sources(Path(temporary), images, sources)
+        results = [_run(case) for case in cases(temporary)]
+    report = {
+        "cases": results,
+        **{name: compare(results, metric) for name, metric, _ in RATIOS},
         "baseline": BASELINE,
-        "images": drawn_from,
+        "images": image_count,
         "torch": torch.__version__,
     }
-    print(table(cases))
+    print(table(results))
     if json_path is not None:
-        write_json(json_path, result)
+        write_json(json_path, report)
+    return report
+
+
+def _run(case: LoaderCase) -> LoaderResult:
+    """Measure a case in a new process, and report it on stderr."""
+    result = cast(LoaderResult, run_case("pipeline.bench.loader", asdict(case)))
+    title = f"{case.loader}, {case.work.workers} workers, {case.source}, {case.work.recipe}"
+    print(f"{title}: {result['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
     return result
 
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    print(json.dumps(measure(LoaderCase(**(arguments | {"load": Load(**arguments["load"])})))))
+    work = Workload(**arguments.pop("work"))
+    print(json.dumps(measure(LoaderCase(work=work, **arguments))))

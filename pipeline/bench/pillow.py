@@ -1,8 +1,10 @@
-"""The usual training transform, one image at a time with Pillow: what torchvision and timm do, operation for operation.
+"""The usual training transform, one image at a time with Pillow: the baseline of ``bench loader``.
 
-Random resized crop (torchvision, bilinear), flip, timm's RandAugment 'rand-m9-mstd0.5-inc1', ToTensor and Normalize
-(torchvision), timm's RandomErasing in mode 'pixel'; and timm's Mixup of a batch. Neither library is needed. Where they leave
-a choice the cheaper one is taken: Python's random numbers, bilinear and not bicubic interpolation.
+It does what torchvision and timm do, operation for operation, without needing either: random
+resized crop (torchvision, bilinear), flip, timm's RandAugment 'rand-m9-mstd0.5-inc1', ToTensor and
+Normalize (torchvision), timm's RandomErasing in mode 'pixel', and timm's Mixup of a batch. Where
+they leave a choice, the cheaper one is taken, so that the baseline is not slowed down: Python's
+random numbers, and bilinear interpolation instead of bicubic.
 """
 
 from __future__ import annotations
@@ -20,19 +22,41 @@ from torch import Tensor
 from pipeline.data.device import MEAN, STD
 
 Image = Pillow.Image
-LAYERS, MAGNITUDE, DEVIATION, PROBABILITY = 2, 9, 0.5, 0.5
+Matrix = tuple[float, float, float, float, float, float]  # of an affine map, row by row
+
+# RandAugment
+LAYERS = 2
+MAGNITUDE = 9
+DEVIATION = 0.5
+PROBABILITY = 0.5
 FILL = (124, 116, 104)
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-ERASING, ERASE_AREA, ERASE_ASPECT, TRIES = 0.25, (0.02, 1 / 3), (0.3, 1 / 0.3), 10
-MIXUP, CUTMIX, CUTMIX_SHARE, SMOOTHING = 0.8, 1.0, 0.5, 0.1
+# Random resized crop
+CROP_AREA = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+# Random erasing
+ERASE_PROBABILITY = 0.25
+ERASE_AREA = (0.02, 1 / 3)
+ERASE_ASPECT = (0.3, 1 / 0.3)
+ERASE_TRIES = 10
+# Mixup, cutmix and label smoothing
+MIXUP = 0.8
+CUTMIX = 1.0
+CUTMIX_PROBABILITY = 0.5
+SMOOTHING = 0.1
 
 
-class UsualTransform:
-    """Image -> float32 (3, image_size, image_size), normalised. ``full``: with RandAugment and erasing."""
+class PillowTransform:
+    """Image -> float32, shape (3, image_size, image_size), normalised.
+
+    ``full``: with RandAugment and random erasing; else crop and flip only.
+    """
 
     def __init__(self, image_size: int, full: bool) -> None:
-        self.image_size, self.full = image_size, full
-        self.mean, self.std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+        self.image_size = image_size
+        self.full = full
+        self.mean = torch.tensor(MEAN).view(3, 1, 1)
+        self.std = torch.tensor(STD).view(3, 1, 1)
 
     def __call__(self, image: Image) -> Tensor:
         image = random_resized_crop(image, self.image_size)
@@ -40,35 +64,38 @@ class UsualTransform:
             image = image.transpose(Pillow.Transpose.FLIP_LEFT_RIGHT)
         if self.full:
             image = randaugment(image)
-        tensor = (
-            torch.from_numpy(np.array(image, copy=True))
-            .permute(2, 0, 1)
-            .contiguous()
-            .to(torch.float32)
-            .div(255)
-        )
+        # A copy, because torch warns about Pillow's read-only buffer.
+        pixels = torch.from_numpy(np.array(image, copy=True))
+        tensor = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div(255)
         tensor.sub_(self.mean).div_(self.std)
-        return erase(tensor) if self.full and random.random() < ERASING else tensor
+        if self.full and random.random() < ERASE_PROBABILITY:
+            return erase(tensor)
+        return tensor
 
 
 def random_resized_crop(image: Image, size: int) -> Image:
+    """A box of random area and aspect ratio, else the largest central one, resized."""
     width, height = image.size
-    for _ in range(TRIES):
-        area = width * height * random.uniform(*SCALE)
-        ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = random.randint(0, width - w), random.randint(0, height - h)
+    for _ in range(CROP_TRIES):
+        area = width * height * random.uniform(*CROP_AREA)
+        ratio = math.exp(random.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        box_width = round(math.sqrt(area * ratio))
+        box_height = round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = random.randint(0, width - box_width)
+            top = random.randint(0, height - box_height)
             break
     else:
-        w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-        left, top = (width - w) // 2, (height - h) // 2
-    return image.crop((left, top, left + w, top + h)).resize(
-        (size, size), Pillow.Resampling.BILINEAR
-    )
+        box_width = min(width, round(height * CROP_RATIO[1]))
+        box_height = min(height, round(width / CROP_RATIO[0]))
+        left = (width - box_width) // 2
+        top = (height - box_height) // 2
+    crop = image.crop((left, top, left + box_width, top + box_height))
+    return crop.resize((size, size), Pillow.Resampling.BILINEAR)
 
 
 def randaugment(image: Image) -> Image:
+    """Two random operations, each with probability 0.5."""
     for operation in random.choices(_OPERATIONS, k=LAYERS):
         if random.random() <= PROBABILITY:
             level = min(max(random.gauss(MAGNITUDE, DEVIATION), 0.0), 10.0) / 10.0
@@ -76,7 +103,7 @@ def randaugment(image: Image) -> Image:
     return image
 
 
-def _affine(image: Image, *matrix: float) -> Image:
+def _affine(image: Image, matrix: Matrix) -> Image:
     return image.transform(
         image.size, Pillow.Transform.AFFINE, matrix, Pillow.Resampling.BILINEAR, fillcolor=FILL
     )
@@ -87,10 +114,12 @@ def _factor(level: float, sign: float) -> float:
 
 
 def _solarize_add(image: Image, added: int) -> Image:
+    # Pillow takes one table of 256 entries per channel, one after the other.
     table = [min(255, i + added) if i < 128 else i for i in range(256)]
     return image.point(table * 3)
 
 
+# In timm's order; arguments: image, level in [0, 1], direction -1 or 1.
 _OPERATIONS: tuple[Callable[[Image, float, float], Image], ...] = (
     lambda image, level, sign: ImageOps.autocontrast(image),
     lambda image, level, sign: ImageOps.equalize(image),
@@ -105,55 +134,64 @@ _OPERATIONS: tuple[Callable[[Image, float, float], Image], ...] = (
     lambda image, level, sign: ImageEnhance.Contrast(image).enhance(_factor(level, sign)),
     lambda image, level, sign: ImageEnhance.Brightness(image).enhance(_factor(level, sign)),
     lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(_factor(level, sign)),
-    lambda image, level, sign: _affine(image, 1, sign * level * 0.3, 0, 0, 1, 0),
-    lambda image, level, sign: _affine(image, 1, 0, 0, sign * level * 0.3, 1, 0),
-    lambda image, level, sign: _affine(image, 1, 0, sign * level * 0.45 * image.size[0], 0, 1, 0),
-    lambda image, level, sign: _affine(image, 1, 0, 0, 0, 1, sign * level * 0.45 * image.size[1]),
+    lambda image, level, sign: _affine(image, (1, sign * level * 0.3, 0, 0, 1, 0)),
+    lambda image, level, sign: _affine(image, (1, 0, 0, sign * level * 0.3, 1, 0)),
+    lambda image, level, sign: _affine(image, (1, 0, sign * level * 0.45 * image.size[0], 0, 1, 0)),
+    lambda image, level, sign: _affine(image, (1, 0, 0, 0, 1, sign * level * 0.45 * image.size[1])),
 )
 
 
 def erase(image: Tensor) -> Tensor:
-    """A box of an image becomes normal noise, in place."""
+    """Fill a random box of a (3, H, W) image with normal noise, in place."""
     channels, height, width = image.shape
-    for _ in range(TRIES):
+    for _ in range(ERASE_TRIES):
         area = random.uniform(*ERASE_AREA) * height * width
         aspect = math.exp(random.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h < height and w < width:
-            top, left = random.randint(0, height - h), random.randint(0, width - w)
-            image[:, top : top + h, left : left + w] = torch.empty(channels, h, w).normal_()
+        box_height = round(math.sqrt(area * aspect))
+        box_width = round(math.sqrt(area / aspect))
+        if box_height < height and box_width < width:
+            top = random.randint(0, height - box_height)
+            left = random.randint(0, width - box_width)
+            noise = torch.empty(channels, box_height, box_width).normal_()
+            image[:, top : top + box_height, left : left + box_width] = noise
             break
     return image
 
 
-def mix(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Mixup or cutmix of a batch with itself in reverse order, in place, and its soft targets (n, classes)."""
+def mixup_or_cutmix(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Mix a batch with itself in reverse order, in place: image i with image n - 1 - i.
+
+    Unlike `pipeline.data.device`, the whole batch shares one lambda and one box, as in timm's mode
+    'batch'.
+
+    Returns:
+        The images, and soft targets: float32, shape (n, classes).
+    """
     height, width = images.shape[2:]
-    if random.random() < CUTMIX_SHARE:
-        share = float(np.random.beta(CUTMIX, CUTMIX))
-        half_height, half_width = (
-            int(height * math.sqrt(1 - share)) // 2,
-            int(width * math.sqrt(1 - share)) // 2,
-        )
-        y, x = random.randrange(height), random.randrange(width)
-        top, bottom, left, right = (
-            max(y - half_height, 0),
-            min(y + half_height, height),
-            max(x - half_width, 0),
-            min(x + half_width, width),
-        )
+    if random.random() < CUTMIX_PROBABILITY:
+        own_share = float(np.random.beta(CUTMIX, CUTMIX))
+        half_height = int(height * math.sqrt(1 - own_share)) // 2
+        half_width = int(width * math.sqrt(1 - own_share)) // 2
+        y = random.randrange(height)
+        x = random.randrange(width)
+        top = max(y - half_height, 0)
+        bottom = min(y + half_height, height)
+        left = max(x - half_width, 0)
+        right = min(x + half_width, width)
         images[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
-        share = 1.0 - (bottom - top) * (right - left) / (height * width)
+        # The border may have cut the box: use the area that was really replaced.
+        own_share = 1.0 - (bottom - top) * (right - left) / (height * width)
     else:
-        share = float(np.random.beta(MIXUP, MIXUP))
-        partners = images.flip(0)  # before the batch is scaled in place
-        images.mul_(share).add_(partners.mul_(1.0 - share))
-    own, other = one_hot(labels, classes, SMOOTHING), one_hot(labels.flip(0), classes, SMOOTHING)
-    return images, own * share + other * (1.0 - share)
+        own_share = float(np.random.beta(MIXUP, MIXUP))
+        partners = images.flip(0)  # a copy, taken before the images are scaled in place
+        images.mul_(own_share).add_(partners.mul_(1.0 - own_share))
+    own = smoothed_one_hot(labels, classes, SMOOTHING)
+    other = smoothed_one_hot(labels.flip(0), classes, SMOOTHING)
+    return images, own * own_share + other * (1.0 - own_share)
 
 
-def one_hot(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+def smoothed_one_hot(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Targets, float32, shape (n, classes): each row sums to 1."""
     off = smoothing / classes
-    return torch.full((len(labels), classes), off).scatter_(
-        1, labels[:, None], 1.0 - smoothing + off
-    )
+    targets = torch.full((len(labels), classes), off)
+    return targets.scatter_(1, labels[:, None], 1.0 - smoothing + off)

@@ -1,4 +1,4 @@
-"""How benchmarks run things: pieces of work one after the other or in a pool, a case in a process of its own."""
+"""How benchmarks run: preparation tasks here or in a pool, and each case in a new process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import psutil
 
 MIB = 2.0**20
-SAMPLING = 0.2  # seconds between two looks at a process's memory
+SAMPLING_INTERVAL = 0.2  # seconds between two measurements of a process's memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,13 +22,13 @@ Result = TypeVar("Result")
 def serially(
     function: Callable[[Item], Result], items: Sequence[Item]
 ) -> Iterator[tuple[Item, Result]]:
-    """Tasks (`pipeline.prepare.build.MapTasks`) in this process."""
+    """Run tasks one after the other in this process (a `pipeline.prepare.build.MapTasks`)."""
     for item in items:
         yield item, function(item)
 
 
-class Pooled:
-    """Tasks in the processes of a pool."""
+class PoolTasks:
+    """Run tasks in the processes of a pool (a `pipeline.prepare.build.MapTasks`)."""
 
     def __init__(self, pool: Executor) -> None:
         self.pool = pool
@@ -41,18 +41,29 @@ class Pooled:
             yield futures[future], future.result()
 
 
-def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Run ``python -m module CASE`` (as JSON). Its last line of output, as JSON, is the result, with ``peak_mb``.
+def silent(*_: object, **__: object) -> None:
+    """A log and a progress report that print nothing: output would be measured too."""
 
-    ``peak_mb``, unless the case reports its own: the largest sum of the resident memory (MiB) of the process and its children,
-    sampled every SAMPLING seconds. Pages that processes share, and pages of mapped files, count in each process.
+
+def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Run one case of a benchmark in a new process, so that cases do not influence each other.
+
+    The process is ``python -m <module> <case as JSON>``. The last line of its output is its result,
+    as JSON. Unless the result has a ``peak_mb`` of its own, this function adds it: the largest
+    resident memory of the process and its children together (MiB), measured every
+    SAMPLING_INTERVAL. Pages that are shared, or belong to mapped files, count once per process.
+
+    Raises:
+        subprocess.CalledProcessError: if the process fails; its traceback is on stderr.
     """
+    # The result is a few hundred bytes: it fits into the pipe, so that reading it after the end of
+    # the process cannot block. Progress and tracebacks go to stderr, which is not captured.
     command = [sys.executable, "-m", module, json.dumps(case)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = 0
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
-            time.sleep(SAMPLING)
+            time.sleep(SAMPLING_INTERVAL)
         output = process.stdout.read() if process.stdout is not None else ""
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
@@ -60,14 +71,15 @@ def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of a process and its children; what has just ended counts as nothing."""
+    """Resident memory of a process and its children, in bytes."""
     total = 0
     try:
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
+        processes = [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return 0
-    for process in family:
+    for process in processes:
+        # A child may end between the listing and the measurement.
         try:
             total += process.memory_info().rss
         except psutil.NoSuchProcess:

@@ -1,9 +1,18 @@
-"""From encoded bytes to a training or evaluation image of fixed size, in uint8 on the CPU.
+"""Encoded bytes -> training or evaluation image of a fixed size, uint8 on the CPU.
 
-Training: random resized crop (Szegedy et al. 2015), horizontal flip, then RandAugment as published in timm
-('rand-m9-mstd0.5-inc1': two of fifteen operations, each with probability 0.5), or colour jitter where RandAugment is off:
-timm, and so the published recipes, never apply both. Every choice comes from numbers that are a function of
-(seed, epoch, sample), drawn for a whole batch at once.
+Training: random resized crop (Szegedy et al. 2015), horizontal flip, then RandAugment as published
+in timm ('rand-m9-mstd0.5-inc1': two of fifteen operations, each with probability 0.5). Where
+RandAugment is off, colour jitter takes its place: timm, and so the published recipes, never apply
+both. Every choice comes from random numbers that are a function of (seed, epoch, view), drawn for a
+whole batch at once.
+
+Worked example of a crop: an original of 500 x 375 pixels (width x height), image_size 224.
+
+1. The draws choose a box of 30% of the area with aspect ratio 4/3: 274 x 205 at left 100, top 60.
+2. Only the rows 0..264 are needed, so the JPEG's header is cut to a height of 272 (`first_rows`).
+3. Decoding at half size would leave 137 x 102 pixels of the box, fewer than 224, so the image is
+   decoded at full size. (A box of 600 x 480 of an original of 1000 x 750 would be decoded at 1/2.)
+4. The box is cut out and resized to 224 x 224.
 """
 
 from __future__ import annotations
@@ -24,35 +33,46 @@ if TYPE_CHECKING:  # an exported model is used without pydantic, which the schem
     from pipeline.config.schema import AugmentConfig
 
 CROP_TRIES = 5
-# Places of the random numbers of one image: crop, flip, jitter (order and three strengths), two RandAugment operations.
-_PLACE, _FLIP, _JITTER, _RANDAUGMENT = (
-    2 * CROP_TRIES,
-    2 * CROP_TRIES + 2,
-    2 * CROP_TRIES + 3,
-    2 * CROP_TRIES + 7,
-)
-DRAWS = _RANDAUGMENT + 2 * randaugment_ops.DRAWS
+# Layout of the random numbers of one image. Every use has numbers of its own, so that switching one
+# operation on or off leaves the choices of the others as they are.
+#     0 .. 9    crop: area and aspect ratio of each try
+#    10, 11     crop: top and left
+#    12         flip
+#    13 .. 16   colour jitter: order, and one strength per operation
+#    17 .. 26   RandAugment: five numbers per operation, two operations
+_CROP_CORNER = 2 * CROP_TRIES
+_FLIP = _CROP_CORNER + 2
+_JITTER = _FLIP + 1
+_RANDAUGMENT = _JITTER + 4
+DRAWS = _RANDAUGMENT + 2 * randaugment_ops.DRAWS  # random numbers per image
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class TrainTransform:
-    """The training transform for images of one size (pixels, square)."""
+    """The training transform for square images of ``image_size`` pixels."""
 
     def __init__(self, image_size: int, augment: AugmentConfig, seed: int) -> None:
-        self.image_size, self.augment, self.seed = image_size, augment, seed
+        self.image_size = image_size
+        self.augment = augment
+        self.seed = seed
 
-    def draws(self, epoch: int, samples: NDArray[np.int64]) -> list[list[float]]:
-        """The random numbers of each of ``samples``: DRAWS in [0, 1) for each."""
-        numbers: list[list[float]] = uniforms(
-            key_of("augment", self.seed, epoch), samples, DRAWS
-        ).tolist()
+    def draws(self, epoch: int, views: NDArray[np.int64]) -> list[list[float]]:
+        """Random numbers of each view: DRAWS per view, in [0, 1)."""
+        key = key_of("augment", self.seed, epoch)
+        numbers: list[list[float]] = uniforms(key, views, DRAWS).tolist()
         return numbers
 
     def __call__(self, data: memoryview, draws: Sequence[float], out: Image) -> None:
-        """Decode and augment one image into ``out``, uint8 (image_size, image_size, 3), contiguous.
+        """Decode and augment one image.
 
-        Raises ValueError if undecodable.
+        Args:
+            data: the encoded image.
+            draws: the random numbers of its view, from `draws`.
+            out: receives the result: uint8, shape (image_size, image_size, 3), contiguous.
+
+        Raises:
+            ValueError: if the image cannot be decoded.
         """
         size = self.image_size
         crop = self._crop(data, draws)
@@ -67,83 +87,108 @@ class TrainTransform:
                     image, numbers, self.augment.randaugment, self.augment.randaugment_std
                 )
         elif self.augment.color_jitter > 0:
-            image = randaugment_ops.color_jitter(
-                image, draws[_JITTER : _JITTER + 4], self.augment.color_jitter
-            )
+            numbers = draws[_JITTER : _JITTER + 4]
+            image = randaugment_ops.color_jitter(image, numbers, self.augment.color_jitter)
         if image is not out:
             out[...] = image
 
     def _crop(self, data: memoryview, draws: Sequence[float]) -> Image:
-        """The randomly chosen part of the image, decoded no larger than needed."""
+        """Decode the randomly chosen part of the image, no larger than needed."""
         if bytes(data[:3]) != JPEG_MAGIC:
             image = decode_any(data)
             top, left, height, width = crop_box(image.shape[0], image.shape[1], draws, self.augment)
             return image[top : top + height, left : left + width]
+
+        # 1. Choose the box from the size in the header, before any pixel is decoded.
         full_height, full_width = jpeg_size(data)
         top, left, height, width = crop_box(full_height, full_width, draws, self.augment)
+
+        # 2. Decode no rows below the box, and at the smallest scale that keeps enough pixels.
         data, rows = first_rows(data, full_height, top + height)
         image = decode_jpeg(
             data,
-            _at_least(rows, height, self.image_size),
-            _at_least(full_width, width, self.image_size),
+            _min_side(rows, height, self.image_size),
+            _min_side(full_width, width, self.image_size),
         )
-        scale_y, scale_x = image.shape[0] / rows, image.shape[1] / full_width
-        y, x = round(top * scale_y), round(left * scale_x)
-        return image[
-            y : y + max(1, round(height * scale_y)), x : x + max(1, round(width * scale_x))
-        ]
+
+        # 3. Find the box in the scaled image. The decoder rounds sizes up, so derive the scale
+        #    from the sizes that it returned.
+        scale_y = image.shape[0] / rows
+        scale_x = image.shape[1] / full_width
+        y = round(top * scale_y)
+        x = round(left * scale_x)
+        bottom = y + max(1, round(height * scale_y))
+        right = x + max(1, round(width * scale_x))
+        return image[y:bottom, x:right]
 
 
 class EvalTransform:
-    """Short side to ``image_size * resize``, then the centre crop of ``image_size`` (pixels)."""
+    """The evaluation transform: resize the short side, then take the centre crop.
+
+    Args:
+        image_size: side of the square result (pixels).
+        resize: short side before the crop, as a factor of ``image_size``.
+    """
 
     def __init__(self, image_size: int, resize: float) -> None:
-        self.image_size, self.short_side = image_size, max(image_size, round(image_size * resize))
+        self.image_size = image_size
+        self.short_side = max(image_size, round(image_size * resize))
 
     def __call__(self, data: memoryview, out: Image) -> None:
-        """Decode one image into ``out``, uint8 (image_size, image_size, 3). Raises ValueError if undecodable."""
+        """Decode one image into ``out``: uint8, shape (image_size, image_size, 3).
+
+        Raises:
+            ValueError: if the image cannot be decoded.
+        """
         if bytes(data[:3]) == JPEG_MAGIC:
             height, width = jpeg_size(data)
-            short = self.short_side
-            image = decode_jpeg(data, min(height, short), min(width, short))
+            image = decode_jpeg(data, min(height, self.short_side), min(width, self.short_side))
         else:
             image = decode_any(data)
             height, width = image.shape[:2]
+        # Both sides come from the original size: scaled decoding has rounded the decoded one.
         scale = self.short_side / min(height, width)
-        wide, high = (
-            max(self.short_side, round(width * scale)),
-            max(self.short_side, round(height * scale)),
-        )
-        method = (
-            cv2.INTER_AREA if image.shape[0] > high and image.shape[1] > wide else cv2.INTER_CUBIC
-        )
-        resized = cv2.resize(image, (wide, high), interpolation=method)
-        top, left = (high - self.image_size) // 2, (wide - self.image_size) // 2
+        resized_width = max(self.short_side, round(width * scale))
+        resized_height = max(self.short_side, round(height * scale))
+        shrinks = image.shape[0] > resized_height and image.shape[1] > resized_width
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+        resized = cv2.resize(image, (resized_width, resized_height), interpolation=method)
+        top = (resized_height - self.image_size) // 2
+        left = (resized_width - self.image_size) // 2
         out[...] = resized[top : top + self.image_size, left : left + self.image_size]
 
 
 def crop_box(height: int, width: int, draws: Sequence[float], augment: AugmentConfig) -> Box:
-    """The random resized crop as in torchvision: a box of random area and aspect ratio, else the largest central one."""
-    (small, large), (low, high) = augment.crop_scale, augment.crop_ratio
+    """Choose the random resized crop as torchvision does.
+
+    Each try draws an area and an aspect ratio. The first box that fits into the image is placed at
+    random. If none fits, the largest central box with an allowed aspect ratio is taken.
+    """
+    small, large = augment.crop_scale
+    low, high = augment.crop_ratio
     for attempt in range(CROP_TRIES):
         area = height * width * (small + draws[2 * attempt] * (large - small))
+        # Uniform in the logarithm, so that 3/4 and 4/3 are equally likely.
         ratio = math.exp(math.log(low) + draws[2 * attempt + 1] * (math.log(high) - math.log(low)))
-        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        box_width = round(math.sqrt(area * ratio))
+        box_height = round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(draws[_PLACE] * (height - box_height + 1))
-            left = int(draws[_PLACE + 1] * (width - box_width + 1))
+            top = int(draws[_CROP_CORNER] * (height - box_height + 1))
+            left = int(draws[_CROP_CORNER + 1] * (width - box_width + 1))
             return top, left, box_height, box_width
     ratio = min(max(width / height, low), high)
-    box_width, box_height = min(width, round(height * ratio)), min(height, round(width / ratio))
-    box_width, box_height = max(1, box_width), max(1, box_height)
+    box_width = max(1, min(width, round(height * ratio)))
+    box_height = max(1, min(height, round(width / ratio)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _at_least(full: int, part: int, wanted: int) -> int:
-    """The least size of the whole side at which its ``part`` still has ``wanted`` pixels."""
-    return min(full, math.ceil(full * wanted / part))
+def _min_side(full: int, part: int, needed: int) -> int:
+    """Smallest size of the ``full`` side at which its ``part`` still has ``needed`` pixels."""
+    # Example: 274 of 500 columns must give 224 pixels: at least 500 * 224 / 274 = 409 columns.
+    return min(full, math.ceil(full * needed / part))
 
 
 def _interpolation(image: Image, size: int) -> int:
-    # After scaled decoding a JPEG's crop is less than twice too large, where linear interpolation still sees every pixel.
+    # Scaled decoding leaves most JPEG crops less than twice as large as needed. There, linear
+    # interpolation still uses every pixel and is the faster one; larger crops need averaging.
     return cv2.INTER_AREA if min(image.shape[:2]) >= 2 * size else cv2.INTER_LINEAR

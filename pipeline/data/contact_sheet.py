@@ -1,9 +1,10 @@
-"""A contact sheet: training images as they are stored, as the loader augments them, and as the network gets them."""
+"""A contact sheet: training images as stored, as the loader augments them, and as network input."""
 
 from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -21,19 +22,24 @@ from pipeline.data.decode import Image, decode_any
 from pipeline.data.device import DeviceAugment
 from pipeline.errors import DataError
 
-SMALLEST, LARGEST = 128, 192  # side of a picture on the sheet (pixels)
-GAP, BELOW, LEFT, HEAD = (
-    10,
-    18,
-    190,
-    62,
-)  # between pictures; for a line below each; for the names; for the titles
-PAPER, INK, FAINT = (250, 250, 248), (20, 20, 20), (120, 120, 120)
+Color = tuple[int, int, int]  # RGB
+
+# The layout, in pixels.
+MIN_SIDE = 128  # of an image on the sheet
+MAX_SIDE = 192
+GAP = 10  # between images
+CAPTION_HEIGHT = 18  # one line below each image
+LABEL_WIDTH = 190  # class names and numbers, left of the images
+HEADER_HEIGHT = 62  # title and column titles
+
+BACKGROUND: Color = (250, 250, 248)
+BLACK: Color = (20, 20, 20)
+GREY: Color = (120, 120, 120)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the pixels of training images. ``image_size``: side in pixels."""
+    """The settings that decide the pixels of training images. ``image_size``: side in pixels."""
 
     image_size: int
     augment: AugmentConfig
@@ -43,14 +49,23 @@ class Settings:
 def contact_sheet(
     data: PreparedDataset, settings: Settings, epoch: int = 0, rows: int = 8, epochs: int = 4
 ) -> Image:
-    """``rows`` images from all over the training split, one a row: uint8 (height, width, 3), RGB.
+    """Draw training images with their augmentations, one image per row.
 
-    Columns: the image as stored, `TrainTransform`'s result in each of ``epochs`` epochs from ``epoch`` on, and what
-    `DeviceAugment` makes of the first of these if neighbours on the sheet are neighbours in a batch, with the classes that
-    are most in its target. The same arguments give the same sheet.
+    The images are taken at equal distances from the whole training split. The columns are:
+
+    - the image as stored;
+    - the result of `TrainTransform` in each of ``epochs`` epochs, beginning with ``epoch``;
+    - the network input: the first of these after `DeviceAugment`, with the classes that have the
+      largest share of its target. Neighbouring rows are treated as neighbours in a batch, so that
+      mixup and cutmix mix them.
+
+    The same arguments give the same sheet.
+
+    Returns:
+        uint8, shape (height, width, 3), RGB.
 
     Raises:
-        DataError: no training image, or one that cannot be decoded.
+        DataError: if there is no training image, or one cannot be decoded.
     """
     split = data.split("train")
     if not len(split):
@@ -59,40 +74,58 @@ def contact_sheet(
         )
     samples = np.linspace(0, len(split) - 1, min(rows, len(split))).astype(np.int64)
     stored = [_stored(split, sample) for sample in samples.tolist()]
-    columns = [
-        (f"epoch {e}", _augmented(split, settings, e, samples))
-        for e in range(epoch, epoch + epochs)
-    ]
-    fed, targets = _fed(data, settings, epoch, samples, columns[0][1])
-    captions = [
-        (
-            data.class_names[split.label(i)],
-            data.classes[split.label(i)],
-            f"{one.shape[1]} x {one.shape[0]} px",
-            f"image {i}",
-        )
-        for i, one in zip(samples.tolist(), stored, strict=True)
-    ]
+    augmented = {e: _augmented(split, settings, e, samples) for e in range(epoch, epoch + epochs)}
+    inputs = _network_inputs(data, settings, epoch, samples, augmented[epoch])
+
     side = _side(settings.image_size)
-    sheet = _Sheet(len(captions), len(columns) + 2, side)
-    sheet.title(
-        f"{data.path.name}: {len(split):,} training images of {len(data.classes):,} classes; {_words(settings)}"
-    )
-    sheet.column(0, "as stored", [_fitted(one, side) for one in stored])
-    for number, (title, images) in enumerate(columns, 1):
-        sheet.column(number, title, [_scaled(one, side) for one in images])
+    sheet = _Sheet(rows=len(samples), columns=len(augmented) + 2, side=side)
+    sheet.title(_title(data, settings))
+    sheet.column(0, "as stored", [_fitted(image, side) for image in stored])
+    for number, (shown_epoch, images) in enumerate(augmented.items(), 1):
+        sheet.column(number, f"epoch {shown_epoch}", [_scaled(image, side) for image in images])
     sheet.column(
-        len(columns) + 1, f"network, epoch {epoch}", [_scaled(one, side) for one in fed], targets
+        len(augmented) + 1,
+        f"network, epoch {epoch}",
+        [_scaled(image, side) for image in inputs.images],
+        inputs.captions,
     )
-    sheet.names(captions)
+    sheet.labels(_labels(data, split, samples, stored))
     return np.asarray(sheet.image)
 
 
 def png(image: Image) -> bytes:
-    """The image as a PNG file."""
+    """Encode an image as PNG."""
     out = io.BytesIO()
     Pillow.fromarray(image).save(out, "PNG", optimize=True)
     return out.getvalue()
+
+
+@dataclass(frozen=True)
+class RowLabel:
+    """Text beside a row: class name in large print, then smaller lines."""
+
+    class_name: str
+    details: list[str]
+
+
+@dataclass(frozen=True)
+class NetworkInputs:
+    """Images as the network receives them, and the classes of each one's target as text."""
+
+    images: Image  # uint8, (n, image_size, image_size, 3)
+    captions: list[str]
+
+
+def _labels(
+    data: PreparedDataset, split: Split, samples: NDArray[np.int64], stored: Sequence[Image]
+) -> list[RowLabel]:
+    labels = []
+    for sample, image in zip(samples.tolist(), stored, strict=True):
+        label = split.label(sample)
+        height, width = image.shape[:2]
+        details = [data.classes[label], f"{width} x {height} px", f"image {sample}"]
+        labels.append(RowLabel(data.class_names[label], details))
+    return labels
 
 
 def _stored(split: Split, sample: int) -> Image:
@@ -103,12 +136,12 @@ def _stored(split: Split, sample: int) -> Image:
 
 
 def _augmented(split: Split, settings: Settings, epoch: int, samples: NDArray[np.int64]) -> Image:
-    """uint8 (n, image_size, image_size, 3)"""
+    """The loader's result for each sample: uint8, shape (n, image_size, image_size, 3)."""
     transform = TrainTransform(settings.image_size, settings.augment, settings.seed)
     images = np.empty((len(samples), settings.image_size, settings.image_size, 3), np.uint8)
-    for image, sample, draws in zip(
-        images, samples.tolist(), transform.draws(epoch, samples), strict=True
-    ):
+    # The first view of a sample has the sample's own number.
+    draws_of_views = transform.draws(epoch, samples)
+    for image, sample, draws in zip(images, samples.tolist(), draws_of_views, strict=True):
         try:
             transform(split.image(sample), draws, image)
         except (ValueError, cv2.error) as error:
@@ -116,31 +149,38 @@ def _augmented(split: Split, settings: Settings, epoch: int, samples: NDArray[np
     return images
 
 
-def _fed(
+def _network_inputs(
     data: PreparedDataset, settings: Settings, epoch: int, samples: NDArray[np.int64], images: Image
-) -> tuple[Image, list[str]]:
-    """Images after the device's part, and in words the classes of each one's target."""
-    numbers = torch.from_numpy(samples)
+) -> NetworkInputs:
+    views = torch.from_numpy(samples)
+    positions = torch.arange(len(samples))
     labels = torch.from_numpy(data.split("train").labels[samples])
     device = DeviceAugment(settings.augment, len(data.classes), settings.seed, train=True)
-    batch = device(torch.from_numpy(images), labels, numbers, torch.arange(len(samples)), epoch)
-    pixels = (
-        batch.image01.mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    )
+    batch = device(torch.from_numpy(images), labels, views, positions, epoch)
+    pixels = batch.image01.mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
     shares, classes = batch.targets.topk(min(2, len(data.classes)))
-    even = settings.augment.smoothing / len(data.classes)
-    words = []
-    for some, which in zip(shares.tolist(), classes.tolist(), strict=True):
+    # Label smoothing gives every class a little. Leave out classes that have no more than that.
+    smoothing_share = settings.augment.smoothing / len(data.classes)
+    captions = []
+    for row_shares, row_classes in zip(shares.tolist(), classes.tolist(), strict=True):
         parts = [
-            f"{share:.0%} {data.class_names[i]}"
-            for share, i in zip(some, which, strict=True)
-            if share > even + 0.005
+            f"{share:.0%} {data.class_names[label]}"
+            for share, label in zip(row_shares, row_classes, strict=True)
+            if share > smoothing_share + 0.005
         ]
-        words.append(", ".join(parts))
-    return pixels, words
+        captions.append(", ".join(parts))
+    return NetworkInputs(pixels.numpy(), captions)
 
 
-def _words(settings: Settings) -> str:
+def _title(data: PreparedDataset, settings: Settings) -> str:
+    images = len(data.split("train"))
+    counts = f"{images:,} training images of {len(data.classes):,} classes"
+    return f"{data.path.name}: {counts}; {_describe(settings)}"
+
+
+def _describe(settings: Settings) -> str:
+    """The augmentation that is switched on, for the title."""
     augment = settings.augment
     small, large = augment.crop_scale
     parts = [f"{settings.image_size} px", f"crop {small:g} to {large:g}", f"flip {augment.flip:g}"]
@@ -149,80 +189,90 @@ def _words(settings: Settings) -> str:
     elif augment.color_jitter > 0:
         parts.append(f"colour jitter {augment.color_jitter:g}")
     parts += [
-        f"{name} {share:g}"
+        f"{name} {value:g}"
         for name in ("random_erasing", "mixup", "cutmix", "smoothing")
-        if (share := getattr(augment, name))
+        if (value := getattr(augment, name))
     ]
     return ", ".join(parts)
 
 
 def _side(image_size: int) -> int:
-    """Small images are shown in whole multiples of their size, so that one sees their pixels."""
-    return min(image_size * -(-SMALLEST // image_size), LARGEST)
+    """Side of the images on the sheet (pixels)."""
+    # Enlarge small images by a whole number, so that each of their pixels is a square.
+    # Example: 32 pixels become 4 * 32 = 128; 96 become 192, and 224 shrink to 192.
+    return min(image_size * -(-MIN_SIDE // image_size), MAX_SIDE)
 
 
 def _scaled(image: Image, side: int) -> Image:
+    """Resize a square image."""
     method = cv2.INTER_NEAREST if side >= image.shape[0] else cv2.INTER_AREA
     return np.asarray(cv2.resize(image, (side, side), interpolation=method), np.uint8)
 
 
 def _fitted(image: Image, side: int) -> Image:
-    """The whole image in the middle of a square."""
+    """Resize the whole image to fit into a square, and centre it."""
     height, width = image.shape[:2]
     scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    fitted_width = max(1, round(width * scale))
+    fitted_height = max(1, round(height * scale))
     method = cv2.INTER_NEAREST if scale >= 1 else cv2.INTER_AREA
-    square = np.full((side, side, 3), PAPER, np.uint8)
-    top, left = (side - size[1]) // 2, (side - size[0]) // 2
-    square[top : top + size[1], left : left + size[0]] = cv2.resize(
-        image, size, interpolation=method
-    )
+    resized = cv2.resize(image, (fitted_width, fitted_height), interpolation=method)
+    square = np.full((side, side, 3), BACKGROUND, np.uint8)
+    top = (side - fitted_height) // 2
+    left = (side - fitted_width) // 2
+    square[top : top + fitted_height, left : left + fitted_width] = resized
     return square
 
 
 class _Sheet:
-    """The paper: a grid of squares, names to the left, titles above."""
+    """The drawing: a grid of squares with row labels to the left and column titles above."""
 
     def __init__(self, rows: int, columns: int, side: int) -> None:
         self.side = side
-        self.image = Pillow.new(
-            "RGB", (LEFT + columns * (side + GAP) + GAP, HEAD + rows * (side + BELOW + GAP)), PAPER
-        )
+        width = LABEL_WIDTH + columns * (side + GAP) + GAP
+        height = HEADER_HEIGHT + rows * (side + CAPTION_HEIGHT + GAP)
+        self.image = Pillow.new("RGB", (width, height), BACKGROUND)
         self._draw = ImageDraw.Draw(self.image)
 
     def title(self, text: str) -> None:
-        self._text((GAP, GAP), text, 15, INK, self.image.width - 2 * GAP)
+        self._text(text, (GAP, GAP), 15, BLACK, width=self.image.width - 2 * GAP)
 
-    def names(self, captions: list[tuple[str, str, str, str]]) -> None:
-        for row, (name, *rest) in enumerate(captions):
+    def labels(self, labels: Sequence[RowLabel]) -> None:
+        width = LABEL_WIDTH - 2 * GAP
+        for row, label in enumerate(labels):
             y = self._top(row)
-            for line in textwrap.wrap(name, 21)[:3]:
-                self._text((GAP, y), line, 16, INK, LEFT - 2 * GAP)
+            for line in textwrap.wrap(label.class_name, 21)[:3]:
+                self._text(line, (GAP, y), 16, BLACK, width=width)
                 y += 20
-            for line in rest:
-                self._text((GAP, y), line, 12, FAINT, LEFT - 2 * GAP)
+            for line in label.details:
+                self._text(line, (GAP, y), 12, GREY, width=width)
                 y += 16
 
     def column(
-        self, number: int, title: str, images: list[Image], below: list[str] | None = None
+        self,
+        number: int,
+        title: str,
+        images: Sequence[Image],
+        captions: Sequence[str] | None = None,
     ) -> None:
-        x = LEFT + number * (self.side + GAP)
-        self._text((x, HEAD - 24), title, 13, FAINT, self.side)
+        x = LABEL_WIDTH + number * (self.side + GAP)
+        self._text(title, (x, HEADER_HEIGHT - 24), 13, GREY, width=self.side)
         for row, image in enumerate(images):
             self.image.paste(Pillow.fromarray(image), (x, self._top(row)))
-            if below:
-                self._text((x, self._top(row) + self.side + 3), below[row], 11, FAINT, self.side)
+            if captions:
+                below = self._top(row) + self.side + 3
+                self._text(captions[row], (x, below), 11, GREY, width=self.side)
 
     def _top(self, row: int) -> int:
-        return HEAD + row * (self.side + BELOW + GAP)
+        return HEADER_HEIGHT + row * (self.side + CAPTION_HEIGHT + GAP)
 
     def _text(
-        self, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], width: int
+        self, text: str, corner: tuple[int, int], size: int, color: Color, *, width: int
     ) -> None:
-        """One line, cut off where there is no more room."""
+        """Draw one line, shortened with "..." if it is wider than ``width``."""
         font = ImageFont.load_default(size)
         shown = text
         while shown and self._draw.textlength(shown, font) > width:
             text = text[:-1]
             shown = f"{text.rstrip()} ..."
-        self._draw.text(place, shown, colour, font)
+        self._draw.text(corner, shown, color, font)

@@ -1,8 +1,23 @@
-"""Augmentation on the device, a whole batch at a time: normalise, random erasing, mixup and cutmix, soft targets.
+"""Augmentation of a batch on the device: normalisation, random erasing, mixup, cutmix, targets.
 
-Everything has static shapes, runs without a host sync and is a pure function of (seed, epoch, sample or position), so that
-a batch split over micro batches or ranks gives the same images. The definitions are those of timm (RandomErasing in mode
-'pixel', Mixup in mode 'pair' with corrected lambda), the published recipe's library.
+The host delivers uint8 batches, which are four times smaller to copy than floats; the device does
+the arithmetic. All shapes are static and nothing waits for the device. Every random choice is a
+pure function of (seed, epoch, view) or (seed, epoch, position), so that a batch gives the same
+images however it is divided into micro-batches or among ranks. The definitions are those of timm,
+the library of the published recipe: RandomErasing in mode 'pixel', Mixup in mode 'pair' with
+corrected lambda.
+
+Mixup and cutmix pair neighbouring positions: 2k with 2k + 1. Worked example: a micro-batch of five
+images at the positions 3..7.
+
+    index in the micro-batch   0    1  2    3  4
+    position                   3    4  5    6  7
+    partner's index            -    2  1    4  3        position 3 lacks its partner 2: not mixed
+    key of the random numbers       2  2    3  3        position // 2: equal for both of a pair
+
+The pair (4, 5) draws one lambda, here 0.7. Image 1 becomes 0.7 * image 1 + 0.3 * image 2 (mixup) or
+image 1 with a box of 30% of its area taken from image 2 (cutmix), and image 2 likewise with the
+roles exchanged. The targets are weighted in the same proportion.
 """
 
 from __future__ import annotations
@@ -11,152 +26,197 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.rng import uniform
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
-ERASE_AREA = (0.02, 1 / 3)
-ERASE_ASPECT = (0.3, 1 / 0.3)
+ERASE_AREA = (0.02, 1 / 3)  # of the image's area
+ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 ERASE_TRIES = 4
-NOISE_OFFSETS = 4096
+NOISE_OFFSETS = 4096  # different noise patterns for erased boxes
 QUANTILES = 4096
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """What the network and the loss take.
+    """Input of the network and of the loss.
 
-    images: float32 (n, 3, H, W), normalised, channels_last. image01: the same in [0, 1]: what a reconstruction aims at.
-    targets: float32 (n, classes), each row sums to 1.
+    images: float32, shape (n, 3, H, W), normalised, channels_last.
+    image01: the same images in [0, 1], the target of the reconstruction.
+    targets: float32, shape (n, classes); each row sums to 1.
     """
 
-    images: torch.Tensor
-    image01: torch.Tensor
-    targets: torch.Tensor
+    images: Tensor
+    image01: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Mixup partners. ``partner``: index in the micro-batch, int64 (n,); ``present``: bool (n,)."""
+
+    partner: Tensor
+    present: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boxes:
+    """One box per image, [top, bottom) x [left, right), in pixels: each float32, shape (n,)."""
+
+    top: Tensor
+    bottom: Tensor
+    left: Tensor
+    right: Tensor
+
+    def mask(self, height: int, width: int) -> Tensor:
+        """True inside each box: bool, shape (n, height, width)."""
+        y = torch.arange(height, device=self.top.device)
+        x = torch.arange(width, device=self.top.device)
+        rows = (y >= self.top[:, None]) & (y < self.bottom[:, None])
+        columns = (x >= self.left[:, None]) & (x < self.right[:, None])
+        return rows[:, :, None] & columns[:, None, :]
 
 
 class DeviceAugment:
-    """Makes a `DeviceBatch` of a uint8 batch. With ``train=False``: normalisation and one-hot targets only."""
+    """uint8 batch -> `DeviceBatch`. ``train=False``: only normalisation and one-hot targets."""
 
     def __init__(self, augment: AugmentConfig, num_classes: int, seed: int, train: bool) -> None:
-        self.augment, self.num_classes, self.seed, self.train = augment, num_classes, seed, train
+        self.augment = augment
+        self.num_classes = num_classes
+        self.seed = seed
+        self.train = train
         self._constants: dict[tuple[torch.device, int, int], _Constants] = {}
 
     @torch.no_grad()
     def __call__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        samples: torch.Tensor,
-        positions: torch.Tensor,
-        epoch: int,
+        self, images: Tensor, labels: Tensor, views: Tensor, positions: Tensor, epoch: int
     ) -> DeviceBatch:
-        """Augment one micro batch.
+        """Augment one micro-batch.
 
         Args:
-            images: uint8 (n, H, W, 3), RGB, on the device.
-            labels: int64 (n,). samples: int64 (n,), dataset indices: key of erasing.
-            positions: int64 (n,), consecutive places in the epoch: 2k and 2k+1 are mixed with each other; one whose
-                partner is not in this batch stays unmixed.
+            images: uint8, shape (n, H, W, 3), RGB, on the device. labels: int64, shape (n,). views:
+            int64, shape (n,): key of random erasing. positions: int64, shape (n,), consecutive
+            positions in the epoch: 2k and 2k + 1 are mixed
+                with each other. An image whose partner is not in this micro-batch is not mixed.
             epoch: number of the epoch.
         """
         constants = self._constants_for(images)
+        # (x / 255 - mean) / std in one multiplication and one subtraction.
         normalised = (
             images.permute(0, 3, 1, 2).to(torch.float32).mul(constants.scale).sub_(constants.shift)
         )
-        weight, partner = None, None
+        weight: Tensor | None = None
+        pairs: Pairs | None = None
         if self.train:
             if self.augment.random_erasing > 0:
-                normalised = self._erase(normalised, samples, epoch, constants.noise)
+                normalised = self._erase(normalised, views, epoch, constants.noise)
             if self.augment.mixup > 0 or self.augment.cutmix > 0:
-                partner, paired = _partners(positions)
-                normalised, weight = self._mix(
-                    normalised, positions, partner, paired, epoch, constants
-                )
+                pairs = _pairs(positions)
+                draws = uniform(self.seed, epoch, positions >> 1, "mix", 4)
+                normalised, weight = self._mix_pairs(normalised, pairs, draws, constants)
         image01 = normalised.mul(constants.std).add_(constants.mean).clamp_(0.0, 1.0)
-        return DeviceBatch(normalised, image01, self._targets(labels, weight, partner))
+        return DeviceBatch(normalised, image01, self._targets(labels, weight, pairs))
 
-    def _targets(
-        self, labels: torch.Tensor, weight: torch.Tensor | None, partner: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _targets(self, labels: Tensor, weight: Tensor | None, pairs: Pairs | None) -> Tensor:
+        """Smoothed targets, mixed with those of the partner: float32, shape (n, classes)."""
+        # Example: 10 classes, smoothing 0.1, weight 0.7. Every class gets 0.1 / 10 = 0.01; the own
+        # class another 0.7 * 0.9 = 0.63, and the partner's class 0.9 - 0.63 = 0.27.
         smoothing = self.augment.smoothing if self.train else 0.0
         shape = (labels.shape[0], self.num_classes)
         targets = torch.full(
             shape, smoothing / self.num_classes, dtype=torch.float32, device=labels.device
         )
-        if weight is None or partner is None:
-            return targets.scatter_add_(
-                1, labels[:, None], torch.full_like(targets[:, :1], 1.0 - smoothing)
-            )
+        if weight is None or pairs is None:
+            own = torch.full_like(targets[:, :1], 1.0 - smoothing)
+            return targets.scatter_add_(1, labels[:, None], own)
         own = weight[:, None] * (1.0 - smoothing)
         targets.scatter_add_(1, labels[:, None], own)
-        return targets.scatter_add_(1, labels[partner][:, None], 1.0 - smoothing - own)
+        return targets.scatter_add_(1, labels[pairs.partner][:, None], 1.0 - smoothing - own)
 
-    def _erase(
-        self, images: torch.Tensor, samples: torch.Tensor, epoch: int, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """Fill a random box of some images with normal noise (Zhong et al. 2017; sizes as in timm)."""
+    def _erase(self, images: Tensor, views: Tensor, epoch: int, noise: Tensor) -> Tensor:
+        """Fill a box of some images with normal noise (Zhong et al. 2017; sizes as in timm)."""
         height, width = images.shape[2:]
-        draws = uniform(self.seed, epoch, samples, "erase", 4 + 2 * ERASE_TRIES)
+        # Random numbers per image: 0 erase or not, 1 top, 2 left, 3 noise, then area and aspect
+        # ratio of each try.
+        draws = uniform(self.seed, epoch, views, "erase", 4 + 2 * ERASE_TRIES)
+
+        # 1. Sizes of all tries; an image takes the first one that fits. Computing all of them
+        #    keeps the shapes static: a loop would have to ask the device which images are done.
         areas = (ERASE_AREA[0] + draws[:, 4::2] * (ERASE_AREA[1] - ERASE_AREA[0])) * (
             height * width
         )
         low, high = (math.log(bound) for bound in ERASE_ASPECT)
         aspects = torch.exp(low + draws[:, 5::2] * (high - low))
-        heights, widths = (
-            torch.round(torch.sqrt(areas * aspects)),
-            torch.round(torch.sqrt(areas / aspects)),
-        )
+        heights = torch.round(torch.sqrt(areas * aspects))
+        widths = torch.round(torch.sqrt(areas / aspects))
         fits = (heights < height) & (widths < width)
-        first = fits.to(torch.int8).argmax(dim=1, keepdim=True)
-        box_height, box_width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
-        erased = (draws[:, 0] < self.augment.random_erasing) & fits.any(dim=1)
+        first_fit = fits.to(torch.int8).argmax(dim=1, keepdim=True)
+        box_height = heights.gather(1, first_fit)[:, 0]
+        box_width = widths.gather(1, first_fit)[:, 0]
+
+        # 2. Place the box, and drop it where the image is not erased or no try fits.
         top = torch.floor(draws[:, 1] * (height - box_height + 1))
         left = torch.floor(draws[:, 2] * (width - box_width + 1))
-        box = (
-            _box_mask(height, width, top, top + box_height, left, left + box_width)
-            & erased[:, None, None]
-        )
-        rows = torch.floor(draws[:, 3] * NOISE_OFFSETS).to(torch.int64)
-        fill = noise[rows].view(images.shape[0], height, width, 3).permute(0, 3, 1, 2)
-        return torch.where(box[:, None], fill, images)
+        boxes = Boxes(top=top, bottom=top + box_height, left=left, right=left + box_width)
+        erased = (draws[:, 0] < self.augment.random_erasing) & fits.any(dim=1)
+        mask = boxes.mask(height, width) & erased[:, None, None]
 
-    def _mix(
-        self,
-        images: torch.Tensor,
-        positions: torch.Tensor,
-        partner: torch.Tensor,
-        paired: torch.Tensor,
-        epoch: int,
-        constants: _Constants,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix each image with its partner; both take the same lambda and box. Returns the images and their own weight."""
+        # 3. Fill it from the image's own stretch of the noise bank.
+        offsets = torch.floor(draws[:, 3] * NOISE_OFFSETS).to(torch.int64)
+        fill = noise[offsets].view(images.shape[0], height, width, 3).permute(0, 3, 1, 2)
+        return torch.where(mask[:, None], fill, images)
+
+    def _mix_pairs(
+        self, images: Tensor, pairs: Pairs, draws: Tensor, constants: _Constants
+    ) -> tuple[Tensor, Tensor]:
+        """Mix each image with its partner, by mixup or cutmix.
+
+        Args:
+            draws: float32, shape (n, 4), equal for both images of a pair: mixup or cutmix, lambda,
+                centre of the box (y, x).
+        Returns:
+            The mixed images, and the weight of each image itself: float32, shape (n,).
+        """
         height, width = images.shape[2:]
-        share = self.augment.mixup_switch_prob if self.augment.mixup > 0 else 1.0
-        share = share if self.augment.cutmix > 0 else 0.0
-        draws = uniform(self.seed, epoch, positions >> 1, "mix", 4)
-        cut = draws[:, 0] < share
-        smooth_weight = _quantile(constants.mixup, draws[:, 1])
+        cutmix_prob = self.augment.mixup_switch_prob if self.augment.mixup > 0 else 1.0
+        cutmix_prob = cutmix_prob if self.augment.cutmix > 0 else 0.0
+        use_cutmix = draws[:, 0] < cutmix_prob
+
+        # 1. Mixup: lambda is a Beta variate, found by inverting its distribution function.
+        mixup_weight = _quantile(constants.mixup, draws[:, 1])
+
+        # 2. Cutmix: a box of the area 1 - lambda around a random centre. The image's border may
+        #    cut it, so the weight is computed from the area that is left ("corrected lambda").
         ratio = torch.sqrt(1.0 - _quantile(constants.cutmix, draws[:, 1]))
         half_height = torch.floor(torch.floor(height * ratio) / 2)
         half_width = torch.floor(torch.floor(width * ratio) / 2)
-        middle_y, middle_x = torch.floor(draws[:, 2] * height), torch.floor(draws[:, 3] * width)
-        top, bottom = (
-            (middle_y - half_height).clamp(min=0),
-            (middle_y + half_height).clamp(max=height),
+        centre_y = torch.floor(draws[:, 2] * height)
+        centre_x = torch.floor(draws[:, 3] * width)
+        boxes = Boxes(
+            top=(centre_y - half_height).clamp(min=0),
+            bottom=(centre_y + half_height).clamp(max=height),
+            left=(centre_x - half_width).clamp(min=0),
+            right=(centre_x + half_width).clamp(max=width),
         )
-        left, right = (middle_x - half_width).clamp(min=0), (middle_x + half_width).clamp(max=width)
-        cut_weight = 1.0 - (bottom - top) * (right - left) / (height * width)
-        weight = torch.where(paired, torch.where(cut, cut_weight, smooth_weight), 1.0)
-        outside = ~_box_mask(height, width, top, bottom, left, right)
-        own = torch.where(
-            (cut & paired)[:, None, None], outside.to(torch.float32), weight[:, None, None]
-        )[:, None]
-        return torch.lerp(images[partner], images, own), weight
+        box_area = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
+        cutmix_weight = 1.0 - box_area / (height * width)
 
-    def _constants_for(self, images: torch.Tensor) -> _Constants:
+        # 3. Blend per pixel: cutmix is a blend whose weight is 0 inside the box and 1 outside.
+        #    An image without its partner has the weight 1 everywhere.
+        mixed_weight = torch.where(use_cutmix, cutmix_weight, mixup_weight)
+        weight = torch.where(pairs.present, mixed_weight, 1.0)
+        outside = ~boxes.mask(height, width)
+        pixel_weight = torch.where(
+            (use_cutmix & pairs.present)[:, None, None],
+            outside.to(torch.float32),
+            weight[:, None, None],
+        )[:, None]
+        return torch.lerp(images[pairs.partner], images, pixel_weight), weight
+
+    def _constants_for(self, images: Tensor) -> _Constants:
         key = (images.device, images.shape[1], images.shape[2])
         if key not in self._constants:
             self._constants[key] = _Constants(self.augment, self.train, *key)
@@ -164,72 +224,72 @@ class DeviceAugment:
 
 
 class _Constants:
-    """What is made once for a device and an image size."""
+    """Tensors that are computed once per device and image size."""
 
     def __init__(
         self, augment: AugmentConfig, train: bool, device: torch.device, height: int, width: int
     ) -> None:
-        mean, std = (torch.tensor(values, device=device) for values in (MEAN, STD))
-        self.mean, self.std = _row(mean, width), _row(std, width)
-        self.scale, self.shift = _row(1.0 / (255.0 * std), width), _row(mean / std, width)
+        mean = torch.tensor(MEAN, device=device)
+        std = torch.tensor(STD, device=device)
+        self.mean = _row(mean, width)
+        self.std = _row(std, width)
+        self.scale = _row(1.0 / (255.0 * std), width)
+        self.shift = _row(mean / std, width)
         if not train:
             return
+        # One fixed bank of normal noise. The noise of an image is the stretch of `size` numbers
+        # that begins at its offset; the stretches overlap, so that all 4096 of them fit into little
+        # more memory than one.
         size = height * width * 3
-        # One fixed bank of normal numbers; an image's noise is the stretch that begins at its own offset.
-        bank = torch.randn(size + 3 * NOISE_OFFSETS, generator=torch.Generator().manual_seed(0)).to(
-            device
-        )
+        generator = torch.Generator().manual_seed(0)
+        bank = torch.randn(size + 3 * NOISE_OFFSETS, generator=generator).to(device)
         self.noise = bank.as_strided((NOISE_OFFSETS, size), (3, 1))
         self.mixup = beta_quantiles(augment.mixup or 1.0).to(device)
         self.cutmix = beta_quantiles(augment.cutmix or 1.0).to(device)
 
 
-def _row(channels: torch.Tensor, width: int) -> torch.Tensor:
-    """(3,) -> (1, 3, 1, width) that repeats it for each pixel of a row: a long inner loop on channels-last images."""
+def _row(channels: Tensor, width: int) -> Tensor:
+    """Repeat three channel values for each pixel of a row: shape (3,) -> (1, 3, 1, width)."""
+    # On channels-last images this gives a long inner loop; (1, 3, 1, 1) would give one of length 3.
     return channels.view(1, 1, 1, 3).expand(1, 1, width, 3).contiguous().permute(0, 3, 1, 2)
 
 
-def beta_quantiles(alpha: float) -> torch.Tensor:
+def beta_quantiles(alpha: float) -> Tensor:
     """Quantiles of Beta(alpha, alpha) at 0, 1/QUANTILES, ..., 1: float32, shape (QUANTILES + 1,).
 
-    With x = sin(t)^2 the density over t is proportional to (sin t cos t)^(2 alpha - 1), which the midpoint rule integrates.
+    A Beta variate is then one table look-up of one uniform number: no rejection loop, and the same
+    result on every device.
     """
-    cells = 1 << 17
-    middles = (torch.arange(cells, dtype=torch.float64) + 0.5) * (math.pi / 2 / cells)
-    density = (torch.sin(middles) * torch.cos(middles)) ** (2 * alpha - 1)
+    # Substitute x = sin(t)^2: the density over t is proportional to (sin t cos t)^(2 alpha - 1).
+    # That removes the poles of the Beta density at 0 and 1 for alpha >= 0.5 and weakens them for
+    # smaller alpha, so that the midpoint rule is accurate.
+    intervals = 1 << 17
+    step = math.pi / 2 / intervals
+    midpoints = (torch.arange(intervals, dtype=torch.float64) + 0.5) * step
+    density = (torch.sin(midpoints) * torch.cos(midpoints)) ** (2 * alpha - 1)
     cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
     cumulative /= cumulative[-1].clone()
-    wanted = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
-    above = torch.searchsorted(cumulative, wanted).clamp(1, cells)
-    low, high = cumulative[above - 1], cumulative[above]
-    angles = (above - 1 + (wanted - low) / (high - low).clamp(min=1e-300)) * (math.pi / 2 / cells)
+    # Invert the distribution function: linear interpolation between the two nearest angles.
+    probabilities = torch.linspace(0, 1, QUANTILES + 1, dtype=torch.float64)
+    above = torch.searchsorted(cumulative, probabilities).clamp(1, intervals)
+    low = cumulative[above - 1]
+    high = cumulative[above]
+    angles = (above - 1 + (probabilities - low) / (high - low).clamp(min=1e-300)) * step
     return (torch.sin(angles) ** 2).to(torch.float32)
 
 
-def _quantile(table: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
-    place = probability * QUANTILES
-    below = place.to(torch.int64)
-    return torch.lerp(table[below], table[below + 1], place - below)
+def _quantile(table: Tensor, probability: Tensor) -> Tensor:
+    """Interpolate a table of `beta_quantiles`."""
+    index = probability * QUANTILES
+    below = index.to(torch.int64)
+    return torch.lerp(table[below], table[below + 1], index - below)
 
 
-def _partners(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index in this batch of each image's neighbour (2k with 2k+1), and whether it is here at all."""
+def _pairs(positions: Tensor) -> Pairs:
+    """Pair the positions 2k and 2k + 1."""
     own = torch.arange(positions.shape[0], device=positions.device)
-    candidate = (own + 1 - 2 * (positions & 1)).clamp(0, positions.shape[0] - 1)
-    return candidate, positions[candidate] == (positions ^ 1)
-
-
-def _box_mask(
-    height: int,
-    width: int,
-    top: torch.Tensor,
-    bottom: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-) -> torch.Tensor:
-    """True inside each box [top, bottom) x [left, right): bool, shape (n, height, width)."""
-    y = torch.arange(height, device=top.device)
-    x = torch.arange(width, device=top.device)
-    rows = (y >= top[:, None]) & (y < bottom[:, None])
-    columns = (x >= left[:, None]) & (x < right[:, None])
-    return rows[:, :, None] & columns[:, None, :]
+    # Positions are consecutive: the partner is the next index for an even position, else the
+    # previous one. At the ends of the micro-batch the index may be out of range: clamp it, and
+    # compare positions to see whether the partner is really there.
+    partner = (own + 1 - 2 * (positions & 1)).clamp(0, positions.shape[0] - 1)
+    return Pairs(partner, positions[partner] == (positions ^ 1))

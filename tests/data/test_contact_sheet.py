@@ -1,4 +1,4 @@
-"""The contact sheet shows what training sees: the loader's own pixels, by job file, run or dataset."""
+"""The contact sheet shows the pixels of training, for a job file, a run or a dataset."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.contact_sheet import BELOW, GAP, HEAD, LEFT, Settings, contact_sheet, png
+from pipeline.data.contact_sheet import (
+    CAPTION_HEIGHT,
+    GAP,
+    HEADER_HEIGHT,
+    LABEL_WIDTH,
+    Settings,
+    contact_sheet,
+    png,
+)
 from pipeline.data.decode import Image
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import TrainLoader
@@ -23,7 +31,8 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.orchestrate.inspect_target import find
 from tests.data.small_datasets import jpeg, make_dataset
 
-SIDE = 128  # shown pixel by pixel
+SIDE = 128  # pixels; images of this size are shown without scaling
+ROW_HEIGHT = SIDE + CAPTION_HEIGHT + GAP
 JOB = """
 name: small
 seed: 5
@@ -32,18 +41,22 @@ data: {root: images}
 stages:
   prepare: {}
   pretrain: {image_size: 32, epochs: 4, global_batch: 16, base_lr: 1e-3, augment: {randaugment: 5}}
-  finetune: {from: pretrain, image_size: 64, epochs: 2, global_batch: 16, base_lr: 1e-3, augment: {mixup: 0}}
+  finetune:
+    {from: pretrain, image_size: 64, epochs: 2, global_batch: 16, base_lr: 1e-3,
+     augment: {mixup: 0}}
 """
 
 
 def cell(sheet: Image, row: int, column: int) -> Image:
-    top, left = HEAD + row * (SIDE + BELOW + GAP), LEFT + column * (SIDE + GAP)
+    top = HEADER_HEIGHT + row * ROW_HEIGHT
+    left = LABEL_WIDTH + column * (SIDE + GAP)
     return sheet[top : top + SIDE, left : left + SIDE]
 
 
-def test_the_sheet_shows_what_the_loader_and_the_device_make(tmp_path: Path) -> None:
+def test_the_sheet_shows_the_pixels_of_loader_and_device(tmp_path: Path) -> None:
     data = make_dataset(tmp_path, {"train": 40}, size=(SIDE, 96))
-    split, augment = data.split("train"), AugmentConfig()
+    split = data.split("train")
+    augment = AugmentConfig()
     sheet = contact_sheet(data, Settings(SIDE, augment, 7), epoch=1, rows=6, epochs=2)
     loaded = {}
     with TrainLoader(
@@ -64,24 +77,20 @@ def test_the_sheet_shows_what_the_loader_and_the_device_make(tmp_path: Path) -> 
     samples = torch.tensor([0, 7, 15, 23, 31, 39])
     images = torch.stack([loaded[sample] for sample in samples.tolist()])
     device = DeviceAugment(augment, len(data.classes), 7, train=True)
-    fed = device(
-        images, torch.from_numpy(split.labels[samples.numpy()]), samples, torch.arange(6), 1
-    )
-    pixels = fed.image01.permute(0, 2, 3, 1).numpy() * 255
+    labels = torch.from_numpy(split.labels[samples.numpy()])
+    network_input = device(images, labels, samples, torch.arange(6), 1)
+    pixels = network_input.image01.permute(0, 2, 3, 1).numpy() * 255
     for row, sample in enumerate(samples.tolist()):
         assert np.array_equal(cell(sheet, row, 1), images[row].numpy())
-        assert not np.array_equal(cell(sheet, row, 2), images[row].numpy()), (
-            "another epoch, another augmentation"
-        )
+        # Another epoch has another augmentation.
+        assert not np.array_equal(cell(sheet, row, 2), images[row].numpy())
         assert np.abs(cell(sheet, row, 3) - pixels[row]).max() <= 0.51
         stored = cell(sheet, row, 0)[16:112]
-        assert (
-            np.abs(stored.astype(int) - simplejpeg.decode_jpeg(jpeg(sample, SIDE, 96))).mean() < 3
-        )
-    names = sheet[HEAD:, : LEFT - GAP]
-    assert all((names[row * (SIDE + BELOW + GAP) :][:SIDE] < 100).any() for row in range(6)), (
-        "each row has a name"
-    )
+        original = simplejpeg.decode_jpeg(jpeg(sample, SIDE, 96))
+        assert np.abs(stored.astype(int) - original).mean() < 3
+    labels_column = sheet[HEADER_HEIGHT:, : LABEL_WIDTH - GAP]
+    for row in range(6):
+        assert (labels_column[row * ROW_HEIGHT :][:SIDE] < 100).any(), f"row {row} has no name"
 
 
 def test_the_sheet_is_a_function_of_its_arguments(tmp_path: Path) -> None:
@@ -93,7 +102,7 @@ def test_the_sheet_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     with Pillow.open(io.BytesIO(first)) as opened:
         assert opened.format == "PNG"
     few = contact_sheet(make_dataset(tmp_path / "one", {"train": 1}, classes=2), settings, rows=8)
-    assert few.shape[0] == HEAD + SIDE + BELOW + GAP
+    assert few.shape[0] == HEADER_HEIGHT + ROW_HEIGHT
 
 
 def test_long_and_foreign_names_and_small_and_large_images_fit(tmp_path: Path) -> None:
@@ -104,10 +113,10 @@ def test_long_and_foreign_names_and_small_and_large_images_fit(tmp_path: Path) -
     ]
     for size in (32, 96, 224):
         sheet = contact_sheet(data, Settings(size, AugmentConfig(), 0), rows=2)
-        assert (sheet[:, -GAP + 1 :] == sheet[-1, -1]).all(), "nothing runs over the edge"
+        assert (sheet[:, -GAP + 1 :] == sheet[-1, -1]).all(), "text runs over the edge"
 
 
-def test_no_image_and_undecodable_images_are_said(tmp_path: Path) -> None:
+def test_missing_and_undecodable_images_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no training image"):
         contact_sheet(
             make_dataset(tmp_path / "none", {"train": 0}), Settings(32, AugmentConfig(), 0)
@@ -123,22 +132,23 @@ def test_no_image_and_undecodable_images_are_said(tmp_path: Path) -> None:
         contact_sheet(data, Settings(32, AugmentConfig(), 0))
 
 
-def test_job_files_runs_and_datasets_are_found(
+def test_find_accepts_job_files_runs_and_datasets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    run, runs = tmp_path / "runs" / "small", Path("runs")
+    run = tmp_path / "runs" / "small"
+    runs = Path("runs")
     dataset = run / "stages" / "prepare" / "images"
     make_dataset(dataset, {"train": 20})
     for job in (tmp_path / "small.yaml", run / "run.yaml"):
         job.write_text(JOB)
-    for what in ("small.yaml", "small", "runs/small", dataset):
-        found = find(Path(what), runs)
-        assert (found.dataset.absolute(), found.stage) == (dataset, "pretrain")
-        assert (found.settings.image_size, found.settings.seed) == (32, 5)
-        assert found.settings.augment.randaugment == 5
-        assert find(Path(what), runs, "finetune").settings.augment.mixup == 0
+    for name in ("small.yaml", "small", "runs/small", dataset):
+        target = find(Path(name), runs)
+        assert (target.dataset.absolute(), target.stage) == (dataset, "pretrain")
+        assert (target.settings.image_size, target.settings.seed) == (32, 5)
+        assert target.settings.augment.randaugment == 5
+        assert find(Path(name), runs, "finetune").settings.augment.mixup == 0
     make_dataset(tmp_path / "alone", {"train": 3})
     assert find(Path("alone"), runs).settings == Settings(224, AugmentConfig(), 0)
     with pytest.raises(ConfigError, match="no job here tells of a stage 'pretrain'"):
@@ -150,7 +160,7 @@ def test_job_files_runs_and_datasets_are_found(
         find(Path("nothing"), runs)
 
 
-def test_the_command_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_a_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_dataset(tmp_path / "set", {"train": 9})
     done = CliRunner().invoke(
