@@ -19,15 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config.schema import AugmentConfig
 from pipeline.data import randaugment_ops
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, first_rows, jpeg_size
 from pipeline.data.hashing import key_of, uniforms
+
+if TYPE_CHECKING:  # an exported model is used without pydantic, which the schema needs
+    from pipeline.config.schema import AugmentConfig
 
 CROP_TRIES = 5
 # Layout of the random numbers of one image. Every use has numbers of its own, so that switching one

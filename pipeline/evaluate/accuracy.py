@@ -1,4 +1,4 @@
-"""Counting right answers over a validation split: every image once, whatever the number of processes."""
+"""Accuracy over a validation split: every image exactly once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,19 @@ from pipeline.model import Output
 SAMPLES = 8  # inputs that are shown with their reconstructions: one row of the grid
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Accuracy:
-    """Result over all ranks. ``samples``: a few inputs and their reconstructions, on every rank its own."""
+    """The result over all ranks: number of images, shares of correct answers, mean loss.
+
+    ``samples``: the first inputs of this rank, then their reconstructions at each position; each
+    (up to SAMPLES, 3, H, W) in [0, 1].
+    """
 
     images: int
     top1: float
     top5: float
     loss: float
     samples: list[Tensor]
-
-    def scalars(self) -> dict[str, float]:
-        return {
-            "accuracy/top1": self.top1,
-            "accuracy/top5": self.top5,
-            "loss/validation": self.loss,
-        }
 
 
 @torch.no_grad()
@@ -43,20 +40,28 @@ def validate(
     device: torch.device,
     image_size: int,
 ) -> Accuracy:
-    """Collective. Every rank calls ``network`` equally often, so that collectives inside it (ZeRO-3) match: a rank that has
-    no more images takes a blank one of ``image_size`` pixels, which is not counted."""
+    """Evaluate ``network`` on all images of ``loader``. Collective.
+
+    Args:
+        image_size: pixels, for blank images.
+    """
     counts = torch.zeros(4, dtype=torch.float64, device=device)
     samples: list[Tensor] = []
     batches = iter(loader)
+    # Every rank must call the network equally often, because ZeRO-3 gathers parameters inside it.
+    # Example: 5 batches on 2 ranks. Both run 3 times; the second rank has no third batch, so it
+    # runs a blank image, which is not counted.
     for _ in range(loader.max_batches):
         batch = next(batches, None)
-        images = (
-            torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8)
-            if batch is None
-            else batch.images
-        )
-        labels = torch.zeros(1, dtype=torch.int64) if batch is None else batch.labels
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if batch is None:
+            images = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8)
+            labels = torch.zeros(1, dtype=torch.int64)
+        else:
+            images = batch.images
+            labels = batch.labels
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        # Without training augmentation, sample numbers and positions do not matter.
         prepared = normalise(images, labels, labels, labels, 0)
         out = network(prepared.images)
         if batch is not None:
@@ -64,33 +69,35 @@ def validate(
         if not samples:
             samples = [
                 prepared.image01[:SAMPLES].float(),
-                *(torch.sigmoid(r[:SAMPLES].float()) for r in out.reconstructions),
+                *(torch.sigmoid(logits[:SAMPLES].float()) for logits in out.reconstructions),
             ]
     dist.all_reduce(counts)
-    images_seen, top1, top5, loss = counts.tolist()
-    seen = max(images_seen, 1.0)
-    return Accuracy(int(images_seen), top1 / seen, top5 / seen, loss / seen, samples)
+    total, top1, top5, loss = counts.tolist()
+    images_seen = max(total, 1.0)  # an empty split has accuracy 0
+    return Accuracy(
+        images=int(total),
+        top1=top1 / images_seen,
+        top5=top5 / images_seen,
+        loss=loss / images_seen,
+        samples=samples,
+    )
 
 
 def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """(images, right at first, right among five, summed loss)."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    total = torch.full((), float(len(labels)), device=logits.device, dtype=torch.float64)
-    loss = functional.cross_entropy(logits, labels).double() * total
-    return torch.stack([total, ranked[:, 0].sum().double(), ranked.any(1).sum().double(), loss])
+    """Sums over a batch: (images, correct, correct among the best five, loss)."""
+    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    images = torch.full((), float(len(labels)), device=logits.device, dtype=torch.float64)
+    loss = functional.cross_entropy(logits, labels).double() * images
+    return torch.stack([images, correct[:, 0].sum().double(), correct.any(1).sum().double(), loss])
 
 
-def picture_rows(samples: list[Tensor]) -> Tensor:
-    """Inputs over their reconstructions: uint8 (rows * SAMPLES, H, W, 3), row by row, filled up with black."""
+def image_grid(samples: list[Tensor]) -> Tensor:
+    """Inputs above their reconstructions: uint8 (rows * SAMPLES, H, W, 3), row by row.
+
+    Rows of fewer than SAMPLES images are padded with black ones.
+    """
     rows = torch.stack(
         [functional.pad(row, (0, 0, 0, 0, 0, 0, 0, SAMPLES - len(row))) for row in samples]
     )
-    return (
-        (rows.clamp(0, 1) * 255)
-        .round()
-        .to(torch.uint8)
-        .flatten(0, 1)
-        .permute(0, 2, 3, 1)
-        .contiguous()
-        .cpu()
-    )
+    pixels = (rows.clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.flatten(0, 1).permute(0, 2, 3, 1).contiguous().cpu()

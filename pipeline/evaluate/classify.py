@@ -1,10 +1,10 @@
-"""Top-1 and top-5 of a stage's weights on every validation image exactly once."""
+"""The evaluate stage: top-1 and top-5 accuracy of a stage's weights."""
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.checkpoint.weights import describe, weights_path
+from pipeline.checkpoint.weights import WeightsDescription, weights_path
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import AugmentConfig, Job
 from pipeline.data.dataset import open_dataset
@@ -19,20 +19,22 @@ from pipeline.runtime.process_group import process_group
 
 
 def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float]:
-    """Metrics ``top1``, ``top5`` (shares), ``loss``, ``images``: of the whole validation split, for any number of processes."""
+    """Evaluate on every validation image exactly once, for any number of processes.
+
+    Returns:
+        ``top1``, ``top5`` (shares), ``loss`` and ``images`` of the whole validation split.
+    """
     stage = job.stages.evaluate
     if stage is None:
         raise ConfigError("the job has no stage 'evaluate'", remedy="add it under `stages`")
-    with process_group(
-        world, machine.device(job.cluster) == "cuda", machine.threads(job.cluster)
-    ) as device:
+    use_cuda = machine.device(job.cluster) == "cuda"
+    with process_group(world, use_cuda, machine.threads(job.cluster)) as device:
         data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "evaluate")))
         image_size, resize = preprocessing(job, run_dir, stage.initial, stage.image_size)
         network = load_network(job, run_dir, stage.initial, data).to(device)
-        half = (
-            device.type == "cuda"
-            and describe(weights_path(run_dir, stage.initial)).get("precision") == "bf16"
-        )
+        # On a GPU, evaluate in the precision of the training; on the CPU always in fp32.
+        description = WeightsDescription.read(weights_path(run_dir, stage.initial))
+        use_bf16 = device.type == "cuda" and description.precision == "bf16"
         normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)
         with (
             EvalLoader(
@@ -44,7 +46,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
                 world_size=world.size,
                 threads=machine.loader_threads(job.cluster),
             ) as loader,
-            torch.autocast(device.type, torch.bfloat16, enabled=half),
+            torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
             accuracy = validate(network, loader, normalise, device, image_size)
     return {

@@ -1,45 +1,72 @@
-"""A trained network and its preprocessing, from the weights that a stage left or a file holds."""
+"""A trained network and its preprocessing, from the weights of a stage or of a file."""
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.checkpoint.weights import describe, initial_weights, require_shapes, weights_path
+from pipeline.checkpoint.weights import (
+    WeightsDescription,
+    initial_weights,
+    require_shapes,
+    weights_path,
+)
 from pipeline.config import job_queries
-from pipeline.config.schema import Job, TrainConfig
+from pipeline.config.schema import Job, ModelConfig, TrainConfig
 from pipeline.data.dataset import PreparedDataset
 from pipeline.errors import CheckpointError
 from pipeline.layout import RunDir
 from pipeline.model import Network, NetworkSpec
 
 
-def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset) -> Network:
-    """The plain fp32 network (stored activations) in evaluation mode, with the weights of ``initial`` (stage or file).
+def architecture_spec(model: ModelConfig, num_classes: int, *, supervised: bool) -> NetworkSpec:
+    """What decides the parameters of a network, computed plainly: stored activations, no drop path.
 
-    Raises:
-        CheckpointError: weights missing, of another model, or trained on other classes than those of ``data``.
+    Args:
+        supervised: heads for intermediate supervision (four classifiers) or one classifier.
     """
-    path, model = weights_path(run_dir, initial), job.model
-    reader = initial_weights(run_dir, initial)
-    trained_on = describe(path).get("classes", data.classes)
-    if trained_on != data.classes:
-        raise CheckpointError(
-            f"weights were trained on {len(trained_on)} classes that are not the {len(data.classes)} of {data.path.name}",
-            place=str(path),
-            remedy="take the dataset that they were trained on",
-        )
-    spec = NetworkSpec(
-        model.channels,
-        model.depths,
-        model.columns,
-        len(data.classes),
-        model.huge,
+    return NetworkSpec(
+        channels=model.channels,
+        depths=model.depths,
+        columns=model.columns,
+        num_classes=num_classes,
+        huge=model.huge,
+        supervised=supervised,
         block=model.block,
         activations="stored",
+    )
+
+
+def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset) -> Network:
+    """Build the fp32 network in evaluation mode and load the weights of ``initial``.
+
+    Args:
+        initial: a training stage, or the path of a .safetensors file.
+
+    Raises:
+        CheckpointError: the weights are missing, belong to another model, or were trained on other
+            classes than those of ``data``.
+    """
+    # 1. The classes must match in number and order, as the last layer knows indices only.
+    path = weights_path(run_dir, initial)
+    reader = initial_weights(run_dir, initial)
+    trained_classes = WeightsDescription.read(path).classes
+    if trained_classes is not None and trained_classes != data.classes:
+        raise CheckpointError(
+            f"weights were trained on {len(trained_classes)} classes that are not the "
+            f"{len(data.classes)} of {data.path.name}",
+            place=str(path),
+            remedy="take the dataset that the weights were trained on",
+        )
+    # 2. An empty network: on the meta device no weights are initialised. The file shows which
+    #    heads it has.
+    spec = architecture_spec(
+        job.model,
+        len(data.classes),
         supervised="classifiers.1.linear.weight" in reader.shapes,
     )
     with torch.device("meta"):
         network = Network(spec)
+    # 3. The weights become the network's parameters. Integer buffers are not in the file.
     shapes = {
         name: tuple(value.shape)
         for name, value in network.state_dict().items()
@@ -53,18 +80,26 @@ def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset)
 def preprocessing(
     job: Job, run_dir: RunDir, initial: str, image_size: int | None = None
 ) -> tuple[int, float]:
-    """(image_size, resize) of the evaluation transform for the weights of ``initial``: as the job has it for that stage, else
-    as they were trained. ``image_size`` goes before both. Raises CheckpointError where nothing tells the size."""
+    """(image_size, resize) of the evaluation transform for the weights of ``initial``.
+
+    Image size, first match: the argument; the stage ``initial`` of the job; ``weights.json``.
+
+    Raises:
+        CheckpointError: none of them gives an image size.
+    """
     if initial in job_queries.TRAINING and initial in job_queries.stage_names(job):
         config = job_queries.train_config(job, initial)
         return image_size or config.image_size, config.eval_resize
     path = weights_path(run_dir, initial)
-    description = describe(path)
-    size = image_size or description.get("image_size")
+    description = WeightsDescription.read(path)
+    size = image_size or description.image_size
     if size is None:
         raise CheckpointError(
-            "nothing tells the image size that these weights were trained with",
+            "the image size that these weights were trained with is unknown",
             place=str(path),
-            remedy="put the weights.json beside them that the training stage wrote",
+            remedy="set image_size, or copy the weights.json of the training stage beside them",
         )
-    return size, description.get("resize", TrainConfig.model_fields["eval_resize"].default)
+    if description.resize is not None:
+        return size, description.resize
+    default: float = TrainConfig.model_fields["eval_resize"].default
+    return size, default

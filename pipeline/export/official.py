@@ -1,4 +1,4 @@
-"""Names and shapes of the published RevCol code, exactly both ways."""
+"""Conversion to and from the parameter names and shapes of the published RevCol code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from pipeline.blocks import registry
 from pipeline.errors import CheckpointError
+from pipeline.model import NetworkSpec
 
-# (ours, published), applied in order; groups keep the numbers.
+# (our pattern, published name). The first pattern that matches the start of a name applies; the
+# rest of the name stays. Example:
+#   columns.3.levels.0.down.norm.bias -> subnet3.level0.fusion.down.1.bias
 _RULES: tuple[tuple[str, str], ...] = (
     (r"stem\.conv\.", r"stem.0."),
     (r"stem\.norm\.", r"stem.1."),
@@ -39,32 +42,46 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"decoders\.(\d)\.stages\.(\d)\.norm\.", r"decoder_blocks.\1.proj_layers.\2.1."),
     (r"decoders\.(\d)\.norm\.", r"decoder_blocks.\1.projback.0."),
 )
+# Ours are linear layers and vectors; the published code has 1x1 convolutions and (1, C, 1, 1).
 _POINTWISE = re.compile(r"decoder_blocks\.\d\.(proj_layers\.\d\.0|projback\.\d)\.weight$")
 _ALPHA = re.compile(r"subnet\d+\.alpha\d$")
 
 
+def has_published_names(spec: NetworkSpec) -> bool:
+    """True if the published code has all kinds of blocks of this network."""
+    return all(registry.facts()[name].published_names for name in spec.blocks)
+
+
 def published_name(name: str, *, supervised: bool, simple_decoder: bool) -> str:
-    """Our parameter's name -> the published one."""
+    """The published name of our parameter ``name``.
+
+    Args:
+        supervised: the network has several classifiers, which the published code names otherwise.
+        simple_decoder: the decoders have a norm before their projection.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    # Some published names depend on the heads of the network.
     head = r"cls_blocks.\1" if supervised else "cls"
+    projection = r"decoder_blocks.\1.projback." + ("1." if simple_decoder else "0.")
     rules = (
         *_RULES,
         (r"classifiers\.(\d)\.norm\.", head + r".classifier.0."),
         (r"classifiers\.(\d)\.linear\.", head + r".classifier.1."),
-        (
-            r"decoders\.(\d)\.project\.",
-            r"decoder_blocks.\1.projback." + ("1." if simple_decoder else "0."),
-        ),
+        (r"decoders\.(\d)\.project\.", projection),
     )
     for pattern, replacement in rules:
         renamed, count = re.subn("^" + pattern, replacement, name)
         if count:
+            # Inside a block, the registry has the published names.
             if ".blocks." in renamed or ".normal_layers." in renamed:
                 for ours, published in registry.facts()["convnext"].published_names.items():
                     renamed = renamed.replace(ours, published)
             return renamed
     raise CheckpointError(
         f"parameter {name!r} has no published name",
-        remedy="only published architectures can be exported",
+        remedy="export without revcol.pth: only published architectures have these names",
     )
 
 
@@ -82,40 +99,47 @@ def names(model: nn.Module) -> dict[str, str]:
 def to_published(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """``model``'s parameters (or ``state``, by our names) under the published names and shapes."""
     state = dict(model.named_parameters()) if state is None else state
-    result = {}
+    converted = {}
     for ours, published in names(model).items():
         value = state[ours].detach()
         if _ALPHA.search(published):
             value = value.view(1, -1, 1, 1)
         elif value.dim() == 2 and _POINTWISE.search(published):
             value = value.view(*value.shape, 1, 1)
-        result[published] = value
-    return result
+        converted[published] = value
+    return converted
 
 
 def from_published(model: nn.Module, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict under our names and shapes. Raises CheckpointError on any missing or left-over name or shape."""
-    wanted = names(model)
+    """A published state dict under our names and shapes.
+
+    Raises:
+        CheckpointError: a name is missing or unexpected, or a shape does not fit.
+    """
+    expected = names(model)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    missing = sorted(set(wanted.values()) - set(published))
-    extra = sorted(set(published) - set(wanted.values()))
-    if missing or extra:
+    missing = sorted(set(expected.values()) - set(published))
+    unexpected = sorted(set(published) - set(expected.values()))
+    if missing or unexpected:
         raise CheckpointError(
             f"published weights do not fit this model: {len(missing)} missing {missing[:5]}, "
-            f"{len(extra)} left over {extra[:5]}",
-            remedy="build the model with the same columns, depths, huge wiring, heads and number of classes",
+            f"{len(unexpected)} left over {unexpected[:5]}",
+            remedy="build the model with the same columns, depths, huge wiring, heads and number "
+            "of classes",
         )
-    result = {}
-    for ours, theirs in wanted.items():
+    converted = {}
+    for ours, theirs in expected.items():
+        # Shapes may differ by axes of length 1, sizes may not.
         if published[theirs].numel() != shapes[ours].numel():
             raise CheckpointError(
-                f"{theirs} has shape {tuple(published[theirs].shape)}, the model's {ours} {tuple(shapes[ours])}",
+                f"{theirs} has shape {tuple(published[theirs].shape)}, "
+                f"the model's {ours} {tuple(shapes[ours])}",
                 remedy="build the model with the same channels and number of classes",
             )
-        result[ours] = published[theirs].reshape(shapes[ours])
-    return result
+        converted[ours] = published[theirs].reshape(shapes[ours])
+    return converted
 
 
 def load(model: nn.Module, published: Mapping[str, Tensor]) -> None:
-    """Load a published state dict into ``model``, exactly; see ``from_published`` for what it raises."""
+    """Load a published state dict into ``model``. Raises CheckpointError as ``from_published``."""
     model.load_state_dict(from_published(model, published), strict=True)

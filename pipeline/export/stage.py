@@ -1,4 +1,8 @@
-"""The export stage: weights, description, preprocessing and class names, checked by reloading in a fresh process."""
+"""The export stage: weights, description, preprocessing and class names in one folder.
+
+The stage checks its own result: a fresh process loads the exported files and must reproduce the
+training network's logits bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,13 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.blocks import registry
-from pipeline.checkpoint.weights import describe, weights_path
+from pipeline.checkpoint.weights import WeightsDescription, weights_path
 from pipeline.config import job_queries
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
@@ -23,19 +25,38 @@ from pipeline.data.device import MEAN, STD
 from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing
 from pipeline.export import official
+from pipeline.export.reload import (
+    MODEL_JSON,
+    MODEL_WEIGHTS,
+    PUBLISHED_WEIGHTS,
+    SELF_TEST,
+    ModelDescription,
+)
 from pipeline.files import atomic, write_json, write_with
 from pipeline.layout import RunDir
 from pipeline.model import Network
 
-RESULTS = ("loss", "top1", "top5", "steps")  # of the training; its speed is the machine's
-SELF_TEST_SIZE = 224  # pixels, at most: what is compared does not depend on it, the time does
+# Metrics of the training that describe the model. Its throughput describes the machine.
+MODEL_METRICS = ("loss", "top1", "top5", "steps")
+SELF_TEST_SIZE = 224  # pixels at most: a larger image takes longer and tests nothing more
+WRITE_ERRORS = (
+    OSError,
+    SafetensorError,
+    RuntimeError,
+)  # torch.save: RuntimeError if a disk is full
 
 
 def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
-    """Writes ``export/``: model.safetensors, model.json, selftest.safetensors and, for ConvNeXt blocks as published,
-    revcol.pth (published names).
+    """Write ``export/``: model.safetensors, model.json, selftest.safetensors and revcol.pth.
 
-    Metrics: ``parameters``, ``bytes``, ``reload_difference`` (0: logits equal bit for bit in a fresh process).
+    revcol.pth has the published names. It is written if the published code has the kind of block.
+
+    Returns:
+        ``parameters``, ``bytes`` and ``reload_difference`` (0: in a fresh process, the logits are
+        equal bit for bit).
+
+    Raises:
+        StageError: the files cannot be written, or fail the self-test.
     """
     stage = job.stages.export
     if stage is None:
@@ -43,8 +64,8 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "export")))
     image_size, resize = preprocessing(job, run_dir, stage.initial)
     network = load_network(job, run_dir, stage.initial, data)
-    trained = describe(weights_path(run_dir, stage.initial)).get("figures", {})
-    description = {
+    trained = WeightsDescription.read(weights_path(run_dir, stage.initial))
+    description: ModelDescription = {
         "network": asdict(network.spec),
         "preprocessing": {
             "image_size": image_size,
@@ -52,46 +73,45 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
             "mean": list(MEAN),
             "std": list(STD),
             "color": "RGB",
-            "steps": "short side to image_size * resize (area; cubic where that enlarges), centre crop, / 255, - mean, / std",
+            "steps": "short side to image_size * resize (area; cubic where that enlarges), "
+            "centre crop, / 255, - mean, / std",
         },
         "classes": data.classes,
         "class_names": data.class_names,
-        "trained": {name: value for name, value in trained.items() if name in RESULTS},
+        "trained": {
+            name: value for name, value in trained.metrics.items() if name in MODEL_METRICS
+        },
         "pipeline": pipeline.__version__,
     }
     target = run_dir.export
     try:
         _write(network, description, target)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # torch.save reports a full disk as a RuntimeError
+    except WRITE_ERRORS as error:
         raise StageError(
             f"the export cannot be written: {error}",
             place=str(target),
-            remedy="make room, then again",
+            remedy="free some disk space, then rerun the same command",
         ) from error
     return {
         "parameters": float(sum(parameter.numel() for parameter in network.parameters())),
-        "bytes": float((target / "model.safetensors").stat().st_size),
-        "reload_difference": _reload(target),
+        "bytes": float((target / MODEL_WEIGHTS).stat().st_size),
+        "reload_difference": _self_test_in_fresh_process(target),
     }
 
 
-def _write(network: Network, description: dict[str, Any], target: Path) -> None:
-    # Copies: loaded weights are views of one mapped file, which both formats would take for shared memory.
+def _write(network: Network, description: ModelDescription, target: Path) -> None:
+    # Copies: loaded weights are views of one mapped file, and both formats would take them for
+    # tensors that share memory.
     state = {name: value.detach().clone() for name, value in network.state_dict().items()}
     write_with(
-        target / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"})
+        target / MODEL_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"})
     )
-    if all(registry.facts()[name].published_names for name in network.spec.blocks):
+    if official.has_published_names(network.spec):
         published = official.to_published(network, state)
-        with atomic(
-            target / "revcol.pth"
-        ) as file:  # a file, not its name: that would be kept in it
+        # An open file instead of a path: torch.save would store the (temporary) file name.
+        with atomic(target / PUBLISHED_WEIGHTS) as file:
             torch.save({"model": published}, file)
-    write_json(target / "model.json", description)
+    write_json(target / MODEL_JSON, description)
     _write_self_test(
         network, min(SELF_TEST_SIZE, description["preprocessing"]["image_size"]), target
     )
@@ -99,27 +119,28 @@ def _write(network: Network, description: dict[str, Any], target: Path) -> None:
 
 @torch.no_grad()
 def _write_self_test(network: Network, image_size: int, target: Path) -> None:
-    """Inputs and the training network's logits on one thread, so that another process gives the same bits."""
+    """Write two random images and the network's logits for them."""
+    # One thread, because the order of floating-point sums depends on the number of threads.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     logits = network(images).logits[-1]
     torch.set_num_threads(threads)
     write_with(
-        target / "selftest.safetensors",
-        lambda path: save_file({"images": images, "logits": logits}, path),
+        target / SELF_TEST, lambda path: save_file({"images": images, "logits": logits}, path)
     )
 
 
-def _reload(target: Path) -> float:
+def _self_test_in_fresh_process(target: Path) -> float:
+    """Largest difference of logits, which the self-test of ``pipeline.export.reload`` prints."""
     command = [sys.executable, "-m", "pipeline.export.reload", str(target)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(pipeline.__file__).parents[1], check=False
-    )
-    if done.returncode != 0:
+    root = Path(pipeline.__file__).parents[1]
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    if completed.returncode != 0:
         raise StageError(
-            f"the exported model does not reproduce the training network's logits: {done.stdout.strip()} {done.stderr[-2000:]}",
+            "the exported model does not reproduce the training network's logits: "
+            f"{completed.stdout.strip()} {completed.stderr[-2000:]}",
             place=str(target),
-            remedy="report this: the export is not usable",
+            remedy="do not use this export, and report the error",
         )
-    return float(json.loads(done.stdout.strip().splitlines()[-1])["difference"])
+    return float(json.loads(completed.stdout.strip().splitlines()[-1])["difference"])

@@ -1,4 +1,7 @@
-"""Names of the metrics in event logs and TensorBoard."""
+"""Names of the metrics in event logs and TensorBoard.
+
+The part before the slash groups the charts in TensorBoard.
+"""
 
 from __future__ import annotations
 

@@ -1,33 +1,43 @@
-"""Which process this is: the coordinates that a launcher passes through the environment."""
+"""Rank, world size and local rank of this process, as its launcher passes them."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-_COORDINATES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+GENERATION = "PIPELINE_GENERATION"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DistEnv:
-    """Coordinates of one training process."""
+    """Coordinates of one training process.
+
+    Example: the second of two processes on one machine is
+    ``DistEnv(rank=1, size=2, local_rank=1)``.
+    """
 
     rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    generation: int | None = (
-        None  # of a supervised group of processes: only the newest may commit results
-    )
+    size: int = 1  # processes in total
+    local_rank: int = 0  # among those of this machine; chooses the GPU
+    # Number of this process group. A supervisor starts a new group after a failure and counts up;
+    # only the newest group may commit results. None without a supervisor.
+    generation: int | None = None
 
     @classmethod
     def from_environment(cls) -> DistEnv:
-        """RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them; PIPELINE_GENERATION by our own supervisor."""
-        rank, size, local_rank = (
-            int(os.environ.get(key, default)) for key, default in _COORDINATES.items()
+        """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun's names) and PIPELINE_GENERATION.
+
+        A variable that is not set takes its default: a single process without a supervisor.
+        """
+        generation = os.environ.get(GENERATION)
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            size=int(os.environ.get("WORLD_SIZE", "1")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            generation=None if generation is None else int(generation),
         )
-        generation = os.environ.get("PIPELINE_GENERATION")
-        return cls(rank, size, local_rank, None if generation is None else int(generation))
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0, which logs and writes the results."""
         return self.rank == 0

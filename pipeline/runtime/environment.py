@@ -1,27 +1,41 @@
-"""Environment variables of DeepSpeed and Ray. They must be set before either is imported; this is the one place that names them."""
+"""Environment variables of DeepSpeed and Ray: the one place that names them.
+
+Both libraries read them when they are imported, so they must be set before.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
+def deepspeed_import(device: str) -> dict[str, str]:
+    """Variables that ``import deepspeed`` reads, for a process on ``device`` (cpu or cuda)."""
+    # DS_BUILD_OPS=0: build no compiled extensions; this pipeline uses none of them.
+    environment = {"DS_BUILD_OPS": "0"}
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
 def training_process(device: str, threads: int) -> dict[str, str]:
-    """For a process that trains or evaluates on ``device`` (cpu or cuda) with so many compute threads."""
-    environment = {
+    """Variables of a process that trains or evaluates on ``device`` with ``threads`` threads."""
+    environment = deepspeed_import(device) | {
         "OMP_NUM_THREADS": str(threads),
-        "DS_BUILD_OPS": "0",
         "PYTHONUNBUFFERED": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if device == "cpu":
-        environment |= {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
     return environment
 
 
 def rank_of_group(
     rank: int, world_size: int, local_rank: int, local_world_size: int
 ) -> dict[str, str]:
-    """Coordinates of one process, as torchrun sets them; LOCAL_SIZE is DeepSpeed's name for LOCAL_WORLD_SIZE."""
+    """Coordinates of one process, under torchrun's names.
+
+    LOCAL_SIZE is DeepSpeed's name for LOCAL_WORLD_SIZE.
+    """
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -32,13 +46,19 @@ def rank_of_group(
 
 
 def ray_session(token: Path) -> dict[str, str]:
-    """For the driver, before ``import ray``; everything that Ray starts inherits it. ``token``: file of the access token."""
+    """Variables of the driver, before ``import ray``; every process that Ray starts inherits them.
+
+    Args:
+        token: file of the access token.
+    """
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # LOCAL_RANK chooses the device, as everywhere
+        # LOCAL_RANK chooses the device, as under torchrun: Ray must not hide the other GPUs.
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
-        "RAY_worker_niceness": "0",  # Ray's default of 15 lets any other process starve the training
+        # With Ray's default niceness of 15, any other process on the machine starves the training.
+        "RAY_worker_niceness": "0",
     }

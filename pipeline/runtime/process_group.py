@@ -1,4 +1,4 @@
-"""The process group that a stage's processes form, for as long as the stage runs."""
+"""The process group of a stage: joined when the stage starts, left when it ends."""
 
 from __future__ import annotations
 
@@ -17,23 +17,29 @@ TIMEOUT = timedelta(minutes=30)
 
 
 @contextlib.contextmanager
-def process_group(world: DistEnv, use_cuda: bool, threads: int) -> Iterator[torch.device]:
-    """Join the group, on this process's device, which is given; leave it in the end.
+def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[torch.device]:
+    """Join the process group and yield this process's device; leave the group at the end.
 
-    Several processes meet at MASTER_ADDR:MASTER_PORT of the environment; one alone needs neither.
-    ``threads``: compute threads of this process on the CPU, which then also keeps the memory that it frees.
+    Several processes meet at MASTER_ADDR:MASTER_PORT of the environment. A single
+    process needs neither.
+
+    Args:
+        threads: compute threads of a process on the CPU. Such a process also keeps freed memory.
     """
-    device = torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
+    # 1. The device.
+    device = torch.device("cuda", dist_env.local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads)
         keep_freed_memory()
+    # 2. The group. Under CUDA both backends are needed: stop requests are reduced on the CPU.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    alone = world.size == 1 and "MASTER_PORT" not in os.environ
+    # A single process without a launcher: an in-memory store instead of a TCP port.
+    alone = dist_env.size == 1 and "MASTER_PORT" not in os.environ
     store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
     dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT
+        backend, store=store, rank=dist_env.rank, world_size=dist_env.size, timeout=TIMEOUT
     )
     try:
         yield device

@@ -1,16 +1,18 @@
 """Saving and restoring a training stage.
 
-Precedence at the start of a stage: 1. its own newest valid checkpoint, 2. the weights of the stage it starts `from`,
-3. fresh weights from the seed.
+The weights at the start of a stage come from the first of these that exists:
+
+1. the newest valid checkpoint of the stage itself;
+2. the weights of the stage or file that it starts `from`;
+3. random initialisation from the seed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,142 +20,183 @@ from safetensors.torch import save_file
 
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints, remove_leftovers, set_aside
 from pipeline.checkpoint.reader import CheckpointReader, RangeReader
-from pipeline.checkpoint.weights import loadable
+from pipeline.checkpoint.weights import WeightsDescription, backbone_names
 from pipeline.checkpoint.writer import WRITE_ERRORS, save
 from pipeline.errors import CheckpointError
-from pipeline.files import write_json, write_with
-from pipeline.layout import WEIGHTS_FILE, WEIGHTS_JSON
+from pipeline.files import write_with
+from pipeline.layout import WEIGHTS_FILE
 from pipeline.model import NetworkSpec
 from pipeline.reporting import Log
-from pipeline.train.zero_state import ShardedState
+from pipeline.train.training_state import TrainingState
+from pipeline.train.zero_state import REPLICATED, ShardedState
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The checkpoint that a stage resumes from: steps done and the state of the training loop."""
+
+    step: int
+    state: TrainingState
 
 
 def save_checkpoint(
     root: Path,
-    masters: ShardedState,
+    sharded: ShardedState,
     step: int,
-    state: dict[str, Any],
+    state: TrainingState,
+    *,
     keep: int,
     may_commit: Callable[[], bool],
 ) -> str | None:
-    """Collective: masters, moments and EMA of every rank, and the loop's state. Returns why it failed, None if it did not."""
-    masters.average_buffers()
+    """Write the checkpoint of ``step``: weights, moments and EMA of every rank. Collective.
+
+    Returns:
+        None, or why the checkpoint could not be written.
+
+    Raises:
+        StageError: on rank 0, if ``may_commit`` refuses.
+    """
+    sharded.average_buffers()
+    # Each rank writes what it owns. Of replicated tensors one copy is enough: rank 0 writes it.
+    # Under ZeRO 0 everything is replicated.
     owned = (
         (fragment.name, fragment.shape, fragment.offset, kind, values)
-        for fragment, kind, values in masters.tensors()
-        if (masters.stage > 0 and fragment.flat >= 0)
-        or dist.get_rank() == 0  # of what is replicated one copy is enough
+        for fragment, kind, values in sharded.tensors()
+        if dist.get_rank() == 0 or (sharded.zero_stage > 0 and fragment.flat != REPLICATED)
     )
-    return save(root, step, owned, state, keep=keep, may_commit=may_commit)
+    return save(root, step, owned, state.to_json(), keep=keep, may_commit=may_commit)
 
 
 def restore(
-    root: Path, masters: ShardedState, identity: dict[str, Any], log: Log
-) -> Manifest | None:
-    """Load the newest checkpoint that verifies, on all ranks alike; None where there is none. Damaged ones are set aside.
+    root: Path, sharded: ShardedState, identity: Mapping[str, object], log: Log
+) -> Restored | None:
+    """Load the newest checkpoint whose checksums match; None if there is no checkpoint. Collective.
+
+    Damaged checkpoints are renamed. All ranks use the same checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is of another run, or there are checkpoints and none can be used.
+        CheckpointError: the checkpoint belongs to a different run, or none of them can be used.
     """
     refused: dict[Path, str] = {}
-    for directory in _listed(root):
-        problem = _problem(directory)
+    for directory in _list_on_all_ranks(root):
+        # 1. Verify. A damaged checkpoint is passed over; the one before it may be intact.
+        problem = _verify_on_all_ranks(directory)
         if problem is not None:
             refused[directory] = problem
             continue
+        # 2. Check that it belongs to this run, before anything is changed.
         manifest = Manifest.read(directory)
-        _check_identity(manifest.state["identity"], identity, directory)
+        state = TrainingState.from_json(manifest.state)
+        _check_identity(state.identity, identity, directory)
+        # 3. Rename the damaged ones, now that another one can be used.
         for damaged, reason in refused.items():
-            log(f"checkpoint refused, and set aside as {damaged.name}.refused: {reason}", "warning")
+            log(f"damaged checkpoint renamed to {damaged.name}.refused: {reason}", "warning")
             if dist.get_rank() == 0:
                 set_aside(damaged)
+        # 4. Load every kind of tensor under its own name.
         _load(
-            CheckpointReader(directory, manifest), masters, {kind: kind for kind in manifest.kinds}
+            CheckpointReader(directory, manifest), sharded, {kind: kind for kind in manifest.kinds}
         )
-        masters.set_step(manifest.state["optimizer_steps"])
-        return manifest
+        sharded.set_step(state.applied_steps)
+        return Restored(manifest.step, state)
     if refused:
+        newest_problem = next(iter(refused.values()))
         raise CheckpointError(
-            f"none of the {len(refused)} checkpoints can be used; the newest: {next(iter(refused.values()))}",
+            f"none of the {len(refused)} checkpoints can be used; the newest: {newest_problem}",
             place=str(root),
-            remedy="put an undamaged copy back, or move this folder away to begin the stage anew",
+            remedy="restore an undamaged copy, or move this folder away to train from scratch",
         )
     return None
 
 
-def _listed(root: Path) -> list[Path]:
-    """The checkpoints as rank 0 sees them, newest first, the same on every rank."""
-    found: list[Any] = [None]
+def _list_on_all_ranks(root: Path) -> list[Path]:
+    """The checkpoints that rank 0 finds, newest first, the same list on every rank."""
+    # Only rank 0 lists: on a network file system, two ranks may see different folders.
+    listed: list[list[Path]] = [[]]
     if dist.get_rank() == 0:
         remove_leftovers(root)
-        found = [[directory for _, directory in list_checkpoints(root)]]
-    dist.broadcast_object_list(found, src=0)
-    directories: list[Path] = found[0]
-    return directories
+        listed = [[directory for _, directory in list_checkpoints(root)]]
+    dist.broadcast_object_list(listed, src=0)
+    return listed[0]
 
 
-def _problem(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything: each rank checks its share of the files, all get to know."""
-    mine: str | None = None
+def _verify_on_all_ranks(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; the same answer on every rank.
+
+    The ranks share the work. Example: of 5 files on 2 ranks, rank 0 verifies files 0, 2 and 4,
+    rank 1 verifies files 1 and 3.
+    """
+    problem: str | None = None
     try:
         manifest = Manifest.read(directory)
         manifest.verify(directory, sorted(manifest.files)[dist.get_rank() :: dist.get_world_size()])
     except (CheckpointError, OSError) as error:
-        mine = str(error)
+        problem = str(error)
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, mine)
+    dist.all_gather_object(problems, problem)
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _check_identity(saved: dict[str, Any], now: dict[str, Any], directory: Path) -> None:
-    now = json.loads(json.dumps(now))
-    different = [
-        f"{key}: {saved.get(key)} there, {now.get(key)} now"
-        for key in now
-        if saved.get(key) != now.get(key)
+def _check_identity(
+    saved: Mapping[str, object], identity: Mapping[str, object], directory: Path
+) -> None:
+    # Through JSON, as the saved one: tuples become lists.
+    current = json.loads(json.dumps(identity))
+    differences = [
+        f"{key}: saved {saved.get(key)}, now {value}"
+        for key, value in current.items()
+        if saved.get(key) != value
     ]
-    if different:
+    if differences:
         raise CheckpointError(
-            "checkpoint is of another run: " + "; ".join(different),
+            f"checkpoint belongs to a different run ({'; '.join(differences)})",
             place=str(directory),
             remedy="use another job name (a new run directory), or restore the settings",
         )
 
 
-def load_initial(source: RangeReader, masters: ShardedState, place: str, log: Log) -> None:
-    """Start from the backbone of given weights; heads stay as initialised. Raises CheckpointError, on all ranks alike."""
-    names = loadable(source, masters.shapes, place)
-    _load(source, masters, {}, set(names))
-    log(
-        f"loaded {len(names)} parameters from {place}; {len(masters.shapes) - len(names)} of the heads are new"
-    )
+def load_initial(source: RangeReader, sharded: ShardedState, place: str, log: Log) -> None:
+    """Start from the backbone of given weights; heads keep their random initialisation.
+
+    Raises:
+        CheckpointError: on all ranks, if the weights do not fit the network.
+    """
+    names = backbone_names(source, sharded.shapes, place)
+    _load(source, sharded, {}, set(names))
+    new = len(sharded.shapes) - len(names)
+    log(f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new")
 
 
 @torch.no_grad()
 def _load(
     source: RangeReader,
-    masters: ShardedState,
-    stored: dict[str, str],
+    sharded: ShardedState,
+    stored_kinds: dict[str, str],
     names: set[str] | None = None,
 ) -> None:
-    """ShardedState, moments and EMA from what the source calls them (``stored``). Where it has no moments, they stay zero; where
-    it has no EMA (turned on later), the average starts from the masters."""
-    for fragment, kind, values in masters.tensors():
-        if (names is None or fragment.name in names) and (
-            kind in stored or kind in ("master", "ema")
-        ):
-            values.copy_(
-                source.read(
-                    stored.get(kind, "master"), fragment.name, fragment.offset, fragment.length
-                )
-            )
-    masters.publish(masters.flats)
+    """Fill this rank's share of weights, moments and EMA from ``source``.
+
+    Args:
+        stored_kinds: our kind -> the name of the kind in ``source``. Moments that are not in it
+            stay zero. An EMA that is not in it (turned on later, or a weights file) starts from
+            the weights.
+        names: parameters to load; None: all.
+    """
+    for fragment, kind, values in sharded.tensors():
+        wanted = names is None or fragment.name in names
+        if wanted and (kind in stored_kinds or kind in ("master", "ema")):
+            stored_kind = stored_kinds.get(kind, "master")
+            values.copy_(source.read(stored_kind, fragment.name, fragment.offset, fragment.length))
+    sharded.copy_to_model(sharded.flats)
 
 
 def write_weights(
-    directory: Path, checkpoint: Path, spec: NetworkSpec, facts: dict[str, Any]
+    directory: Path, checkpoint: Path, spec: NetworkSpec, description: WeightsDescription
 ) -> None:
-    """The stage's result: whole fp32 weights (the EMA where there is one) and what they are. Collective: rank 0 writes.
+    """Write the result of a stage: complete fp32 weights and their description. Collective.
+
+    The values are the EMA of the checkpoint, or the weights themselves if it has none. Rank 0
+    writes. ``description`` is completed with what the checkpoint knows.
 
     Raises:
         CheckpointError: on all ranks, if they cannot be written.
@@ -161,14 +204,16 @@ def write_weights(
     failure: list[CheckpointError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            _write_weights(directory, checkpoint, spec, facts)
+            _write_weights(directory, checkpoint, spec, description)
         except CheckpointError as error:
             failure = [error]
         except WRITE_ERRORS as error:
-            remedy = "make room, then run the same command again: nothing is trained a second time"
             failure = [
                 CheckpointError(
-                    f"the weights cannot be written: {error}", place=str(directory), remedy=remedy
+                    f"the weights cannot be written: {error}",
+                    place=str(directory),
+                    remedy="free some disk space, then rerun the same command: it trains no step "
+                    "a second time",
                 )
             ]
     dist.broadcast_object_list(failure, src=0)
@@ -177,14 +222,11 @@ def write_weights(
 
 
 def _write_weights(
-    directory: Path, checkpoint: Path, spec: NetworkSpec, facts: dict[str, Any]
+    directory: Path, checkpoint: Path, spec: NetworkSpec, description: WeightsDescription
 ) -> None:
     manifest = Manifest.read(checkpoint)
     reader = CheckpointReader(checkpoint, manifest)
     kind = "ema" if "ema" in manifest.kinds else "master"
     tensors = {name: reader.full(kind, name) for name in sorted(manifest.shapes)}
     write_with(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-    write_json(
-        directory / WEIGHTS_JSON,
-        {"network": asdict(spec), "weights": kind, "step": manifest.step, **facts},
-    )
+    replace(description, network=asdict(spec), weights=kind, step=manifest.step).write(directory)

@@ -1,63 +1,94 @@
-"""The DeepSpeed engine of a training stage."""
+"""The DeepSpeed engine of a training stage: its configuration, its construction, its interface."""
 
 from __future__ import annotations
 
 import logging
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.schema import TrainConfig
-from pipeline.model import Network, NetworkSpec
+from pipeline.model import Network, NetworkSpec, Output
 from pipeline.model.column import Level
+from pipeline.runtime import environment
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.train.optimizer import adamw
 
-REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default, made anew each step
+REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 
 
-def _deepspeed(world: DistEnv, device: torch.device) -> ModuleType:
-    """DeepSpeed, joined to the process group that is there."""
-    defaults = {
-        "RANK": str(world.rank),
-        "WORLD_SIZE": str(world.size),
-        "LOCAL_RANK": str(world.local_rank),
-        "LOCAL_SIZE": str(world.size),
-        "DS_BUILD_OPS": "0",
-    }
-    if device.type == "cpu":
-        defaults["DS_ACCELERATOR"] = "cpu"
-    for key, value in defaults.items():
-        os.environ.setdefault(key, value)
+class DeepSpeedEngine(Protocol):
+    """The members of a DeepSpeed engine that this pipeline uses."""
+
+    module: Network
+    optimizer: Any  # a torch optimizer under ZeRO 0, DeepSpeed's wrapper of one under ZeRO 1 to 3
+
+    def __call__(self, images: Tensor, uniforms: Tensor | None = None) -> Output: ...
+
+    def backward(self, loss: Tensor) -> object: ...
+
+    def step(self) -> object: ...
+
+    def train(self) -> object: ...
+
+    def eval(self) -> object: ...
+
+    def was_step_applied(self) -> bool:
+        """False if the last update was skipped because its gradients were not finite."""
+
+    def get_global_grad_norm(self) -> float | None: ...
+
+    def zero_optimization_stage(self) -> int: ...
+
+    def train_micro_batch_size_per_gpu(self) -> int: ...
+
+
+def _import_deepspeed(dist_env: DistEnv, device: torch.device) -> ModuleType:
+    """Import DeepSpeed and let it use the process group that exists already."""
+    # 1. The environment, before the import. What the launcher has set stays.
+    defaults = environment.deepspeed_import(device.type) | environment.rank_of_group(
+        dist_env.rank, dist_env.size, dist_env.local_rank, dist_env.size
+    )
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
-    # Of use for inference only, yet compiled at the first start; a process killed meanwhile leaves a lock that all others
-    # would wait for without end.
+    # 2. This extension serves inference only, yet DeepSpeed compiles it at the first start. A
+    #    process killed during the compilation leaves a lock on which all later ones hang.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # 3. DeepSpeed finds the initialised group of torch.distributed and wraps it.
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     module: ModuleType = deepspeed
     return module
 
 
 def deepspeed_config(
-    config: TrainConfig, world_size: int, micro_batch: int, parameters: int, largest_level: int
+    config: TrainConfig,
+    *,
+    world_size: int,
+    micro_batch: int,
+    parameters: int,
+    largest_level: int,
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration.
+    """DeepSpeed's own configuration for a training stage.
 
     Args:
-        parameters: of the whole network; no buffer need hold more.
-        largest_level: parameters of the largest level of a column (ZeRO-3's grain: what the recompute gathers is used by the
-            same level's backward at once, so it is not gathered a third time).
+        parameters: of the whole network; no communication buffer needs to hold more.
+        largest_level: parameters of the largest level of any column.
     """
-    zero: dict[str, Any] = {
+    zero: dict[str, int] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": min(parameters, REDUCE_BUCKET),
     }
     if config.zero_stage == 3:
+        # ZeRO-3 gathers one level at a time. The reversible backward pass computes a level again
+        # and differentiates it at once, so the level must stay gathered in between: a reuse
+        # distance just above the largest level keeps it. Without that, each level would be
+        # gathered three times per step (forward, recompute, backward) instead of twice.
         zero |= {
             "stage3_max_reuse_distance": largest_level + 1,
             "stage3_prefetch_bucket_size": largest_level,
@@ -69,7 +100,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.global_batch // (world_size * micro_batch),
         "gradient_clipping": config.clip_grad,
-        "steps_per_print": 10**9,
+        "steps_per_print": 10**9,  # never: the pipeline logs by itself
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -77,7 +108,8 @@ def deepspeed_config(
     }
 
 
-def _size(module: nn.Module) -> int:
+def _parameter_count(module: nn.Module) -> int:
+    # Under ZeRO-3 a partitioned parameter is empty; ``ds_numel`` is its real size.
     return sum(
         getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()
     )
@@ -86,27 +118,43 @@ def _size(module: nn.Module) -> int:
 def make_engine(
     spec: NetworkSpec,
     config: TrainConfig,
-    world: DistEnv,
+    dist_env: DistEnv,
+    *,
     micro_batch: int,
     seed: int,
     device: torch.device,
-) -> Any:
-    """A DeepSpeed engine around a freshly initialised network, the same on every rank for the same ``seed``."""
-    deepspeed = _deepspeed(world, device)
+) -> DeepSpeedEngine:
+    """Build a network and its DeepSpeed engine.
+
+    The initial weights depend on ``seed`` only, so they are the same on every rank.
+    """
+    deepspeed = _import_deepspeed(dist_env, device)
     torch.manual_seed(seed)
     if config.zero_stage == 3:
-        draft = deepspeed_config(config, world.size, micro_batch, 1, 1)
-        # Without ``dtype``: given one, DeepSpeed 0.19.8 takes bf16 on every device that has no fp16 arithmetic, whatever the
-        # argument (`dtype or fp16 if fp16 is supported else bf16`); left out, it follows the configuration.
-        with deepspeed.zero.Init(config_dict_or_path=draft):
+        # The sizes do not matter yet: this configuration is only for partitioning.
+        partitioning = deepspeed_config(
+            config,
+            world_size=dist_env.size,
+            micro_batch=micro_batch,
+            parameters=1,
+            largest_level=1,
+        )
+        # Without ``dtype``: given one, DeepSpeed 0.19.8 ignores it and takes bf16 on every device
+        # that lacks fp16 arithmetic (`dtype or fp16 if fp16 is supported else bf16`). Without it,
+        # DeepSpeed follows the configuration.
+        with deepspeed.zero.Init(config_dict_or_path=partitioning):
             model = Network(spec)
     else:
         model = Network(spec).to(device)
     model.compute_in(torch.bfloat16 if config.precision == "bf16" else None)
-    largest = max(_size(module) for module in model.modules() if isinstance(module, Level))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=adamw(model, config),
-        config=deepspeed_config(config, world.size, micro_batch, _size(model), largest),
+    levels = [module for module in model.modules() if isinstance(module, Level)]
+    settings = deepspeed_config(
+        config,
+        world_size=dist_env.size,
+        micro_batch=micro_batch,
+        parameters=_parameter_count(model),
+        largest_level=max(map(_parameter_count, levels)),
     )
+    engine: DeepSpeedEngine
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=settings)
     return engine

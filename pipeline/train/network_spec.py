@@ -1,22 +1,22 @@
-"""From a job to the shape of the network that a stage trains."""
+"""From a job to the network that a stage trains."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config.schema import Job, TrainConfig
+from pipeline.evaluate.network import architecture_spec
 from pipeline.model import NetworkSpec
 
 
-def network_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpec:
-    """The network of a training stage."""
+def training_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpec:
+    """The network of a training stage: the job's architecture, and how training computes it."""
     model = job.model
-    return NetworkSpec(
-        channels=model.channels,
-        depths=model.depths,
-        columns=model.columns,
-        num_classes=num_classes,
-        huge=model.huge,
-        supervised=config.intermediate_supervision,
-        block=model.block,
+    # The architecture decides the parameters; evaluation and export build the same one. What
+    # follows changes only how they are trained.
+    architecture = architecture_spec(model, num_classes, supervised=config.intermediate_supervision)
+    return replace(
+        architecture,
         activations=model.activations,
         drop_path=model.drop_path if config.drop_path is None else config.drop_path,
         head_init_scale=config.head_init_scale,

@@ -1,4 +1,4 @@
-"""AdamW parameter groups: by depth (layer decay) and by whether weight decay applies."""
+"""AdamW and its parameter groups: by depth (layer decay) and by whether weight decay applies."""
 
 from __future__ import annotations
 
@@ -12,29 +12,45 @@ from pipeline.config.schema import TrainConfig
 from pipeline.model import Network
 from pipeline.model.param_groups import decays, layer_id, num_layers
 
+ParameterGroup = dict[str, Any]  # of a torch optimizer, with ``lr_scale`` added
+
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves out a step on gradients that are not finite, for ZeRO 0, whose engine does not look (1 to 3 do)."""
+    """AdamW that skips a step if any gradient is not finite.
 
-    overflow = False  # DeepSpeed's name for it: the engine then counts the step as skipped
+    For ZeRO 0, whose engine does not check. The engines of ZeRO 1 to 3 skip such steps themselves.
+    """
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
+    overflow = False  # DeepSpeed reads this attribute: the engine counts the step as skipped
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         gradients: list[Tensor] = [
-            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+            parameter.grad
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
         ]
         self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        return None if self.overflow else super().step(closure)
+        if self.overflow:
+            return None
+        result: float | None = super().step(closure)
+        return result
 
 
-def parameter_groups(model: Network, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups with ``lr_scale`` = layer_decay ** (depth of the heads - depth of the parameter), and their weight decay."""
+def parameter_groups(model: Network, config: TrainConfig) -> list[ParameterGroup]:
+    """Group the parameters by learning-rate factor and weight decay.
+
+    The factor ``lr_scale`` of a parameter at depth d is layer_decay ** (depth of the heads - d).
+    Example: with layer_decay 0.8, the heads train at 1.0, the layer below them at 0.8, the next
+    one at 0.64.
+    """
     deepest = num_layers(model.spec)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool], ParameterGroup] = {}
     for name, parameter in model.named_parameters():
-        shape = getattr(
-            parameter, "ds_shape", parameter.shape
-        )  # under ZeRO-3 the shape before partitioning
+        # Under ZeRO-3 the parameter itself is empty; ``ds_shape`` is its shape.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
         decayed = decays(name, len(shape), config.decay_alpha)
+        # Without layer decay, one depth for all keeps the number of groups small.
         depth = layer_id(name, model.spec) if config.layer_decay < 1 else deepest
         group = groups.setdefault(
             (depth, decayed),
@@ -49,12 +65,18 @@ def parameter_groups(model: Network, config: TrainConfig) -> list[dict[str, Any]
 
 
 def adamw(model: Network, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW whose rate is 0 until the schedule sets it (DeepSpeed takes a step on zero gradients when it is made)."""
-    kind = FiniteAdamW if config.zero_stage == 0 else torch.optim.AdamW
-    return kind(parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps)
+    """The optimizer of a training stage.
+
+    Its learning rate is 0 until the schedule sets it, because DeepSpeed takes a step on zero
+    gradients when it wraps the optimizer: with a rate, weight decay would change the weights.
+    """
+    optimizer_class = FiniteAdamW if config.zero_stage == 0 else torch.optim.AdamW
+    return optimizer_class(
+        parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps
+    )
 
 
-def set_rate(groups: list[dict[str, Any]], rate: float) -> None:
-    """Set every group's learning rate for the next step."""
+def set_learning_rate(groups: list[ParameterGroup], rate: float) -> None:
+    """Set the learning rate of every group for the next step."""
     for group in groups:
         group["lr"] = rate * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""Learning rate: linear warm-up, then cosine, both by optimizer step (as the published recipes)."""
+"""Learning-rate schedule of the published recipes: linear warm-up, then cosine, per step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.config import job_queries
 from pipeline.config.schema import TrainConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Learning rate of every step, for the real global batch (linear scaling applied)."""
 
@@ -21,22 +21,27 @@ class Schedule:
 
     @classmethod
     def of(cls, config: TrainConfig, images: int) -> Schedule:
-        """For a training split of ``images``. ``config`` states rates for ``base_lr_batch`` images a step; they scale linearly
-        with ``global_batch``."""
+        """The schedule of a stage on ``images`` training images.
+
+        The rates in ``config`` belong to a batch of ``base_lr_batch`` images and scale linearly.
+        Example: base_lr 1e-3 at base_lr_batch 1024 is a peak of 2e-3 at global_batch 2048.
+        """
         scale = config.global_batch / config.base_lr_batch
-        total = job_queries.steps(config, images)
-        warmup = min(
-            round(config.warmup_epochs * job_queries.steps_per_epoch(config, images)), total - 1
-        )
+        total_steps = job_queries.steps(config, images)
+        warmup_steps = round(config.warmup_epochs * job_queries.steps_per_epoch(config, images))
         return cls(
-            config.base_lr * scale, config.min_lr * scale, config.warmup_lr * scale, warmup, total
+            peak=config.base_lr * scale,
+            final=config.min_lr * scale,
+            warmup_start=config.warmup_lr * scale,
+            # A run cut short by max_steps still ends at the final rate.
+            warmup_steps=min(warmup_steps, total_steps - 1),
+            total_steps=total_steps,
         )
 
     def __call__(self, step: int) -> float:
-        """Rate of the 0-based ``step``."""
+        """Learning rate of the 0-based ``step``."""
         if step < self.warmup_steps:
             return self.warmup_start + (self.peak - self.warmup_start) * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.final + (self.peak - self.final) * 0.5 * (
-            1 + math.cos(math.pi * min(1.0, progress))
-        )
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final + (self.peak - self.final) * cosine

@@ -1,13 +1,19 @@
-"""What exact columns find out about themselves, and what follows: a step on wrong arithmetic is repeated, or told of.
+"""The self-check of exact columns during training, and the reaction to a mismatch.
 
-The network makes the gradients of such a step non-finite, so every engine skips it on all ranks without a synchronisation;
-only then is anything read from the device.
+The inversion of reversible columns must recover its inputs exactly. If it does not, arithmetic was
+wrong somewhere (usually a hardware fault), and the gradients cannot be used. The network then makes
+them non-finite, so every engine skips the update on all ranks without waiting for the device. Only
+after such a skip is anything read back.
+
+``on_mismatch`` in the job decides what follows: retry the step, warn and train with the gradients,
+or stop.
 """
 
 from __future__ import annotations
 
 import socket
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -15,81 +21,113 @@ from pipeline.errors import StageError
 from pipeline.model import Network
 from pipeline.model.consistency import Consistency
 
-REPEATS = 3  # of one step
+MAX_RETRIES = 3  # of one step
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one rank found: ``lines`` as ``Consistency.report`` gives them. ``curable``: repeating the step may help."""
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """What one rank found wrong: ``lines`` as ``Consistency.report`` gives them.
+
+    ``retryable``: the same images may succeed a second time. False after an overflow of the stream,
+    which depends on the weights and the images only and would come again.
+    """
 
     rank: int
     host: str
     lines: list[str]
-    curable: bool
+    retryable: bool
 
     def __str__(self) -> str:
-        more = f" (and {len(self.lines) - 1} more findings)" if len(self.lines) > 1 else ""
-        return f"{self.lines[0]}{more}, on rank {self.rank}, host {self.host}"
+        # The first line names the origin; the others are usually its consequences.
+        others = len(self.lines) - 1
+        suffix = f" (and {others} more findings)" if others else ""
+        return f"{self.lines[0]}{suffix}, on rank {self.rank}, host {self.host}"
 
 
 class SelfCheck:
-    """Sums the network's health over micro-batches, on the device."""
+    """Collects the network's consistency records over micro-batches, on the device."""
 
-    def __init__(self, network: Network, on_mismatch: str) -> None:
-        self.network, self.on_mismatch = network, on_mismatch
+    def __init__(self, network: Network, on_mismatch: Literal["retry", "warn", "stop"]) -> None:
+        self.network = network
+        self.on_mismatch = on_mismatch
         network.skip_on_mismatch = on_mismatch != "warn"
-        self._seen: Consistency | None = None
+        self._collected: Consistency | None = None
 
     def add(self) -> None:
-        """What the last micro-batch found; nothing is read from the device."""
+        """Add the record of the last micro-batch. Does not wait for the device.
+
+        Call it between the backward pass and the next forward pass, which starts a new record.
+        """
         if self.network.spec.activations != "exact":
-            return
-        if self._seen is None:
-            self._seen = self.network.consistency
+            return  # only exact columns check themselves
+        if self._collected is None:
+            self._collected = self.network.consistency
         else:
-            self._seen.add(self.network.consistency)
+            self._collected.add(self.network.consistency)
 
-    def summary(self, mismatched: bool) -> tuple[float, list[Finding]]:
-        """(largest |value| of the stream, findings where any rank has ``mismatched`` elements) since the last reading, over
-        all ranks (collective, synchronises); starts anew."""
-        largest = (
-            self.network.consistency.max_abs.new_zeros(())
-            if self._seen is None
-            else self._seen.max_abs.max()
+    def summary(self, mismatched: bool) -> tuple[float, list[Mismatch]]:
+        """(largest |value| of the stream, mismatches) since the last call, over all ranks.
+
+        Resets the collection. Collective; waits for the device.
+
+        Args:
+            mismatched: whether any rank counted mismatched elements; if not, they are not read.
+        """
+        if self._collected is None:
+            max_abs = self.network.consistency.max_abs.new_zeros(())
+        else:
+            max_abs = self._collected.max_abs.max()
+        dist.all_reduce(max_abs, op=dist.ReduceOp.MAX)
+        mismatches = self.read() if mismatched else []
+        self._collected = None
+        return float(max_abs), mismatches
+
+    def read(self) -> list[Mismatch]:
+        """Mismatches of all ranks since the last call; resets the collection.
+
+        Collective; waits for the device.
+        """
+        collected = self._collected
+        self._collected = None
+        lines = [] if collected is None else collected.report()
+        overflowed = collected is not None and bool(collected.overflowed.any())
+        own = Mismatch(
+            rank=dist.get_rank(),
+            host=socket.gethostname(),
+            lines=lines,
+            retryable=bool(lines) and not overflowed,
         )
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        findings = self.read() if mismatched else []
-        self._seen = None
-        return float(largest), findings
+        # Every rank gathers all of them, so that all ranks decide alike (``should_retry``).
+        gathered: list[Mismatch] = [own] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+        return [mismatch for mismatch in gathered if mismatch.lines]
 
-    def read(self) -> list[Finding]:
-        """Findings of all ranks since the last reading (collective, synchronises); starts anew."""
-        seen, self._seen = self._seen, None
-        lines = [] if seen is None else seen.report()
-        curable = (
-            bool(lines) and seen is not None and not bool(seen.overflowed.any())
-        )  # which would come again
-        findings: list[Finding] = [None] * dist.get_world_size()  # type: ignore[list-item]
-        dist.all_gather_object(
-            findings, Finding(dist.get_rank(), socket.gethostname(), lines, curable)
-        )
-        return [finding for finding in findings if finding.lines]
+    def should_retry(self, mismatches: list[Mismatch], step: int, attempt: int) -> bool:
+        """Whether to retry a skipped step. The answer is the same on every rank.
 
-    def repeats(self, findings: list[Finding], step: int, attempt: int) -> bool:
-        """Whether a step (1-based, as users count) that was skipped at its ``attempt`` (from 1) is to be done again.
+        Args:
+            step: 0-based.
+            attempt: how often the step was tried so far, from 1.
 
         Raises:
-            StageError: it must not be repeated, or was, too often.
+            StageError: the job says to stop, or the step failed too often.
         """
-        if not any(finding.curable for finding in findings):
+        retryable = [mismatch for mismatch in mismatches if mismatch.retryable]
+        if not retryable:
             return False
-        found = next(str(finding) for finding in findings if finding.curable)
+        failed = f"step {step + 1} failed its self-check"
         if self.on_mismatch == "stop":
-            remedy = "the step was not taken: run the same command again, on another machine if this one has done it before"
-            raise StageError(f"step {step} is wrong: {found}", remedy=remedy)
-        if attempt > REPEATS:
-            remedy = "take this machine out of use, or find what is not deterministic; on_mismatch: warn trains regardless"
             raise StageError(
-                f"step {step} is wrong, {attempt} times in a row: {found}", remedy=remedy
+                f"{failed}: {retryable[0]}",
+                remedy="the update was not applied: rerun the same command, on another machine if "
+                "this one has failed before",
+            )
+        # A fault that stays is not a random bit flip: broken hardware, or an operation that gives
+        # other results in the backward pass than in the forward pass.
+        if attempt > MAX_RETRIES:
+            raise StageError(
+                f"{failed} {attempt} times in a row: {retryable[0]}",
+                remedy="check the machine's hardware, or find the operation that is not "
+                "deterministic; on_mismatch: warn trains despite mismatches",
             )
         return True

@@ -1,105 +1,105 @@
-"""One optimizer step: micro-batches through the network, gradients, update. Nothing in it waits for the device."""
+"""One optimizer step: forward and backward over the micro-batches, then the update.
+
+Nothing on the normal path waits for the device. Only after the engine has refused an update
+(non-finite gradients) is the reason read back: a step that failed its self-check is retried on the
+same images, any other is skipped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import Batch, TrainLoader
-from pipeline.data.rng import uniform
-from pipeline.model.fixed_point import ALPHA_LIMIT, remainder_width
-from pipeline.reporting import Log
-from pipeline.train.loss import compound_terms
-from pipeline.train.metrics import Metrics
-from pipeline.train.optimizer import set_rate
-from pipeline.train.schedule import Schedule
-from pipeline.train.self_check import Finding, SelfCheck
-from pipeline.train.zero_state import ShardedState
+from pipeline.train.context import StepContext
+from pipeline.train.metrics import MetricsMark
+from pipeline.train.self_check import Mismatch
 
 
-@dataclass
+@dataclass(frozen=True)
+class StepSnapshot:
+    """What micro-batches change even if the update is refused: metrics and BatchNorm statistics."""
+
+    metrics: MetricsMark
+    running_statistics: list[Tensor]
+
+
+@dataclass(kw_only=True)
 class TrainingStep:
-    """What a step needs."""
+    """Runs optimizer steps and counts how they ended."""
 
-    engine: Any
-    masters: ShardedState
-    schedule: Schedule
-    augment: DeviceAugment
-    metrics: Metrics
-    integrity: SelfCheck
-    seed: int
-    accumulation: int
-    device: torch.device
-    log_every_steps: int  # from one reading of alpha to the next
-    log: Log
-    applied: int = 0  # optimizer steps taken; a step on non-finite gradients is not
-    repeated: int = 0  # steps that were done again because their arithmetic was wrong
-    skipped: bool = False  # the last one
+    context: StepContext
+    accumulation: int  # micro-batches per optimizer step
+    applied_steps: int = 0
+    retried_steps: int = 0
+    last_step_skipped: bool = False
 
     def run(self, step: int, loader: TrainLoader) -> None:
-        """Optimizer step ``step`` (0-based) on the next ``accumulation`` micro-batches; again, on the same ones, where the
-        network finds that it computed wrongly. Raises StageError if that is to be, or stays so."""
-        set_rate(self.engine.optimizer.param_groups, self.schedule(step))
-        mark, statistics = (
-            self.metrics.mark(),
-            [buffer.clone() for buffer in self.masters.buffers.values()],
-        )
-        for attempt in count(1):
-            self._attempt(iter(loader))
-            if self.engine.was_step_applied():
-                self.applied += 1
-                self.masters.after_step(step)
-                self.skipped = False
+        """Run optimizer step ``step`` (0-based) on the next ``accumulation`` micro-batches.
+
+        Raises:
+            StageError: the self-check failed, and the job says to stop or all retries are used up.
+        """
+        self.context.set_learning_rate(step)
+        snapshot = self._snapshot()
+        attempt = 1
+        while not self._try(loader):
+            # The engine refused the update because the gradients are not finite. Two causes:
+            #  - the self-check found wrong arithmetic, usually of the hardware: the same images may
+            #    succeed a second time, so retry;
+            #  - the loss itself overflowed: the same images would overflow again, so skip.
+            mismatches = self.context.self_check.read()
+            if not self.context.self_check.should_retry(mismatches, step, attempt):
+                self._skip(step, mismatches)
                 return
-            findings = self.integrity.read()
-            if not self.integrity.repeats(findings, step + 1, attempt):
-                self._say(findings if not self.skipped else [], f"step {step + 1} is left out")
-                self.skipped = True
-                return
-            self._say(findings, f"step {step + 1} is repeated")
-            self.repeated += attempt == 1
-            self.metrics.rollback(mark)
-            for buffer, before in zip(self.masters.buffers.values(), statistics, strict=True):
-                buffer.copy_(before)
-            self.set_widths()
+            if attempt == 1:  # count steps, not attempts
+                self.retried_steps += 1
+            self.context.log_mismatches(mismatches, f"step {step + 1}: retrying")
+            self._restore(snapshot)
+            # The failure may have been a remainder that outgrew its width: measure again.
+            self.context.set_remainder_widths()
             loader.rewind(step)
+            attempt += 1
+        self.applied_steps += 1
+        self.context.after_update(step)
+        self.last_step_skipped = False
 
-    def _say(self, findings: list[Finding], what: str) -> None:
-        for finding in findings:
-            self.log(f"{what}: {finding}", "warning")
-
-    def _attempt(self, batches: Iterator[Batch]) -> None:
-        network = self.engine.module
+    def _try(self, loader: TrainLoader) -> bool:
+        """Run all micro-batches once. True if the engine applied the update."""
+        batches: Iterator[Batch] = iter(loader)
         for _ in range(self.accumulation):
-            batch = next(batches)
-            images, labels, views, positions = (
-                tensor.to(self.device, non_blocking=True)
-                for tensor in (batch.images, batch.labels, batch.views, batch.positions)
-            )
-            prepared = self.augment(images, labels, views, positions, batch.epoch)
-            draws = (
-                uniform(self.seed, batch.epoch, views, "drop_path", network.uniforms)
-                if network.uniforms
-                else None
-            )
-            out = self.engine(prepared.images, draws)
-            loss = compound_terms(out, prepared.image01, prepared.targets)
-            self.engine.backward(loss.total)
-            self.integrity.add()
-            self.metrics.add(loss, out, prepared.targets, network.consistency.mismatched_elements)
-            self.engine.step()
+            self._micro_batch(next(batches))
+        return self.context.engine.was_step_applied()
 
-    def set_widths(self) -> None:
-        """Bits of the remainders until the next time (reads alpha): Adam moves it by about 3 rates a step at most."""
-        network = self.engine.module
-        if network.spec.activations == "exact":
-            drift = 4 * self.schedule.peak * self.log_every_steps
-            network.remainder_widths = [
-                [remainder_width(max(smallest - drift, ALPHA_LIMIT / 2)) for smallest in column]
-                for column in self.masters.smallest_alpha()
-            ]
+    def _micro_batch(self, batch: Batch) -> None:
+        context = self.context
+        batch = context.to_device(batch)
+        inputs = context.augment(batch)
+        output = context.engine(inputs.images, context.drop_path_draws(batch))
+        loss = context.loss(output, inputs)
+        context.engine.backward(loss.total)
+        # Between the backward pass and the next forward pass, which starts a new record.
+        context.self_check.add()
+        mismatched = context.network.consistency.mismatched_elements
+        context.metrics.add(loss, output, inputs.targets, mismatched)
+        context.engine.step()  # updates the weights after the last micro-batch only
+
+    def _skip(self, step: int, mismatches: list[Mismatch]) -> None:
+        # In a run of bad steps, log the first one only: the metric counts them.
+        if not self.last_step_skipped:
+            self.context.log_mismatches(mismatches, f"step {step + 1}: skipped")
+        self.last_step_skipped = True
+
+    def _snapshot(self) -> StepSnapshot:
+        statistics = [buffer.clone() for buffer in self.context.running_statistics()]
+        return StepSnapshot(self.context.metrics.mark(), statistics)
+
+    @torch.no_grad()
+    def _restore(self, snapshot: StepSnapshot) -> None:
+        self.context.metrics.rollback(snapshot.metrics)
+        current = self.context.running_statistics()
+        for buffer, before in zip(current, snapshot.running_statistics, strict=True):
+            buffer.copy_(before)

@@ -1,358 +1,298 @@
-"""A training stage in one process (of one or many): what the Ray actors call and what ``python -m pipeline train`` runs."""
+"""A training stage in one process, of one or many: the loop over optimizer steps.
+
+Ray actors and ``pipeline train`` call ``train_stage``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from pipeline.checkpoint.manifest import directory_of
-from pipeline.checkpoint.weights import initial_weights
+from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import Job, TrainConfig, hparam_keys
-from pipeline.data.dataset import PreparedDataset, open_dataset
+from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.order import order_of
-from pipeline.errors import CheckpointError, Interrupted
-from pipeline.evaluate.accuracy import picture_rows, validate
+from pipeline.errors import CheckpointError, Interrupted, StageError
+from pipeline.evaluate.accuracy import Accuracy, image_grid, validate
 from pipeline.layout import RunDir
-from pipeline.model import NetworkSpec
-from pipeline.monitor.recorder import Recorder
+from pipeline.monitor import tags
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
-from pipeline.train.checkpointing import load_initial, restore, save_checkpoint, write_weights
-from pipeline.train.engine import make_engine
-from pipeline.train.metrics import Metrics
-from pipeline.train.network_spec import network_spec
+from pipeline.train.checkpointing import save_checkpoint, write_weights
+from pipeline.train.context import StageContext, StageLog
+from pipeline.train.ema import ema_weights
+from pipeline.train.fence import Fence
 from pipeline.train.preemption import CollectiveStop
 from pipeline.train.replaced_samples import ReplacedSamples
-from pipeline.train.schedule import Schedule
-from pipeline.train.self_check import SelfCheck
-from pipeline.train.step import TrainingStep
+from pipeline.train.setup import StageSetup, set_up, train_loader
 from pipeline.train.throughput import Throughput
-from pipeline.train.zero_state import ShardedState
+from pipeline.train.training_state import TrainingState
 
-
-@dataclass
-class Trainer:
-    """One training stage under way."""
-
-    job: Job
-    stage: str
-    config: TrainConfig
-    run_dir: RunDir
-    world: DistEnv
-    device: torch.device
-    data: PreparedDataset
-    recorder: Recorder | None = None  # on rank 0
-    history: list[dict[str, float]] = field(default_factory=list)  # one entry an evaluation
-    figures: dict[str, float] = field(default_factory=dict)  # of the newest log
-    unsaid: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # messages from before the recorder was there
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir.checkpoints(self.stage)
-
-    @property
-    def total_steps(self) -> int:
-        return job_queries.steps(self.config, len(self.data.split("train")))
-
-    def log(self, text: str, level: str = "info") -> None:
-        """A message in the stage's events (from rank 0)."""
-        if not self.world.is_main:
-            return
-        self.unsaid.append((text, level))
-        if self.recorder is not None:
-            for message in self.unsaid:
-                self.recorder.message(*message)
-            self.unsaid.clear()
-
-    def may_commit(self) -> bool:
-        """Whether this group of processes is still the current one (a replaced one may live on for a while)."""
-        if self.world.generation is None:
-            return True
-        path = self.run_dir.fence(self.stage)
-        return not path.exists() or path.read_text().strip() == str(self.world.generation)
-
-    def identity(self, spec: NetworkSpec) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        return {
-            "network": spec.architecture,
-            "data": self.data.fingerprint,
-            "order": [
-                self.config.order,
-                self.config.window_shards,
-                self.config.repeated_augmentation,
-                self.config.balance,
-            ],
-            "seed": self.job.seed,
-            "global_batch": self.config.global_batch,
-            "total_steps": self.total_steps,
-        }
+MAX_EVAL_BATCH = 64  # images per process
 
 
 def train_stage(
     job: Job, stage: str, run_dir: RunDir, world: DistEnv, stop: Callable[[], bool]
 ) -> dict[str, float]:
-    """Trainer (or go on with) a training stage.
+    """Run a training stage, or resume it from its newest checkpoint.
 
     Args:
         stage: 'pretrain' or 'finetune'.
-        stop: asked once a step on every rank; when true on any, all write a checkpoint and raise ``Interrupted``.
+        stop: whether a stop is requested; asked once per step on every rank. After a request on any
+            rank, all ranks write a checkpoint and raise ``Interrupted``.
 
     Returns:
-        Figures: loss, images_per_s, data_wait_share of the last log; top1, top5 of the last evaluation; steps.
+        loss, images_per_s and data_wait_share of the last log; top1 and top5 of the last
+        evaluation; steps.
     """
     config = job_queries.train_config(job, stage)
-    with process_group(
-        world, machine.device(job.cluster) == "cuda", machine.threads(job.cluster)
-    ) as device:
+    fence = Fence(run_dir.fence(stage), world.generation)
+    fence.require_file()  # now, rather than at the first checkpoint
+    use_cuda = machine.device(job.cluster) == "cuda"
+    with process_group(world, use_cuda, machine.threads(job.cluster)) as device:
         prepared = run_dir.dataset(job_queries.dataset_name(job, stage))
-        data = open_dataset(prepared, whole=config.on_bad_sample == "stop")
-        run = Trainer(job, stage, config, run_dir, world, device, data)
+        context = StageContext(
+            job=job,
+            stage=stage,
+            config=config,
+            run_dir=run_dir,
+            dist_env=world,
+            device=device,
+            data=open_dataset(prepared, whole=config.on_bad_sample == "stop"),
+        )
+        log = StageLog(world.is_main)
         try:
-            return _train(run, stop)
+            setup = set_up(context, log)
+            # A finished stage needs no loader. A stage without a single step does: the loader
+            # reports that the dataset is smaller than a batch.
+            if not setup.resumed or setup.first_step < context.total_steps:
+                with train_loader(context, setup.first_step) as loader:
+                    trainer = Trainer(
+                        context=context, setup=setup, loader=loader, log=log, fence=fence
+                    )
+                    trainer.run(CollectiveStop(stop))
+            return _write_result(context, setup, log)
         finally:
-            if run.recorder is not None:
-                run.recorder.close()
+            log.close()
 
 
-def _train(run: Trainer, stop: Callable[[], bool]) -> dict[str, float]:
-    job, config, world, device = run.job, run.config, run.world, run.device
-    micro, accumulation = job_queries.batches(config, world.size)
-    spec = network_spec(job, config, len(run.data.classes))
-    engine = make_engine(spec, config, world, micro, job.seed, device)
-    masters = ShardedState(engine, config.ema_decay)
-    manifest = restore(run.checkpoints, masters, run.identity(spec), run.log)
-    start = manifest.step if manifest else 0
-    if world.is_main:
-        run.recorder = Recorder(run.run_dir, run.stage, resume_step=start)
-    if manifest:
-        run.history, run.figures = manifest.state["history"], manifest.state["figures"]
-        run.log(f"going on from step {start}")
-    elif config.initial:
-        load_initial(initial_weights(run.run_dir, config.initial), masters, config.initial, run.log)
-    elif run.stage == "finetune":
-        run.log("no weights are named by `from`: fine-tuning starts from scratch", "warning")
-    positions = len(spec.supervised_columns)
-    metrics = Metrics(positions, positions - 1, device)
-    if manifest:
-        metrics.restore(**manifest.state["metrics"])
-    augment = DeviceAugment(config.augment, len(run.data.classes), job.seed, train=True)
-    schedule = Schedule.of(config, len(run.data.split("train")))
-    counts = (
-        {"applied": manifest.state["optimizer_steps"], "repeated": manifest.state["repeated_steps"]}
-        if manifest
-        else {}
-    )
-    stepper = TrainingStep(
-        engine,
-        masters,
-        schedule,
-        augment,
-        metrics,
-        SelfCheck(engine.module, config.on_mismatch),
-        job.seed,
-        accumulation,
-        device,
-        config.log_every_steps,
-        run.log,
-        **counts,
-    )
-    if (
-        manifest is None or start < run.total_steps
-    ):  # of a dataset without one whole batch the loader tells
-        with TrainLoader(
-            run.data.split("train"),
-            seed=job.seed,
-            image_size=config.image_size,
-            augment=config.augment,
-            global_batch=config.global_batch,
-            micro_batch=micro,
-            rank=world.rank,
-            world_size=world.size,
-            threads=machine.loader_threads(job.cluster),
-            start_step=start,
-            order=order_of(config, run.data, job.seed),
-            on_bad_sample=config.on_bad_sample,
-            prefetch_bytes=job.cluster.prefetch_mib << 20,
-        ) as loader:
-            replaced = ReplacedSamples(
-                loader, manifest.state.get("replaced_samples", 0) if manifest else 0, device
+@dataclass(kw_only=True)
+class Trainer:
+    """The loop of a training stage: steps, and between them logs, evaluations and checkpoints."""
+
+    context: StageContext
+    setup: StageSetup
+    loader: TrainLoader
+    log: StageLog
+    fence: Fence
+    replaced: ReplacedSamples = field(init=False)
+    throughput: Throughput = field(init=False)
+    logged_step: int = field(init=False)  # steps done at the last log
+
+    def __post_init__(self) -> None:
+        self.step = self.setup.step
+        self.history = self.setup.history
+        self.replaced = ReplacedSamples(
+            self.loader, self.setup.replaced_samples, self.context.device
+        )
+        self.throughput = Throughput(self.loader, self.setup.first_step)
+        self.logged_step = self.setup.first_step
+
+    def run(self, stop: CollectiveStop) -> None:
+        """Train until the last step.
+
+        Raises:
+            Interrupted: on all ranks after the same step, if a stop is requested.
+        """
+        config = self.context.config
+        total_steps = self.context.total_steps
+        # Steps between evaluations and between checkpoints. By default one checkpoint per epoch.
+        evaluate_every = max(1, round(config.eval_every_epochs * self.loader.steps_per_epoch))
+        checkpoint_every = config.checkpoint_every_steps or self.loader.steps_per_epoch
+        self.step.context.set_remainder_widths()
+        for step in range(self.setup.first_step, total_steps):
+            self.step.context.engine.train()
+            self.step.run(step, self.loader)
+            done = step + 1  # steps as users count them, from 1
+            last = done == total_steps
+            if done % config.log_every_steps == 0 or last:
+                self._log_metrics(done)
+                self.step.context.set_remainder_widths()
+            # Evaluate before the checkpoint: a resumed run must not repeat the evaluation.
+            if done % evaluate_every == 0 or last:
+                with self.throughput.paused():
+                    self.history.evaluations.append(self._evaluate(done))
+            # Asked after the last step too, although the answer no longer matters: a pending
+            # reduction needs all ranks.
+            stopping = stop.after_step() and not last
+            if done % checkpoint_every == 0 or last or stopping:
+                with self.throughput.paused():
+                    self._save_checkpoint(done, last)
+            if stopping:
+                stop.close()
+                raise Interrupted(
+                    f"{self.context.stage} stopped after step {done} of {total_steps}",
+                    remedy="rerun the same command: it resumes from there",
+                )
+        stop.close()
+
+    def _log_metrics(self, done: int) -> None:
+        """Log the metrics of the steps since the last log. Collective; waits for the device."""
+        scalars = self._scalars(done)
+        if self.log.recorder is not None:
+            epoch = (done - 1) // self.loader.steps_per_epoch
+            self.log.recorder.step(done, self.context.total_steps, epoch, scalars)
+        self.history.last_metrics = {
+            "loss": scalars[tags.LOSS],
+            "images_per_s": scalars[tags.IMAGES_PER_S],
+            "data_wait_share": scalars[tags.DATA_WAIT_SHARE],
+        }
+        self.logged_step = done
+
+    def _scalars(self, done: int) -> dict[str, float]:
+        context = self.step.context
+        first = self.logged_step + 1
+        scalars = context.metrics.read()
+        # Mismatches that are still here belong to steps that were trained: under on_mismatch: warn.
+        max_abs, mismatches = context.self_check.summary(scalars[tags.MISMATCHED_ELEMENTS] > 0)
+        context.log_mismatches(
+            mismatches, f"mismatch ignored since step {first} (on_mismatch: warn)"
+        )
+        replaced_samples = self.replaced.count()
+        for reason in self.replaced.new_reasons():
+            self.log(
+                f"sample replaced since step {first} (on_bad_sample: replace): {reason}", "warning"
             )
-            _loop(run, stepper, loader, replaced, start, CollectiveStop(stop))
-    return _finish(run, spec)
+        scalars |= {
+            tags.LEARNING_RATE: context.schedule(done - 1),
+            tags.SKIPPED_STEPS: float(done - self.step.applied_steps),
+            tags.RETRIED_STEPS: float(self.step.retried_steps),
+            tags.MAX_ABS: max_abs,
+            tags.REPLACED_SAMPLES: float(replaced_samples),
+            tags.RSS_MIB: psutil.Process().memory_info().rss / 2**20,
+            **self.throughput.rates(done),
+        }
+        grad_norm = context.engine.get_global_grad_norm()
+        if grad_norm is not None:
+            scalars[tags.GRAD_NORM] = float(grad_norm)
+        if context.device.type == "cuda":
+            scalars[tags.DEVICE_MIB] = torch.cuda.max_memory_allocated() / 2**20
+        return scalars
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """Evaluate the EMA (without one, the weights) on the validation split. Collective."""
+        state = self.step.context.state
+        # Each rank has running statistics of its own batches; all must evaluate the same network.
+        state.average_buffers()
+        with ema_weights(state):
+            accuracy = self._validate()
+        recorder = self.log.recorder
+        if recorder is not None:
+            scalars = {
+                tags.TOP1: accuracy.top1,
+                tags.TOP5: accuracy.top5,
+                tags.VALIDATION_LOSS: accuracy.loss,
+            }
+            recorder.evaluation(done, scalars)
+            if len(accuracy.samples) > 1:  # a plain head has no reconstructions
+                recorder.images("reconstructions", done, image_grid(accuracy.samples).numpy())
+        return {"step": done, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
+
+    def _validate(self) -> Accuracy:
+        context = self.context
+        config = context.config
+        engine = self.step.context.engine
+        engine.eval()
+        normalise = DeviceAugment(
+            config.augment, context.num_classes, context.job.seed, train=False
+        )
+        with EvalLoader(
+            context.data.split("validation"),
+            image_size=config.image_size,
+            resize=config.eval_resize,
+            # Without gradients, twice as many images fit into memory.
+            batch=min(MAX_EVAL_BATCH, 2 * engine.train_micro_batch_size_per_gpu()),
+            rank=context.dist_env.rank,
+            world_size=context.dist_env.size,
+            threads=machine.loader_threads(context.job.cluster),
+        ) as loader:
+            return validate(engine, loader, normalise, context.device, config.image_size)
+
+    def _save_checkpoint(self, done: int, last: bool) -> None:
+        """Write a checkpoint; if that fails, only the last one ends the stage. Collective."""
+        state = TrainingState(
+            identity=self.context.identity(self.setup.spec),
+            applied_steps=self.step.applied_steps,
+            retried_steps=self.step.retried_steps,
+            replaced_samples=self.replaced.count(),
+            metric_sums=self.step.context.metrics.state(),
+            evaluations=self.history.evaluations,
+            last_metrics=self.history.last_metrics,
+        )
+        root = self.context.checkpoints
+        try:
+            failure = save_checkpoint(
+                root,
+                self.step.context.state,
+                done,
+                state,
+                keep=self.context.config.keep_checkpoints,
+                may_commit=self.fence.may_commit,
+            )
+        except StageError:
+            # The commit was refused: by a newer group, or because the generation file is missing.
+            self.fence.require_file()
+            raise
+        if failure is None:
+            self.log(f"checkpoint at step {done} written")
+        elif last:
+            raise CheckpointError(
+                f"the final checkpoint cannot be written: {failure}",
+                place=str(root),
+                remedy="free some disk space, then rerun the same command: it resumes from the "
+                "checkpoint before",
+            )
+        else:
+            self.log(
+                f"checkpoint at step {done} could not be written, training continues: {failure}",
+                "warning",
+            )
 
 
-def _finish(run: Trainer, spec: NetworkSpec) -> dict[str, float]:
-    """Write the stage's result, from its last checkpoint."""
-    config, last = run.config, run.history[-1]
-    figures = {
-        **run.figures,
-        "top1": last["top1"],
-        "top5": last["top5"],
-        "steps": float(run.total_steps),
+def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> dict[str, float]:
+    """Write the stage's weights, from its last checkpoint, and return its metrics. Collective."""
+    config = context.config
+    evaluation = setup.history.evaluations[-1]
+    metrics = {
+        **setup.history.last_metrics,
+        "top1": evaluation["top1"],
+        "top5": evaluation["top5"],
+        "steps": float(context.total_steps),
     }
-    facts = {
-        "classes": run.data.classes,
-        "image_size": config.image_size,
-        "resize": config.eval_resize,
-        "precision": config.precision,
-        "data": run.data.fingerprint,
-        "figures": figures,
-    }
-    write_weights(
-        run.run_dir.stage(run.stage), directory_of(run.checkpoints, run.total_steps), spec, facts
+    description = WeightsDescription(
+        classes=context.data.classes,
+        image_size=config.image_size,
+        resize=config.eval_resize,
+        precision=config.precision,
+        data=context.data.fingerprint,
+        metrics=metrics,
     )
-    if run.recorder is not None:
+    checkpoint = directory_of(context.checkpoints, context.total_steps)
+    write_weights(context.run_dir.stage(context.stage), checkpoint, setup.spec, description)
+    if log.recorder is not None:
         settings: dict[str, str | float | bool] = {
             key: getattr(config, key) for key in hparam_keys(TrainConfig)
         }
         settings |= {
-            "channels": str(spec.channels),
-            "columns": spec.columns,
-            "drop_path": spec.drop_path,
+            "channels": str(setup.spec.channels),
+            "columns": setup.spec.columns,
+            "drop_path": setup.spec.drop_path,
         }
-        run.recorder.hparams(settings, {key: figures[key] for key in ("top1", "loss")})
-    return figures
-
-
-def _loop(
-    run: Trainer,
-    stepper: TrainingStep,
-    loader: TrainLoader,
-    replaced: ReplacedSamples,
-    start: int,
-    agreement: CollectiveStop,
-) -> None:
-    config, total, per_epoch = run.config, run.total_steps, loader.steps_per_epoch
-    evaluate_every = max(1, round(config.eval_every_epochs * per_epoch))
-    checkpoint_every = config.checkpoint_every_steps or per_epoch
-    throughput = Throughput(loader, start)
-    stepper.set_widths()
-    for step in range(start, total):
-        stepper.engine.train()
-        stepper.run(step, loader)
-        done, last = step + 1, step + 1 == total
-        if done % config.log_every_steps == 0 or last:
-            _log(run, stepper, throughput, replaced, done, per_epoch)
-            stepper.set_widths()
-        if done % evaluate_every == 0 or last:
-            with throughput.paused():
-                run.history.append(_evaluate(run, stepper, done))
-        stopping = agreement.after_step() and not last
-        if done % checkpoint_every == 0 or last or stopping:
-            with throughput.paused():
-                _checkpoint(run, stepper, replaced, done, last)
-        if stopping:
-            agreement.close()
-            raise Interrupted(
-                f"{run.stage} stopped after step {done} of {total}",
-                remedy="the same command goes on from there",
-            )
-    agreement.close()
-
-
-def _log(
-    run: Trainer,
-    stepper: TrainingStep,
-    throughput: Throughput,
-    replaced: ReplacedSamples,
-    done: int,
-    per_epoch: int,
-) -> None:
-    scalars = stepper.metrics.read()
-    largest, findings = stepper.integrity.summary(scalars["reversible/mismatched_elements"] > 0)
-    for finding in findings:
-        run.log(f"up to step {done}, trained regardless (on_mismatch: warn): {finding}", "warning")
-    replaced_samples = replaced.count()
-    for reason in replaced.new_reasons():
-        run.log(
-            f"up to step {done}, another image in its place (on_bad_sample: replace): {reason}",
-            "warning",
-        )
-    scalars |= {
-        "optim/lr": stepper.schedule(done - 1),
-        "optim/skipped_steps": float(done - stepper.applied),
-        "reversible/repeated_steps": float(stepper.repeated),
-        "reversible/largest_value": largest,
-        "data/replaced_samples": float(replaced_samples),
-        "memory/rss_mib": psutil.Process().memory_info().rss / 2**20,
-        **throughput.rates(done),
-    }
-    norm = stepper.engine.get_global_grad_norm()
-    if norm is not None:
-        scalars["optim/grad_norm"] = float(norm)
-    if run.device.type == "cuda":
-        scalars["memory/device_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    if run.recorder is not None:
-        run.recorder.step(done, run.total_steps, (done - 1) // per_epoch, scalars)
-    run.figures = {
-        "loss": scalars["loss/total"],
-        "images_per_s": scalars["throughput/images_per_s"],
-        "data_wait_share": scalars["throughput/data_wait_share"],
-    }
-
-
-def _evaluate(run: Trainer, stepper: TrainingStep, done: int) -> dict[str, float]:
-    config = run.config
-    batch = min(
-        64, 2 * stepper.engine.train_micro_batch_size_per_gpu()
-    )  # without gradients twice as many fit
-    normalise = DeviceAugment(config.augment, len(run.data.classes), run.job.seed, train=False)
-    stepper.masters.average_buffers()
-    stepper.masters.use_ema()
-    stepper.engine.eval()
-    with EvalLoader(
-        run.data.split("validation"),
-        image_size=config.image_size,
-        resize=config.eval_resize,
-        batch=batch,
-        rank=run.world.rank,
-        world_size=run.world.size,
-        threads=machine.loader_threads(run.job.cluster),
-    ) as loader:
-        accuracy = validate(stepper.engine, loader, normalise, run.device, config.image_size)
-    stepper.masters.use_masters()
-    if run.recorder is not None:
-        run.recorder.evaluation(done, accuracy.scalars())
-        if len(accuracy.samples) > 1:
-            run.recorder.images("reconstructions", done, picture_rows(accuracy.samples).numpy())
-    return {"step": done, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
-
-
-def _checkpoint(
-    run: Trainer, stepper: TrainingStep, replaced: ReplacedSamples, done: int, last: bool
-) -> None:
-    state = {
-        "identity": run.identity(stepper.engine.module.spec),
-        "optimizer_steps": stepper.applied,
-        "repeated_steps": stepper.repeated,
-        "replaced_samples": replaced.count(),
-        "metrics": stepper.metrics.state(),
-        "history": run.history,
-        "figures": run.figures,
-    }
-    failure = save_checkpoint(
-        run.checkpoints, stepper.masters, done, state, run.config.keep_checkpoints, run.may_commit
-    )
-    if failure is None:
-        run.log(f"checkpoint at step {done}")
-    elif last:
-        raise CheckpointError(
-            f"the final checkpoint cannot be written: {failure}",
-            place=str(run.checkpoints),
-            remedy="make room, then run the same command again: it goes on from the checkpoint before",
-        )
-    else:
-        run.log(
-            f"the checkpoint at step {done} cannot be written, training goes on: {failure}",
-            "warning",
-        )
+        log.recorder.hparams(settings, {key: metrics[key] for key in ("top1", "loss")})
+    return metrics

@@ -1,8 +1,23 @@
-"""The fp32 masters of a DeepSpeed engine, in one view for every ZeRO stage. All private DeepSpeed names live here.
+"""The sharded fp32 state of a DeepSpeed engine, in one view for every ZeRO stage.
 
-Each rank owns flat fp32 tensors (its share of the parameters); a ``Fragment`` says which range of which parameter lies
-where in them. Optimizer moments and the EMA are flats of the same layout, so that checkpoints, clamps, averages and
-evaluation with averaged weights need no gathering of parameters.
+Each rank owns flat fp32 tensors ("flats"), which hold its share of the parameters. A ``Fragment``
+maps a range of one parameter to a range of one flat. Optimizer moments and the EMA are flats of the
+same layout. Therefore checkpoints, the alpha clamp, the EMA and evaluation with averaged weights
+need no gathering of parameters.
+
+Example: two ranks under ZeRO-1, two parameters in one group, ``a`` of 10 elements and ``b`` of 4.
+DeepSpeed lays them end to end (14 elements) and gives each rank one half, so ``a`` is split over
+the flats of both ranks::
+
+    position   0 1 2 3 4 5 6 | 7 8 9 10 11 12 13
+    parameter  a a a a a a a | a a a b  b  b  b
+    owner      rank 0        | rank 1
+
+    rank 0   Fragment(name="a", shape=(10,), offset=0, length=7, flat=0, start=0)
+    rank 1   Fragment(name="a", shape=(10,), offset=7, length=3, flat=0, start=0)
+             Fragment(name="b", shape=(4,),  offset=0, length=4, flat=0, start=3)
+
+Every private name of DeepSpeed that the pipeline relies on is in this module.
 """
 
 from __future__ import annotations
@@ -10,20 +25,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from pipeline.model.fixed_point import ALPHA_LIMIT
-from pipeline.model.param_groups import is_alpha
+from pipeline.train.engine import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REPLICATED = -1  # ``Fragment.flat`` of a tensor that every rank holds completely
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """Elements [offset, offset + length) of parameter ``name`` (flattened), at [start, start + length) of flat ``flat``."""
+    """A range of a parameter and its place in this rank's flats.
+
+    Elements [offset, offset + length) of the flattened parameter ``name`` are elements
+    [start, start + length) of flat number ``flat``. ``shape`` is that of the whole parameter.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,193 +51,206 @@ class Fragment:
     flat: int
     start: int
 
+    def of(self, flats: list[Tensor]) -> Tensor:
+        """This range in ``flats``, as a view."""
+        return flats[self.flat].narrow(0, self.start, self.length)
+
 
 class ShardedState:
-    """fp32 masters, optimizer moments and EMA of one rank."""
+    """fp32 weights, optimizer moments and EMA of one rank.
 
-    def __init__(self, engine: Any, ema_decay: float) -> None:
-        self.engine, self.stage, self.ema_decay = (
-            engine,
-            int(engine.zero_optimization_stage()),
-            ema_decay,
-        )
-        self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
+    Args:
+        with_ema: keep an exponential moving average (``train/ema.py`` updates it). It starts from
+            the current weights.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, *, with_ema: bool) -> None:
+        self.engine = engine
+        self.zero_stage = int(engine.zero_optimization_stage())
+        self.parameters: dict[str, Parameter] = dict(engine.module.named_parameters())
+        # Running statistics of BatchNorm. Every rank holds them completely.
         self.buffers = {
-            name: b for name, b in engine.module.named_buffers() if b.is_floating_point()
-        }  # of BatchNorm
+            name: buffer
+            for name, buffer in engine.module.named_buffers()
+            if buffer.is_floating_point()
+        }
+        # Shapes of whole parameters: under ZeRO-3 ``ds_shape``, as the parameter itself is empty.
         self.shapes = {
-            name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.parameters.items()
-        }  # whole ones
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.parameters.items()
+        }
         self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
-        self.base: Any = engine.optimizer if self.stage == 0 else engine.optimizer.optimizer
-        self.base = getattr(self.base, "optimizer", self.base)
+        self._optimizer = self._torch_optimizer()
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())
         self._reset_moments()
-        self.ema = [flat.detach().clone() for flat in self.flats] if ema_decay else None
-        self._backup: list[Tensor] = []
+        self.ema = [flat.detach().clone() for flat in self.flats] if with_ema else None
+
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The AdamW inside DeepSpeed's wrappers: none under ZeRO 0, one or two otherwise."""
+        optimizer = self.engine.optimizer
+        if self.zero_stage > 0:
+            optimizer = optimizer.optimizer
+        unwrapped: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return unwrapped
 
     def _find_flats(self) -> list[Tensor]:
-        if self.stage == 0:
+        if self.zero_stage == 0:
+            # Nothing is sharded: each parameter, flattened, is a flat of its own.
             return [parameter.data.view(-1) for parameter in self.parameters.values()]
-        if self.stage == 3:
+        if self.zero_stage == 3:
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return list(self.engine.optimizer.single_partition_of_fp32_groups)
 
     def _find_fragments(self) -> Iterator[Fragment]:
-        where = {flat.untyped_storage().data_ptr(): i for i, flat in enumerate(self.flats)}
+        # DeepSpeed hands out views of the flats. A view shares its storage with exactly one flat,
+        # which tells where in the flats it lies.
+        flat_numbers = {
+            flat.untyped_storage().data_ptr(): number for number, flat in enumerate(self.flats)
+        }
         for name, parameter in self.parameters.items():
-            shape = self.shapes[name]
-            total = math.prod(shape)
-            if self.stage == 0:
-                master, offset = parameter.data.view(-1), 0
-            elif self.stage == 3:
-                from deepspeed.utils import safe_get_local_fp32_param
+            view, offset = self._owned_range(name, parameter)
+            if view is None or view.numel() == 0:
+                continue  # this rank owns nothing of the parameter
+            flat = flat_numbers[view.untyped_storage().data_ptr()]
+            start = int(view.storage_offset() - self.flats[flat].storage_offset())
+            yield Fragment(
+                name=name,
+                shape=self.shapes[name],
+                offset=offset,
+                length=view.numel(),
+                flat=flat,
+                start=start,
+            )
 
-                master = safe_get_local_fp32_param(parameter)
-                offset = torch.distributed.get_rank() * master.numel()
-                master = master[: max(0, min(master.numel(), total - offset))]
-            else:
-                mapping = parameter._hp_mapping
-                if mapping is None:
-                    continue
-                master, offset = mapping.get_hp_fragment(), mapping.lp_fragment_address.start
-            if master.numel():
-                flat = where[master.untyped_storage().data_ptr()]
-                start = master.storage_offset() - self.flats[flat].storage_offset()
-                yield Fragment(name, shape, offset, master.numel(), flat, start)
+    def _owned_range(self, name: str, parameter: Parameter) -> tuple[Tensor | None, int]:
+        """The part of a parameter that this rank owns: (view of a flat, offset in parameter)."""
+        if self.zero_stage == 0:
+            return parameter.data.view(-1), 0
+        if self.zero_stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
 
-    def _keys(self) -> list[Any]:
-        """What the optimizer's state is keyed by, parallel to ``flats``."""
-        return list(self.parameters.values()) if self.stage == 0 else self.flats
+            # ZeRO-3 cuts every parameter into equal parts, one per rank, and pads the last ones.
+            # Example: 10 elements on 4 ranks are parts of 3; rank 3 has offset 9 and one element.
+            view: Tensor = safe_get_local_fp32_param(parameter)
+            offset = torch.distributed.get_rank() * view.numel()
+            return view[: max(0, min(view.numel(), math.prod(self.shapes[name]) - offset))], offset
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None, 0
+        return mapping.get_hp_fragment(), int(mapping.lp_fragment_address.start)
+
+    def _state_keys(self) -> list[Tensor]:
+        """The keys of the optimizer's state, parallel to ``flats``."""
+        return list(self.parameters.values()) if self.zero_stage == 0 else self.flats
 
     def _reset_moments(self) -> None:
-        """Zero moments and step count: DeepSpeed may have taken a step on zero gradients when it made the optimizer."""
-        for key in self._keys():
-            self.base.state[key] = {
+        """Set moments and step count to zero.
+
+        DeepSpeed takes a step on zero gradients when it creates some of its optimizers.
+        """
+        for key in self._state_keys():
+            self._optimizer.state[key] = {
                 "step": torch.zeros((), dtype=torch.float32),
                 **{moment: torch.zeros_like(key, dtype=torch.float32) for moment in MOMENTS},
             }
 
     def set_step(self, step: int) -> None:
-        """Set the optimizer's step count (of its bias correction)."""
-        for key in self._keys():
-            self.base.state[key]["step"].fill_(float(step))
+        """Set the optimizer's step count, which its bias correction uses."""
+        for key in self._state_keys():
+            self._optimizer.state[key]["step"].fill_(float(step))
 
     def flats_by_kind(self) -> dict[str, list[Tensor]]:
-        """``master``, the moments and, where kept, ``ema``: flats of one layout."""
+        """``master`` (the fp32 weights), the moments and, if kept, ``ema``: flats of one layout."""
         kinds = {"master": self.flats}
         for moment in MOMENTS:
-            kinds[moment] = [self.base.state[key][moment].view(-1) for key in self._keys()]
+            kinds[moment] = [
+                self._optimizer.state[key][moment].view(-1) for key in self._state_keys()
+            ]
         if self.ema is not None:
             kinds["ema"] = self.ema
         return kinds
 
     def tensors(self) -> Iterator[tuple[Fragment, str, Tensor]]:
-        """Every fragment of every kind, as views that may be read and written. Running statistics are whole on every rank
-        (``flat`` -1), and their average is themselves."""
+        """(fragment, kind, values) of all that this rank holds; the values are writable views.
+
+        Running statistics are replicated on every rank (flat = -1); their EMA is the value itself.
+        """
         kinds = self.flats_by_kind()
         for fragment in self.fragments:
             for kind, flats in kinds.items():
-                yield (
-                    fragment,
-                    kind,
-                    flats[fragment.flat].narrow(0, fragment.start, fragment.length),
-                )
+                yield fragment, kind, fragment.of(flats)
         for name, buffer in self.buffers.items():
+            replicated = Fragment(
+                name=name,
+                shape=self.shapes[name],
+                offset=0,
+                length=buffer.numel(),
+                flat=REPLICATED,
+                start=0,
+            )
             for kind in ("master", "ema") if self.ema is not None else ("master",):
-                yield (
-                    Fragment(name, self.shapes[name], 0, buffer.numel(), -1, 0),
-                    kind,
-                    buffer.view(-1),
-                )
+                yield replicated, kind, buffer.view(-1)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
-        """Collective: running statistics become their mean over the ranks (an update is linear, so when does not matter)."""
-        if self.buffers and torch.distributed.get_world_size() > 1:
-            together = torch.cat([buffer.view(-1) for buffer in self.buffers.values()])
-            torch.distributed.all_reduce(together)
-            means = (together / torch.distributed.get_world_size()).split(
-                [b.numel() for b in self.buffers.values()]
-            )
-            torch._foreach_copy_([buffer.view(-1) for buffer in self.buffers.values()], list(means))
+        """Set the running statistics to their mean over the ranks. Collective.
+
+        The update of running statistics is linear, so it does not matter when they are averaged.
+        """
+        world_size = torch.distributed.get_world_size()
+        if not self.buffers or world_size == 1:
+            return
+        # One reduction for all buffers.
+        flat_buffers = [buffer.view(-1) for buffer in self.buffers.values()]
+        sums = torch.cat(flat_buffers)
+        torch.distributed.all_reduce(sums)
+        means = (sums / world_size).split([buffer.numel() for buffer in flat_buffers])
+        torch._foreach_copy_(flat_buffers, list(means))
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """Keep |alpha| >= 1e-3 (sign kept, + at 0) on masters and low-precision copies, then average. ``step``: 0-based."""
-        for fragment in self.fragments:
-            if is_alpha(fragment.name):
-                _clamp(self.flats[fragment.flat].narrow(0, fragment.start, fragment.length))
-        for name, parameter in self.parameters.items():
-            if is_alpha(name):
-                if hasattr(parameter, "ds_tensor"):
-                    _clamp(parameter.ds_tensor.data)
-                if parameter.data.numel():
-                    _clamp(parameter.data)
-        if self.ema is not None:
-            decay = min(
-                self.ema_decay, (1 + step) / (10 + step)
-            )  # short runs: a shorter memory at first
-            torch._foreach_lerp_(self.ema, [flat.detach() for flat in self.flats], 1 - decay)
-
-    @torch.no_grad()
-    def smallest_alpha(self) -> list[list[float]]:
-        """min |alpha| of every [column][level], over all ranks (synchronises)."""
-        spec = self.engine.module.spec
-        smallest = torch.full((spec.columns, 4), torch.inf)
-        for fragment in self.fragments:
-            if is_alpha(fragment.name):
-                _, column, _, level, _ = fragment.name.split(".")
-                value = (
-                    self.flats[fragment.flat]
-                    .narrow(0, fragment.start, fragment.length)
-                    .abs()
-                    .min()
-                    .cpu()
-                )
-                smallest[int(column), int(level)] = torch.minimum(
-                    smallest[int(column), int(level)], value
-                )
-        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
-        result: list[list[float]] = smallest.tolist()
-        return result
-
-    @torch.no_grad()
-    def publish(self, values: list[Tensor]) -> None:
-        """Make the network compute with ``values`` (flats: the masters or the EMA)."""
+    def copy_to_model(self, values: list[Tensor]) -> None:
+        """Make the network compute with ``values`` (flats, for example ``ema``). Collective."""
         optimizer = self.engine.optimizer
-        if self.stage == 0:
+        if self.zero_stage == 0:
+            # The flats are the network's parameters.
             for flat, value in zip(self.flats, values, strict=True):
                 flat.copy_(value)
-        elif self.stage == 3:
+        elif self.zero_stage == 3:
+            # 1. Release all gathered parameters, so that the next forward pass gathers again.
+            # 2. Overwrite this rank's low-precision partitions.
             optimizer.parameter_offload.partition_all_parameters()
             for fragment in self.fragments:
-                target = self.parameters[fragment.name].ds_tensor.data[: fragment.length]
-                target.copy_(values[fragment.flat].narrow(0, fragment.start, fragment.length))
+                partition: Tensor = self.parameters[fragment.name].ds_tensor.data  # type: ignore[attr-defined]
+                partition[: fragment.length].copy_(fragment.of(values))
         else:
+            # 1. Overwrite this rank's share of the low-precision weights.
+            # 2. Exchange the shares: every rank holds all low-precision weights.
             rank = torch.distributed.get_rank()
-            for i, value in enumerate(values):
-                share = optimizer.parallel_partitioned_bit16_groups[i][rank]
+            for group, value in enumerate(values):
+                share = optimizer.parallel_partitioned_bit16_groups[group][rank]
                 share.data.copy_(value)
                 torch.distributed.all_gather_into_tensor(
-                    optimizer.bit16_groups_flat[i].data, share.data.clone()
+                    optimizer.bit16_groups_flat[group].data, share.data.clone()
                 )
 
-    def use_ema(self) -> None:
-        """Compute with the averaged weights until ``use_masters`` (does nothing without an EMA)."""
-        if self.ema is not None:
-            self._backup = [flat.detach().clone() for flat in self.flats] if self.stage == 0 else []
-            self.publish(self.ema)
+    def backup_weights(self) -> list[Tensor]:
+        """What ``restore_weights`` needs after ``copy_to_model`` has copied other values.
 
-    def use_masters(self) -> None:
-        """Compute with the masters again."""
-        if self.ema is not None:
-            self.publish(self._backup if self.stage == 0 else self.flats)
-            self._backup = []
+        Only ZeRO 0 needs a copy, because there ``copy_to_model`` overwrites the fp32 weights.
+        """
+        if self.zero_stage == 0:
+            return [flat.detach().clone() for flat in self.flats]
+        return self.flats
 
+    def restore_weights(self, backup: list[Tensor]) -> None:
+        """Make the network compute with the weights of ``backup_weights`` again. Collective."""
+        self.copy_to_model(backup)
 
-def _clamp(alpha: Tensor) -> None:
-    alpha.copy_(
-        torch.where(alpha >= 0, alpha.clamp(min=ALPHA_LIMIT), alpha.clamp(max=-ALPHA_LIMIT))
-    )
+    def low_precision_copies(self, name: str) -> Iterator[Tensor]:
+        """The tensors of this rank from which the next forward pass reads parameter ``name``."""
+        parameter = self.parameters[name]
+        if hasattr(parameter, "ds_tensor"):
+            yield parameter.ds_tensor.data  # ZeRO-3: this rank's partition
+        if parameter.data.numel():
+            yield parameter.data  # empty while ZeRO-3 has released the parameter

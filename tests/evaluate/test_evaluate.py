@@ -1,4 +1,4 @@
-"""Evaluation: every validation image once, whatever the number of processes, during training and on its own."""
+"""Evaluation: every validation image once for any number of processes, alone and in training."""
 
 from __future__ import annotations
 
@@ -9,91 +9,99 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.schema import Job
 from pipeline.data.augment import EvalTransform
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
 from pipeline.errors import CheckpointError
 from pipeline.evaluate.network import load_network
 from pipeline.layout import RunDir
+from pipeline.monitor import tags
 from tests.train import processes, staging
 
 
-def evaluate(run_dir: Path, world: int, job: Any = None) -> Any:
-    metrics, *others = processes.run(
-        run_dir / "logs", world, staging.evaluate, job or staging.job(), run_dir
+def evaluate(run_dir: RunDir, world_size: int, job: Job | None = None) -> Any:
+    """Run the evaluate stage; the metrics or the error of rank 0."""
+    results = processes.run(
+        run_dir.logs, world_size, staging.evaluate, job or staging.job(), run_dir
     )
-    assert all(type(other) is type(metrics) for other in others)
-    return metrics
+    for result in results:
+        assert type(result) is type(results[0]), results
+    return results[0]
 
 
-def one_by_one(run_dir: Path) -> dict[str, float]:
-    """The definition: one image after the other through the network."""
-    data = open_dataset(run_dir / "stages" / "prepare" / "set")
-    split, network = (
-        data.split("validation"),
-        load_network(staging.job(), RunDir(run_dir), "finetune", data),
-    )
-    transform, pixels = EvalTransform(64, 1.143), np.empty((64, 64, 3), dtype=np.uint8)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    first = among = loss = 0.0
+def accuracy_by_definition(run_dir: RunDir) -> dict[str, float]:
+    """The expected metrics: one image after the other through the network."""
+    data = open_dataset(run_dir.dataset(staging.DATASET))
+    split = data.split("validation")
+    network = load_network(staging.job(), run_dir, "finetune", data)
+    transform = EvalTransform(64, 1.143)
+    pixels = np.empty((64, 64, 3), dtype=np.uint8)
+    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(STD).view(1, 3, 1, 1)
+    top1 = 0
+    top5 = 0
+    loss = 0.0
     for i in range(len(split)):
         transform(split.image(i), pixels)
+        images = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - mean) / std
         with torch.no_grad():
-            logits = network(
-                (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255 - mean) / std
-            ).logits[-1]
-        order = logits[0].argsort(descending=True).tolist()
-        first, among = first + (order[0] == split.label(i)), among + (split.label(i) in order[:5])
-        loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor([split.label(i)])))
+            logits = network(images).logits[-1]
+        label = split.label(i)
+        ranking = logits[0].argsort(descending=True).tolist()
+        top1 += ranking[0] == label
+        top5 += label in ranking[:5]
+        loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor([label])))
+    images_seen = len(split)
     return {
-        "top1": first / len(split),
-        "top5": among / len(split),
-        "loss": loss / len(split),
-        "images": len(split),
+        "top1": top1 / images_seen,
+        "top5": top5 / images_seen,
+        "loss": loss / images_seen,
+        "images": images_seen,
     }
 
 
 @pytest.mark.parametrize("images", [23, 2])
-def test_the_same_figures_on_any_number_of_processes(images: int, tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path, train=1, validation=images)
-    staging.with_weights(run_dir)
-    expected = one_by_one(run_dir)
-    assert expected["images"] == images and expected["top5"] > 0
-    for world in (1, 2, 3):
-        found = evaluate(run_dir, world)
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-        assert {**found, "loss": 0} == {**expected, "loss": 0}
+def test_metrics_are_the_same_for_any_number_of_processes(images: int, tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path, train=1, validation=images)
+    staging.with_weights(tmp_path)
+    expected = accuracy_by_definition(run_dir)
+    assert expected["images"] == images
+    assert expected["top5"] > 0
+    for world_size in (1, 2, 3):
+        metrics = evaluate(run_dir, world_size)
+        assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert {**metrics, "loss": 0} == {**expected, "loss": 0}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_evaluation_while_training_under_zero_3(world: int, tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path)
-    job = staging.job(
-        finetune={
-            "from": "",
-            "global_batch": 12,
-            "zero_stage": 3,
-            "max_steps": 1,
-            "ema_decay": 0.5,
-        },
-        activations="stored",
-    )
-    during, *_ = processes.run(run_dir / "logs", world, staging.train, job, "finetune", run_dir)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_evaluation_during_training_under_zero_3_equals_the_stage(
+    world_size: int, tmp_path: Path
+) -> None:
+    run_dir = staging.prepared_run(tmp_path)
+    settings = {
+        "from": "",
+        "global_batch": 12,
+        "zero_stage": 3,
+        "max_steps": 1,
+        "ema_decay": 0.5,
+    }
+    job = staging.job(finetune=settings, activations="stored")
+    during, *_ = staging.run_stage(run_dir, world_size, job, "finetune")
     assert isinstance(during, dict), during
     after = evaluate(run_dir, 1, job)
     assert after["images"] == staging.VALIDATION
-    assert {key: during[key] for key in ("top1", "top5")} == {
-        key: after[key] for key in ("top1", "top5")
-    }
+    assert during["top1"] == after["top1"]
+    assert during["top5"] == after["top5"]
     (event,) = staging.events(run_dir, "evaluation", "finetune")
-    assert event.scalars["loss/validation"] == pytest.approx(after["loss"], rel=1e-5)
+    assert event.scalars[tags.VALIDATION_LOSS] == pytest.approx(after["loss"], rel=1e-5)
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path)
+def test_weights_that_do_not_fit_are_refused_by_parameter_name(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path)
     with pytest.raises(CheckpointError, match="weights file is missing"):
         raise evaluate(run_dir, 1)
-    staging.with_weights(run_dir, num_classes=9)
+    staging.with_weights(tmp_path, num_classes=9)
     with pytest.raises(CheckpointError, match=r"classifiers\.0\.linear\.weight"):
         raise evaluate(run_dir, 2)
     with pytest.raises(CheckpointError, match=r"parameter stem\.conv\.weight of the model"):
@@ -101,20 +109,18 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_weights_file_without_a_description_needs_an_image_size(tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path)
-    staging.with_weights(run_dir, supervised=True)
+    run_dir = staging.prepared_run(tmp_path)
+    staging.with_weights(tmp_path, supervised=True)
     expected = evaluate(run_dir, 1)
-    file = (run_dir / "stages" / "finetune" / "weights.safetensors").rename(
-        tmp_path / "other.safetensors"
-    )
-    job = staging.job()
-    elsewhere: dict[str, Any] = {"batch": 5, "from": str(file)}
-    for options in (elsewhere, elsewhere | {"image_size": 64}):
-        stages = job.stages.model_copy(
-            update={"evaluate": type(job.stages.evaluate).model_validate(options)}
-        )
-        found = evaluate(run_dir, 1, job.model_copy(update={"stages": stages}))
-        if "image_size" in options:
-            assert found == pytest.approx(expected)
-        else:
-            assert isinstance(found, CheckpointError) and "image size" in found.message
+    file = run_dir.weights("finetune").rename(tmp_path / "other.safetensors")
+
+    def evaluate_file(**options: Any) -> Any:
+        job = staging.job()
+        stage = type(job.stages.evaluate).model_validate({"batch": 5, "from": str(file), **options})
+        stages = job.stages.model_copy(update={"evaluate": stage})
+        return evaluate(run_dir, 1, job.model_copy(update={"stages": stages}))
+
+    error = evaluate_file()
+    assert isinstance(error, CheckpointError)
+    assert "image size" in error.message
+    assert evaluate_file(image_size=64) == pytest.approx(expected)

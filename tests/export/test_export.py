@@ -1,4 +1,4 @@
-"""The export is enough for a user: it predicts as evaluation does, without ray and deepspeed, and under published names."""
+"""The export is enough for a user: it predicts as evaluation does, with few packages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,20 +22,35 @@ from pipeline.layout import RunDir
 from tests.data.small_datasets import jpeg
 from tests.train import staging
 
+# What an exported model needs (docstring of ``pipeline.export.reload``), and what torch itself
+# uses if it is installed.
+NEEDED = {"torch", "safetensors", "numpy", "cv2", "simplejpeg", "xxhash"}
+USED_BY_TORCH = {"torchgen", "typing_extensions", "sympy", "mpmath", "tqdm", "dill", "packaging"}
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "huge_supervised"])
-def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = staging.prepared(tmp_path_factory.mktemp("run"))
-    state = staging.with_weights(run_dir, supervised=request.param, huge=request.param)
-    metrics = export_stage(staging.job(huge=request.param), RunDir(run_dir))
-    assert metrics["reload_difference"] == 0 and metrics["parameters"] == sum(
-        value.numel() for value in state.values()
-    )
+
+def export(path: Path, **model: Any) -> RunDir:
+    """Export an untrained network; checks the metrics of the stage."""
+    run_dir = staging.prepared_run(path)
+    state = staging.with_weights(path, **model)
+    settings = {name: value for name, value in model.items() if name != "supervised"}
+    metrics = export_stage(staging.job(**settings), run_dir)
+    assert metrics["reload_difference"] == 0
+    parameters = [value for name, value in state.items() if "running_" not in name]
+    assert metrics["parameters"] == sum(value.numel() for value in parameters)
     return run_dir
 
 
-def test_it_prepares_and_predicts_as_evaluation_does(run_dir: Path, tmp_path: Path) -> None:
-    model, data = load_export(run_dir / "export"), open_dataset(run_dir / "stages/prepare/set")
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "huge_supervised"])
+def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    path = tmp_path_factory.mktemp("run")
+    return export(path, supervised=request.param, huge=request.param)
+
+
+def test_an_export_prepares_and_predicts_as_evaluation_does(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    model = load_export(run_dir.export)
+    data = open_dataset(run_dir.dataset(staging.DATASET))
     split = data.split("validation")
     normalise = DeviceAugment(AugmentConfig(), len(data.classes), 0, train=False)
     with EvalLoader(split, image_size=64, resize=1.143, batch=len(split)) as loader:
@@ -46,66 +62,83 @@ def test_it_prepares_and_predicts_as_evaluation_does(run_dir: Path, tmp_path: Pa
         assert torch.equal(model.prepare(path)[0], images[i])
         with torch.no_grad():
             expected = model.network(images[i : i + 1]).logits[-1].softmax(1)[0]
-        found = model.predict(str(path), best=3)
-        assert [probability for _, _, probability in found] == pytest.approx(
-            expected.topk(3).values.tolist()
-        )
+        predictions = model.predict(str(path), best=3)
+        probabilities = [probability for _, _, probability in predictions]
+        assert probabilities == pytest.approx(expected.topk(3).values.tolist())
         best = int(expected.argmax())
-        assert found[0][:2] == (f"c{best}", f"class {best}")
+        assert predictions[0][:2] == (f"c{best}", f"class {best}")
     assert len(model.predict(tmp_path / "0.jpg", best=99)) == staging.CLASSES
 
 
-FRESH = """
+# Blocks every package outside the standard library that is not in ALLOWED.
+PREDICT_WITH_FEW_PACKAGES = """
 import json, sys
+ALLOWED = set(json.loads(sys.argv[3])) | {"pipeline"} | set(sys.stdlib_module_names)
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ray", "deepspeed"):
-            raise ImportError(name)
+        if name.partition(".")[0] not in ALLOWED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Blocker())
-import torch
+from pathlib import Path
 from pipeline.export.reload import load_export, self_test
-torch.set_num_threads(1)
-assert self_test(__import__("pathlib").Path(sys.argv[1])) == 0
-print(json.dumps(load_export(sys.argv[1]).predict(sys.argv[2])))
+assert self_test(Path(sys.argv[1])) == 0
+predictions = load_export(sys.argv[1]).predict(sys.argv[2])
+ours = [name for name, module in sys.modules.items() if module is not None]
+print(json.dumps({"predictions": predictions, "modules": ours}))
 """
 
 
-def test_a_fresh_process_without_ray_and_deepspeed(run_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "cat.jpg").write_bytes(jpeg(3, 100, 90))
-    command = [sys.executable, "-c", FRESH, str(run_dir / "export"), str(tmp_path / "cat.jpg")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) == 5
-    for (a, b, p), (c, d, q) in zip(
-        found, load_export(run_dir / "export").predict(tmp_path / "cat.jpg"), strict=True
-    ):
-        assert (a, b) == (c, d) and p == pytest.approx(q)
+def test_an_export_needs_only_the_packages_that_it_documents(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    image = tmp_path / "cat.jpg"
+    image.write_bytes(jpeg(3, 100, 90))
+    allowed = json.dumps(sorted(NEEDED | USED_BY_TORCH))
+    arguments = [str(run_dir.export), str(image), allowed]
+    command = [sys.executable, "-c", PREDICT_WITH_FEW_PACKAGES, *arguments]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr
+    output = json.loads(completed.stdout)
+    imported = {name.partition(".")[0] for name in output["modules"]}
+    assert imported >= NEEDED
+    blocked = {"ray", "deepspeed", "pydantic", "datasets", "tensorboard", "pyarrow", "typer"}
+    assert not imported & (blocked | {"rich", "fsspec", "yaml", "psutil"})
+    expected = load_export(run_dir.export).predict(image)
+    assert len(expected) == 5
+    for (class_id, name, probability), other in zip(output["predictions"], expected, strict=True):
+        assert (class_id, name) == other[:2]
+        assert probability == pytest.approx(other[2])
 
 
-def test_the_description_tells_all_and_the_published_file_loads(run_dir: Path) -> None:
-    description = json.loads((run_dir / "export" / "model.json").read_text())
-    how = description["preprocessing"]
-    assert (how["image_size"], how["resize"], how["color"]) == (64, 1.143, "RGB") and len(
-        how["mean"]
-    ) == 3
-    assert description["classes"] == [f"c{i}" for i in range(staging.CLASSES)] and description[
-        "trained"
-    ] == {"top1": 0.5}
-    published = torch.load(run_dir / "export" / "revcol.pth", weights_only=True)["model"]
-    assert published["subnet1.alpha0"].shape == (1, 8, 1, 1) and published[
-        "stem.0.weight"
-    ].shape == (8, 3, 4, 4)
+def test_the_description_is_complete_and_the_published_file_loads(run_dir: RunDir) -> None:
+    description = json.loads((run_dir.export / "model.json").read_text())
+    preprocessing = description["preprocessing"]
+    assert preprocessing["image_size"] == 64
+    assert preprocessing["resize"] == 1.143
+    assert preprocessing["color"] == "RGB"
+    assert len(preprocessing["mean"]) == 3
+    assert description["classes"] == [f"c{i}" for i in range(staging.CLASSES)]
+    assert description["trained"] == {"top1": 0.5}
+    file = run_dir.export / "revcol.pth"
+    published = torch.load(file, weights_only=True)["model"]
+    assert published["subnet1.alpha0"].shape == (1, 8, 1, 1)
+    assert published["stem.0.weight"].shape == (8, 3, 4, 4)
     assert len(published) == len(make_network(description).state_dict())
-    assert (run_dir / "export" / "revcol.pth").stat().st_size < 2 * (
-        run_dir / "export" / "model.safetensors"
-    ).stat().st_size
+    assert file.stat().st_size < 2 * (run_dir.export / "model.safetensors").stat().st_size
 
 
-def test_what_cannot_be_read_is_explained(run_dir: Path, tmp_path: Path) -> None:
+def test_a_network_without_published_names_is_exported_without_the_published_file(
+    tmp_path: Path,
+) -> None:
+    run_dir = export(tmp_path, block="c2f")
+    assert not (run_dir.export / "revcol.pth").exists()
+    assert load_export(run_dir.export).network.spec.block == "c2f"
+
+
+def test_unreadable_files_raise_errors_with_their_path(run_dir: RunDir, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not an exported model"):
         load_export(tmp_path)
     (tmp_path / "no.jpg").write_bytes(b"no image")
     for name in ("no.jpg", "missing.jpg"):
         with pytest.raises(DataError, match=name):
-            load_export(run_dir / "export").predict(tmp_path / name)
+            load_export(run_dir.export).predict(tmp_path / name)

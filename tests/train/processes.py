@@ -1,5 +1,8 @@
-"""Groups of real processes for tests. They are forked from a server that has imported everything once, so that a group
-starts in a fraction of a second."""
+"""Groups of real processes for tests.
+
+They are forked from a server that has imported everything once, so that a group starts in a
+fraction of a second.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(
     [
         "deepspeed",
         "deepspeed.runtime.zero.stage3",
@@ -32,13 +35,16 @@ Function = Callable[..., Any]  # importable by name; called in each process
 
 @dataclass
 class Group:
-    """A group under way: ``results`` waits for what each rank returned."""
+    """A running group of processes."""
 
     processes: list[BaseProcess]
     folder: Path
 
     def results(self, timeout: float = 240) -> list[Any]:
-        """What each rank returned or raised; fails if one died or takes too long."""
+        """Wait for each rank: what it returned, or the exception that it raised.
+
+        Fails if a process dies or takes longer than ``timeout`` seconds.
+        """
         for process in self.processes:
             process.join(timeout)
         for rank, process in enumerate(self.processes):
@@ -52,7 +58,7 @@ class Group:
         ]
 
     def kill(self) -> None:
-        """SIGKILL to all."""
+        """Send SIGKILL to all processes."""
         for process in self.processes:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signal.SIGKILL)
@@ -60,34 +66,39 @@ class Group:
             process.join()
 
 
-def start(folder: Path, world: int, function: Function, *arguments: Any) -> Group:
-    """``function(*arguments)`` on every rank of a new group; logs and results lie in ``folder``."""
+def start(folder: Path, world_size: int, function: Function, *arguments: Any) -> Group:
+    """Call ``function(*arguments)`` on every rank of a new group.
+
+    Logs and results are written to ``folder``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes: list[BaseProcess] = []
-    for rank in range(world):
+    for rank in range(world_size):
         environment = {
             "RANK": rank,
             "LOCAL_RANK": rank,
-            "WORLD_SIZE": world,
-            "LOCAL_SIZE": world,
+            "WORLD_SIZE": world_size,
+            "LOCAL_SIZE": world_size,
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
-        process = _FORKS.Process(target=_run, args=(folder, rank, environment, function, arguments))
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world_size > 1 else {}
+        process = _FORK_SERVER.Process(
+            target=_call, args=(folder, rank, environment, function, arguments)
+        )
         process.start()
         processes.append(process)
     return Group(processes, folder)
 
 
-def run(folder: Path, world: int, function: Function, *arguments: Any) -> list[Any]:
-    """``start`` and wait: what each rank returned or, an exception, raised."""
-    return start(folder, world, function, *arguments).results()
+def run(folder: Path, world_size: int, function: Function, *arguments: Any) -> list[Any]:
+    """``start`` a group and return its ``results``."""
+    return start(folder, world_size, function, *arguments).results()
 
 
-def _run(
+def _call(
     folder: Path,
     rank: int,
     environment: dict[str, Any],
@@ -104,4 +115,4 @@ def _run(
         traceback.print_exc()
         result = error
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
-    os._exit(0)  # at once, as a process that is left to itself may wait for threads
+    os._exit(0)  # at once: an ordinary exit may wait for threads

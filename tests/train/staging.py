@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.evaluate.classify import evaluate_stage
-from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.model import build
+from pipeline.monitor import tags
 from pipeline.monitor.events import Event, read_events
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.train.trainer import train_stage
 from tests.data.small_datasets import make_dataset
+from tests.train import processes
 
+DATASET = "set"
 CLASSES = 6
-TRAIN, VALIDATION = 67, 23  # 4 steps an epoch; a prime number of validation images
+TRAIN = 67  # 4 steps per epoch
+VALIDATION = 23  # a prime number, so that no number of processes divides it
 MODEL: dict[str, Any] = {
     "channels": [8, 16, 24, 32],
     "depths": [1, 1, 1, 1],
@@ -68,24 +72,32 @@ def job(
             "name": "t",
             "model": MODEL | model,
             "cluster": cluster,
-            "data": {"set": {"root": "x"}},
+            "data": {DATASET: {"root": "x"}},
             "stages": stages,
         }
     )
 
 
-def prepared(run_dir: Path, train: int = TRAIN, validation: int = VALIDATION) -> Path:
-    """A run's directory in which the stage 'prepare' is done."""
+def prepared_run(path: Path, train: int = TRAIN, validation: int = VALIDATION) -> RunDir:
+    """A run directory whose stage 'prepare' is done."""
+    run_dir = RunDir(path)
     make_dataset(
-        run_dir / "stages" / "prepare" / "set",
-        {"train": train, "validation": validation},
-        classes=CLASSES,
+        run_dir.dataset(DATASET), {"train": train, "validation": validation}, classes=CLASSES
     )
     return run_dir
 
 
-def with_weights(run_dir: Path, **changes: Any) -> dict[str, torch.Tensor]:
-    """Put untrained weights where the stage 'finetune' would, with gammas that let every block matter."""
+def prepared(path: Path, train: int = TRAIN, validation: int = VALIDATION) -> Path:
+    """``prepared_run`` as a path."""
+    return prepared_run(path, train, validation).path
+
+
+def with_weights(path: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """Write untrained weights as the result of the stage 'finetune'.
+
+    Their gammas are large enough for every block to matter. ``changes`` override the model's
+    settings.
+    """
     torch.manual_seed(5)
     options = {key: value for key, value in MODEL.items() if key != "drop_path"}
     network = build(**options | {"num_classes": CLASSES} | changes)
@@ -95,52 +107,85 @@ def with_weights(run_dir: Path, **changes: Any) -> dict[str, torch.Tensor]:
                 parameter.fill_(0.3)
             if name.startswith("classifiers"):
                 parameter.normal_()
-    state = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    folder = run_dir / "stages" / "finetune"
-    folder.mkdir(parents=True)
-    save_file(state, folder / "weights.safetensors")
-    write_json(
-        folder / "weights.json", {"image_size": 64, "resize": 1.143, "figures": {"top1": 0.5}}
-    )
+    state = {
+        name: value.detach().clone()
+        for name, value in network.state_dict().items()
+        if value.is_floating_point()
+    }
+    weights_file = RunDir(path).weights("finetune")
+    weights_file.parent.mkdir(parents=True)
+    save_file(state, weights_file)
+    description = WeightsDescription(image_size=64, resize=1.143, metrics={"top1": 0.5})
+    description.write(weights_file.parent)
     return state
 
 
 def train(
-    job: Job, stage: str, run_dir: Path, stop: Callable[[], bool] = lambda: False
+    job: Job, stage: str, run_dir: RunDir, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
-    """Called in each process of a group."""
+    """Run a training stage. Called in each process of a group."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    return train_stage(job, stage, RunDir(run_dir), DistEnv.from_environment(), stop)
+    return train_stage(job, stage, run_dir, DistEnv.from_environment(), stop)
 
 
-def evaluate(job: Job, run_dir: Path) -> dict[str, float]:
-    """Called in each process of a group."""
-    return evaluate_stage(job, RunDir(run_dir), DistEnv.from_environment())
+def evaluate(job: Job, run_dir: RunDir) -> dict[str, float]:
+    """Run the evaluate stage. Called in each process of a group."""
+    return evaluate_stage(job, run_dir, DistEnv.from_environment())
+
+
+def run_stage(
+    run_dir: RunDir,
+    world_size: int,
+    job: Job,
+    stage: str = "pretrain",
+    stop: Callable[[], bool] | None = None,
+) -> list[Any]:
+    """Run a training stage with ``world_size`` processes; what each rank returned or raised."""
+    arguments = (job, stage, run_dir) if stop is None else (job, stage, run_dir, stop)
+    return processes.run(run_dir.logs / "output", world_size, train, *arguments)
 
 
 class StopAfter:
-    """Wants to stop after so many steps, on one rank."""
+    """Requests a stop after ``steps`` steps, on one rank."""
 
     def __init__(self, steps: int, rank: int) -> None:
-        self.steps, self.rank = steps, rank
+        self.steps = steps
+        self.rank = rank
 
     def __call__(self) -> bool:
         self.steps -= 1
         return self.steps <= 0 and os.environ["RANK"] == str(self.rank)
 
 
-def weights(run_dir: Path, stage: str = "pretrain") -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "stages" / stage / "weights.safetensors")
+def weights(run_dir: RunDir, stage: str = "pretrain") -> dict[str, torch.Tensor]:
+    """The weights that a stage produced."""
+    return load_file(run_dir.weights(stage))
 
 
-def events(run_dir: Path, kind: str, stage: str = "pretrain") -> list[Event]:
-    return [event for event in read_events(RunDir(run_dir).events(stage)) if event.kind == kind]
+def events(run_dir: RunDir, kind: str, stage: str = "pretrain") -> list[Event]:
+    return [event for event in read_events(run_dir.events(stage)) if event.kind == kind]
 
 
-def losses(run_dir: Path, stage: str = "pretrain") -> dict[int, float]:
-    return {event.step: event.scalars["loss/total"] for event in events(run_dir, "step", stage)}
+def scalars(run_dir: RunDir, tag: str, stage: str = "pretrain") -> list[float]:
+    """The values of a metric, one per logged step."""
+    return [event.scalars[tag] for event in events(run_dir, "step", stage)]
 
 
-def messages(run_dir: Path, stage: str = "pretrain") -> str:
+def losses(run_dir: RunDir, stage: str = "pretrain") -> dict[int, float]:
+    """Training loss by step."""
+    return {event.step: event.scalars[tags.LOSS] for event in events(run_dir, "step", stage)}
+
+
+def messages(run_dir: RunDir, stage: str = "pretrain") -> str:
+    """All log messages of a stage, one line per message: ``level: text``."""
     return "\n".join(f"{event.level}: {event.text}" for event in events(run_dir, "message", stage))
+
+
+def assert_same_weights(a: RunDir, b: RunDir, stage: str = "pretrain") -> None:
+    """Both runs produced bit-equal weights."""
+    weights_a = weights(a, stage)
+    weights_b = weights(b, stage)
+    assert set(weights_a) == set(weights_b)
+    for name, value in weights_a.items():
+        assert torch.equal(weights_b[name], value), name

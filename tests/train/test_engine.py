@@ -1,4 +1,4 @@
-"""DeepSpeed with real processes: every ZeRO stage trains, saves, resumes and changes size like a single process does."""
+"""DeepSpeed with real processes: every ZeRO stage trains and resumes like a single process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipeline.checkpoint.manifest import Manifest, list_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.schema import TrainConfig
 from pipeline.errors import CheckpointError
+from pipeline.model import NetworkSpec
 from pipeline.model.param_groups import is_alpha
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
@@ -21,30 +22,33 @@ from pipeline.train.zero_state import ShardedState
 from tests.train import processes, small_network
 from tests.train.small_network import Options
 
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+Weights = dict[str, torch.Tensor]
 
-def train(path: Path, world: int, stage: int, **options: Any) -> dict[str, Any]:
-    results = processes.run(
-        path, world, small_network.steps, Options(path / "checkpoints", stage, **options)
-    )
+
+def train(path: Path, world_size: int, stage: int, **options: Any) -> dict[str, Any]:
+    """Train the small network in ``path``; the report of rank 0."""
+    settings = Options(checkpoints=path / "checkpoints", stage=stage, **options)
+    results = processes.run(path, world_size, small_network.steps, settings)
     assert isinstance(results[0], dict), results
-    return results[0]
+    first: dict[str, Any] = results[0]
+    return first
 
 
-def values(path: Path, kind: str = "master") -> dict[str, torch.Tensor]:
+def values(path: Path, kind: str = "master") -> Weights:
+    """The newest checkpoint's tensors of a kind."""
     directory = list_checkpoints(path / "checkpoints")[0][1]
     reader = CheckpointReader(directory, Manifest.read(directory))
     return {name: reader.full(kind, name) for name in reader.shapes}
 
 
-def flat(found: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([found[name].flatten() for name in sorted(found)]).double()
+def flat(weights: Weights) -> torch.Tensor:
+    return torch.cat([weights[name].flatten() for name in sorted(weights)]).double()
 
 
 @pytest.fixture(scope="module")
-def single(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """One process, stored activations, ZeRO 1, fp32."""
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Weights]:
+    """One process, stored activations, ZeRO 1, fp32: report and weights after ten steps."""
     path = tmp_path_factory.mktemp("single")
     return train(path, 1, 1, activations="stored", steps=10), values(path)
 
@@ -52,27 +56,32 @@ def single(
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_processes_equal_one(
-    stage: int, accumulation: int, tmp_path: Path, single: Any
+    stage: int, accumulation: int, tmp_path: Path, single: tuple[dict[str, Any], Weights]
 ) -> None:
-    """Exact reversible columns under every stage against one process with stored activations, ten steps on."""
+    """Exact columns on two processes against stored activations on one, over ten steps."""
     expected, weights = single
-    found = train(tmp_path, 2, stage, accumulation=accumulation, steps=10)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["averaged"] == pytest.approx(expected["averaged"], rel=1e-3)
-    assert found["mismatched"] == 0
+    report = train(tmp_path, 2, stage, accumulation=accumulation, steps=10)
+    assert report["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert report["averaged"] == pytest.approx(expected["averaged"], rel=1e-3)
+    assert report["mismatched"] == 0
     trained = values(tmp_path)
     assert (flat(trained) - flat(weights)).norm() <= 1e-5 * flat(weights).norm()
-    assert all(value.abs().min() >= 0.999e-3 for name, value in trained.items() if is_alpha(name))
-    if stage == 3:  # every level is released as soon as it is done with, and gathered about twice
-        assert found["gathered_after"] == found["gathered_late"] == 0
-        assert (
-            1 <= max(found["gathered"][1:-1]) <= 2.1 * accumulation
-        )  # once DeepSpeed knows the order; the last one evaluates
+    alphas = {name: value for name, value in trained.items() if is_alpha(name)}
+    assert alphas
+    for name, alpha in alphas.items():
+        assert alpha.abs().min() >= 0.999e-3, name
+    if stage == 3:
+        # Every level is released as soon as it is no longer needed, and gathered about twice per
+        # step. The first step is left out: DeepSpeed does not know the order yet. The last one
+        # also evaluates.
+        assert report["gathered_after"] == 0
+        assert report["gathered_late"] == 0
+        assert 1 <= max(report["gathered"][1:-1]) <= 2.1 * accumulation
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_zero_3_keeps_its_precision_on_a_cpu_without_fp16(precision: str, tmp_path: Path) -> None:
-    """DeepSpeed picks the dtype of partitioned parameters by what the device supports: the job's precision must win."""
+    """DeepSpeed chooses the dtype of partitions by what the device supports: the job must win."""
     for name, fp16 in {"with": True, "without": False}.items():
         train(tmp_path / name, 2, 3, precision=precision, fp16=fp16)
     assert torch.equal(flat(values(tmp_path / "with")), flat(values(tmp_path / "without")))
@@ -99,16 +108,20 @@ def test_bf16_gives_the_bits_of_the_stored_evaluation(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_resume_is_bit_exact(stage: int, precision: str, tmp_path: Path) -> None:
-    undisturbed = train(tmp_path / "a", 2, stage, precision=precision)
+    complete = train(tmp_path / "a", 2, stage, precision=precision)
     train(tmp_path / "b", 2, stage, precision=precision, steps=2)
     resumed = train(tmp_path / "b", 2, stage, precision=precision)
-    assert resumed["losses"] == undisturbed["losses"][2:]
-    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
-        a, b = values(tmp_path / "a", kind), values(tmp_path / "b", kind)
-        assert all(torch.equal(a[name], b[name]) for name in a), kind
+    assert resumed["losses"] == complete["losses"][2:]
+    for kind in KINDS:
+        a = values(tmp_path / "a", kind)
+        b = values(tmp_path / "b", kind)
+        for name in a:
+            assert torch.equal(a[name], b[name]), (kind, name)
 
 
-def test_resume_at_another_world_size_and_stage(tmp_path: Path, single: Any) -> None:
+def test_resume_at_another_world_size_and_stage(
+    tmp_path: Path, single: tuple[dict[str, Any], Weights]
+) -> None:
     train(tmp_path, 2, 3, steps=1)
     train(tmp_path, 1, 1, steps=2)
     train(tmp_path, 2, 2, steps=3)
@@ -116,21 +129,33 @@ def test_resume_at_another_world_size_and_stage(tmp_path: Path, single: Any) -> 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_on_gradients_that_are_not_finite_is_left_out_on_all_ranks(
+def test_a_step_with_nonfinite_gradients_is_skipped_on_all_ranks(
     stage: int, tmp_path: Path
 ) -> None:
-    found = train(tmp_path, 2, stage, poison=1, steps=3)
-    assert found["applied"] == [True, False, True]
-    assert all(
-        value.isfinite().all()
-        for kind in ("master", "ema", "exp_avg_sq")
-        for value in values(tmp_path, kind).values()
-    )
+    report = train(tmp_path, 2, stage, nonfinite_step=1, steps=3)
+    assert report["applied"] == [True, False, True]
+    for kind in ("master", "ema", "exp_avg_sq"):
+        for name, value in values(tmp_path, kind).items():
+            assert value.isfinite().all(), (kind, name)
 
 
-def heads(zero_stage: int, scale: float) -> dict[str, list[float]]:
-    """Standard deviation of the classifier's initial weights, and the moments after weights were loaded."""
-    world = DistEnv.from_environment()
+class ConstantSource:
+    """Weights in which every element is 2."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = {name: list(shape) for name, shape in shapes.items()}
+
+    def read(self, kind: str, name: str, offset: int, length: int) -> torch.Tensor:
+        return torch.full((length,), 2.0)
+
+
+def load_constant_weights(zero_stage: int, scale: float) -> dict[str, list[float]]:
+    """Load ``ConstantSource`` as initial weights; what this rank then holds.
+
+    ``classifier``: largest initial weights of the classifier. By kind: extremes of the stem's
+    values (empty where this rank owns none of them).
+    """
+    dist_env = DistEnv.from_environment()
     config = TrainConfig(
         epochs=1,
         base_lr=1e-3,
@@ -139,71 +164,63 @@ def heads(zero_stage: int, scale: float) -> dict[str, list[float]]:
         precision="fp32",
         zero_stage=zero_stage,
     )
-    with process_group(world, use_cuda=False, threads=1) as device:
-        spec = small_network.SPEC.__class__(
-            (8, 16, 24, 32), (1, 1, 1, 1), 2, 7, head_init_scale=scale
-        )
-        masters = ShardedState(make_engine(spec, config, world, 4, 3, device), 0.9)
-
-        class Source:
-            def __init__(self) -> None:
-                self.shapes = {name: list(shape) for name, shape in masters.shapes.items()}
-
-            def read(self, kind: str, name: str, offset: int, length: int) -> torch.Tensor:
-                return torch.full((length,), 2.0)
-
-        load_initial(Source(), masters, "there", lambda text, level="info": None)
-        found: dict[str, list[float]] = {"classifier": [0.0]}
-        for fragment, kind, value in masters.tensors():
+    spec = NetworkSpec(
+        channels=(8, 16, 24, 32),
+        depths=(1, 1, 1, 1),
+        columns=2,
+        num_classes=7,
+        head_init_scale=scale,
+    )
+    with process_group(dist_env, use_cuda=False, threads=1) as device:
+        engine = make_engine(spec, config, dist_env, micro_batch=4, seed=3, device=device)
+        state = ShardedState(engine, with_ema=True)
+        load_initial(ConstantSource(state.shapes), state, "there", lambda text, level="info": None)
+        report: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "classifier")}
+        for fragment, kind, value in state.tensors():
             if fragment.name == "classifiers.0.linear.weight" and kind == "master":
-                found["classifier"].append(float(value.abs().max()))
+                report["classifier"].append(float(value.abs().max()))
             if fragment.name == "stem.conv.weight":
-                found.setdefault(kind, []).extend([float(value.min()), float(value.max())])
-    return found
+                report[kind] += [float(value.min()), float(value.max())]
+    return report
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_loaded_weights_become_masters_and_average_but_no_moments(
+def test_initial_weights_fill_the_weights_and_the_ema_but_not_the_moments(
     stage: int, tmp_path: Path
 ) -> None:
-    ranks = processes.run(tmp_path, 2, heads, stage, 1e-3)
-    assert (
-        0 < max(max(rank["classifier"]) for rank in ranks) < 1e-3
-    )  # scaled under ZeRO-3 too, and not loaded
-    for rank in ranks:
-        for kind, expected in {
-            "master": 2.0,
-            "ema_decay": 2.0,
-            "exp_avg": 0.0,
-            "exp_avg_sq": 0.0,
-        }.items():
-            assert set(rank.get(kind, [expected])) == {expected}, kind
+    ranks = processes.run(tmp_path, 2, load_constant_weights, stage, 1e-3)
+    # The classifier is not loaded, and its initialisation is scaled, under ZeRO-3 too.
+    assert 0 < max(value for rank in ranks for value in rank["classifier"]) < 1e-3
+    for kind, expected in zip(KINDS, (2.0, 0.0, 0.0, 2.0), strict=True):
+        assert {value for rank in ranks for value in rank[kind]} == {expected}, kind
 
 
-def damage(directory: Path) -> None:
-    victim = directory / "rank-00000.safetensors"
-    data = bytearray(victim.read_bytes())
+def flip_bit(directory: Path) -> None:
+    """Flip one bit in the middle of rank 0's file. A second call restores it."""
+    file = directory / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
+    file.write_bytes(data)
 
 
-def test_a_flipped_bit_is_refused_by_name_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_used(tmp_path: Path) -> None:
     train(tmp_path, 2, 1, steps=1)
     train(tmp_path, 2, 1, steps=2)
-    newest, before = (path for _, path in list_checkpoints(tmp_path / "checkpoints"))
-    damage(newest)
+    newest, previous = (path for _, path in list_checkpoints(tmp_path / "checkpoints"))
+    flip_bit(newest)
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors"):
         Manifest.read(newest).verify(newest)
+    # Restored. Now a file is missing that only rank 1 verifies; rank 0 must log its name.
+    flip_bit(newest)
     (newest / "rank-00001.safetensors").unlink()
-    damage(newest)  # undone: what only rank 1 looks at has to be told by rank 0
-    found = train(tmp_path, 2, 1, steps=2)
-    assert len(found["losses"]) == 1  # went on from step 1
-    assert any("rank-00001.safetensors" in text for text in found["said"])
-    assert newest.with_name(f"{newest.name}.refused").is_dir() and newest.is_dir()  # made again
-    damage(newest)
-    damage(before)
-    results = processes.run(tmp_path, 2, small_network.steps, Options(tmp_path / "checkpoints", 1))
-    assert all(
-        isinstance(result, CheckpointError) and "none of the 2" in result.message
-        for result in results
-    )
+    report = train(tmp_path, 2, 1, steps=2)
+    assert len(report["losses"]) == 1  # resumed from step 1
+    assert any("rank-00001.safetensors" in text for text in report["log"])
+    assert newest.with_name(f"{newest.name}.refused").is_dir()
+    assert newest.is_dir()  # written again
+    flip_bit(newest)
+    flip_bit(previous)
+    settings = Options(checkpoints=tmp_path / "checkpoints", stage=1)
+    for result in processes.run(tmp_path, 2, small_network.steps, settings):
+        assert isinstance(result, CheckpointError)
+        assert "none of the 2" in result.message

@@ -1,4 +1,4 @@
-"""Wrong arithmetic in a training stage: the step is repeated as if nothing had happened, told of, or the end."""
+"""Wrong arithmetic in a training stage: the step is retried, logged, or ends the stage."""
 
 from __future__ import annotations
 
@@ -12,33 +12,43 @@ import torch
 
 from pipeline.config.schema import Job
 from pipeline.errors import StageError
+from pipeline.layout import RunDir
 from pipeline.model import reversible
 from pipeline.model.column import Level
+from pipeline.monitor import tags
 from tests.train import processes, staging
 
 STEPS = 4
-PLACE = r"column 2, level 1: \d+ elements differ from the forward pass( \(and \d+ more findings\))?, on rank 1, host \S"
+ORIGIN = (
+    r"column 2, level 1: \d+ elements differ from the forward pass( \(and \d+ more findings\))?, "
+    r"on rank 1, host \S"
+)
 
 
 def job(**pretrain: Any) -> Job:
-    """Two micro-batches a step on each of two ranks."""
+    """Two micro-batches per step on each of two ranks."""
     return staging.job(
         pretrain={"micro_batch": 4, "max_steps": STEPS, "checkpoint_every_steps": 2} | pretrain
     )
 
 
-def train_with_flips(calls: tuple[int, ...], job: Job, run_dir: Path) -> dict[str, float]:
-    """A stage in which a bit of the remainder of column 2, level 1 flips on rank 1, in these forward passes (from 0)."""
-    original, passes = reversible.ExactColumns.forward, [0]
+def train_with_flips(passes: tuple[int, ...], job: Job, run_dir: RunDir) -> dict[str, float]:
+    """Train while bits flip: one in the remainder of column 2, level 1 on rank 1.
+
+    ``passes``: the forward passes (from 0) in which it flips.
+    """
+    original = reversible.ExactColumns.forward
+    count = 0
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         save = ctx.save_for_backward
 
-        def flipping(x: torch.Tensor, *kept: torch.Tensor) -> None:
-            if passes[0] in calls and os.environ["RANK"] == "1":
-                kept[4 + 4 + 1].view(-1)[3] ^= 4
-            passes[0] += 1
-            save(x, *kept)
+        def flipping(x: torch.Tensor, *saved: torch.Tensor) -> None:
+            nonlocal count
+            if count in passes and os.environ["RANK"] == "1":
+                saved[4 + 4 + 1].view(-1)[3] ^= 4
+            count += 1
+            save(x, *saved)
 
         ctx.save_for_backward = flipping
         return original(ctx, *arguments)
@@ -47,27 +57,42 @@ def train_with_flips(calls: tuple[int, ...], job: Job, run_dir: Path) -> dict[st
     return staging.train(job, "pretrain", run_dir)
 
 
-def train_with_overflow(call: int, job: Job, run_dir: Path) -> dict[str, float]:
-    """A stage in which F of column 1, level 2 is far too large in one forward pass."""
-    original, init, passes = Level.branch, Level.__init__, [0]
+def train_with_overflow(forward_pass: int, job: Job, run_dir: RunDir) -> dict[str, float]:
+    """Train while the output of column 1, level 2 is far too large in one forward pass."""
+    original = Level.branch
+    init = Level.__init__
+    count = 0
 
-    def placed(level: Any, spec: Any, column: int, number: int) -> None:
+    def numbered_init(level: Any, spec: Any, column: int, number: int) -> None:
         init(level, spec, column, number)
-        level.place = column, number
+        level.number = (column, number)
 
     def branch(level: Any, *arguments: Any) -> torch.Tensor:
-        passes[0] += level.place == (1, 2)
-        return original(level, *arguments) * (
-            1e6 if level.place == (1, 2) and passes[0] == call else 1
-        )
+        nonlocal count
+        affected = level.number == (1, 2)
+        count += affected
+        scale = 1e6 if affected and count == forward_pass else 1
+        return original(level, *arguments) * scale
 
-    Level.__init__, Level.branch = placed, branch  # type: ignore[method-assign]
+    Level.__init__ = numbered_init  # type: ignore[method-assign]
+    Level.branch = branch  # type: ignore[method-assign]
     return staging.train(job, "pretrain", run_dir)
 
 
+def train_without_faults(job: Job, run_dir: RunDir) -> dict[str, float]:
+    return staging.train(job, "pretrain", run_dir)
+
+
+def run(run_dir: RunDir, function: processes.Function, *arguments: Any) -> list[Any]:
+    """Call a function with the run directory as its last argument, on two ranks."""
+    return processes.run(run_dir.logs / "output", 2, function, *arguments, run_dir)
+
+
 ENGINES = [
-    {"zero_stage": stage, "precision": precision}
-    for stage, precision in enumerate(("fp32", "bf16", "bf16", "fp32"))
+    {"zero_stage": 0, "precision": "fp32"},
+    {"zero_stage": 1, "precision": "bf16"},
+    {"zero_stage": 2, "precision": "bf16"},
+    {"zero_stage": 3, "precision": "fp32"},
 ]
 
 
@@ -78,99 +103,73 @@ ENGINES = [
 )
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
-    run_dir = staging.prepared(tmp_path_factory.mktemp("undisturbed"))
-    results = processes.run(
-        run_dir / "logs", 2, staging.train, job(**request.param), "pretrain", run_dir
-    )
+) -> tuple[RunDir, dict[str, Any]]:
+    """A run without faults, and the settings of its engine."""
+    run_dir = staging.prepared_run(tmp_path_factory.mktemp("undisturbed"))
+    results = run(run_dir, train_without_faults, job(**request.param))
     assert isinstance(results[0], dict), results
     return run_dir, request.param
 
 
-def assert_same(a: Path, b: Path) -> None:
-    found, expected = staging.weights(b), staging.weights(a)
-    assert all(torch.equal(found[name], value) for name, value in expected.items()) and len(
-        found
-    ) == len(expected)
+def assert_same_run(a: RunDir, b: RunDir) -> None:
+    staging.assert_same_weights(a, b)
     assert staging.losses(b) == staging.losses(a)
 
 
-def test_redo_gives_the_parameters_of_the_undisturbed_run(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_retry_gives_the_weights_of_the_undisturbed_run(
+    undisturbed: tuple[RunDir, dict[str, Any]], tmp_path: Path
 ) -> None:
-    run_dir, (reference, engine) = staging.prepared(tmp_path), undisturbed
-    results = processes.run(run_dir / "logs", 2, train_with_flips, (4,), job(**engine), run_dir)
+    run_dir = staging.prepared_run(tmp_path)
+    reference, engine = undisturbed
+    results = run(run_dir, train_with_flips, (4,), job(**engine))
     assert isinstance(results[0], dict), results
-    assert_same(reference, run_dir)
-    (said,) = [
-        event.text for event in staging.events(run_dir, "message") if event.level == "warning"
-    ]
-    assert re.match(f"step 3 is repeated: {PLACE}", said), said
-    steps = {event.step: event.scalars for event in staging.events(run_dir, "step")}
-    assert [steps[s]["reversible/repeated_steps"] for s in range(1, STEPS + 1)] == [0, 0, 1, 1]
-    assert [steps[s]["reversible/mismatched_elements"] > 0 for s in range(1, STEPS + 1)] == [
-        False,
-        False,
-        True,
-        False,
-    ]
-    assert all(
-        0 < steps[s]["reversible/largest_value"] < 100 and steps[s]["optim/skipped_steps"] == 0
-        for s in steps
-    )
+    assert_same_run(reference, run_dir)
+    messages = staging.events(run_dir, "message")
+    (warning,) = [event.text for event in messages if event.level == "warning"]
+    assert re.match(f"step 3: retrying: {ORIGIN}", warning), warning
+    assert staging.scalars(run_dir, tags.RETRIED_STEPS) == [0, 0, 1, 1]
+    mismatched = [count > 0 for count in staging.scalars(run_dir, tags.MISMATCHED_ELEMENTS)]
+    assert mismatched == [False, False, True, False]
+    assert all(0 < value < 100 for value in staging.scalars(run_dir, tags.MAX_ABS))
+    assert staging.scalars(run_dir, tags.SKIPPED_STEPS) == [0] * STEPS
 
 
-def test_stop_ends_all_ranks_before_the_step_is_taken(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+def test_stop_ends_all_ranks_before_the_update(
+    undisturbed: tuple[RunDir, dict[str, Any]], tmp_path: Path
 ) -> None:
-    run_dir, (reference, engine) = staging.prepared(tmp_path), undisturbed
-    stopped = processes.run(
-        run_dir / "logs", 2, train_with_flips, (5,), job(**engine, on_mismatch="stop"), run_dir
-    )
-    assert all(
-        isinstance(error, StageError) and "step 3 is wrong: column 2, level 1" in error.message
-        for error in stopped
-    )
-    results = processes.run(run_dir / "logs", 2, staging.train, job(**engine), "pretrain", run_dir)
+    run_dir = staging.prepared_run(tmp_path)
+    reference, engine = undisturbed
+    for error in run(run_dir, train_with_flips, (5,), job(**engine, on_mismatch="stop")):
+        assert isinstance(error, StageError)
+        assert "step 3 failed its self-check: column 2, level 1" in error.message
+    results = run(run_dir, train_without_faults, job(**engine))
     assert isinstance(results[0], dict), results
-    assert_same(reference, run_dir)
+    assert_same_run(reference, run_dir)
 
 
-def test_warn_takes_the_step_and_tells(tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path)
-    results = processes.run(
-        run_dir / "logs", 2, train_with_flips, (4,), job(on_mismatch="warn"), run_dir
-    )
+def test_warn_applies_the_update_and_logs_the_mismatch(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path)
+    results = run(run_dir, train_with_flips, (4,), job(on_mismatch="warn"))
     assert isinstance(results[0], dict), results
-    assert "trained regardless (on_mismatch: warn): column 2, level 1" in staging.messages(run_dir)
-    assert [event.scalars["optim/skipped_steps"] for event in staging.events(run_dir, "step")] == [
-        0
-    ] * STEPS
+    warning = "mismatch ignored since step 3 (on_mismatch: warn): column 2, level 1"
+    assert warning in staging.messages(run_dir)
+    assert staging.scalars(run_dir, tags.SKIPPED_STEPS) == [0] * STEPS
 
 
-def test_a_step_that_stays_wrong_is_the_end(tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path)
-    failed = processes.run(
-        run_dir / "logs", 2, train_with_flips, tuple(range(4, 99)), job(), run_dir
-    )
-    assert all(
-        isinstance(error, StageError) and "4 times in a row" in error.message for error in failed
-    ), failed
-    assert (
-        "on_mismatch: warn" in failed[0].message
-        and staging.messages(run_dir).count("is repeated") == 3
-    )
+def test_a_step_that_fails_every_retry_ends_the_stage(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path)
+    for error in run(run_dir, train_with_flips, tuple(range(4, 99)), job()):
+        assert isinstance(error, StageError)
+        assert "step 3 failed its self-check 4 times in a row" in error.message
+        assert "on_mismatch: warn" in error.message
+    assert staging.messages(run_dir).count("step 3: retrying") == 3
 
 
-def test_an_overflow_leaves_the_step_out_and_says_where(tmp_path: Path) -> None:
-    run_dir = staging.prepared(tmp_path)
-    results = processes.run(run_dir / "logs", 2, train_with_overflow, 9, job(), run_dir)
+def test_an_overflow_skips_the_step_and_names_the_level(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path)
+    results = run(run_dir, train_with_overflow, 9, job())
     assert isinstance(results[0], dict), results
-    assert "step 3 is left out: column 1, level 2: |value| is " in staging.messages(run_dir)
-    assert "fraction_bits below 18" in staging.messages(run_dir)
-    assert [event.scalars["optim/skipped_steps"] for event in staging.events(run_dir, "step")] == [
-        0,
-        0,
-        1,
-        1,
-    ]
+    messages = staging.messages(run_dir)
+    assert "step 3: skipped: column 1, level 2: |value| is " in messages
+    assert "fraction_bits below 18" in messages
+    assert staging.scalars(run_dir, tags.SKIPPED_STEPS) == [0, 0, 1, 1]

@@ -1,0 +1,140 @@
+"""Construction of a training stage: network, engine, restored state and everything a step needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.checkpoint.weights import initial_weights
+from pipeline.config import job_queries, machine
+from pipeline.data.device import DeviceAugment
+from pipeline.data.loader import TrainLoader
+from pipeline.data.order import order_of
+from pipeline.model import NetworkSpec
+from pipeline.monitor.recorder import Recorder
+from pipeline.train.checkpointing import Restored, load_initial, restore
+from pipeline.train.context import StageContext, StageLog, StepContext
+from pipeline.train.engine import make_engine
+from pipeline.train.metrics import Metrics
+from pipeline.train.network_spec import training_spec
+from pipeline.train.schedule import Schedule
+from pipeline.train.self_check import SelfCheck
+from pipeline.train.step import TrainingStep
+from pipeline.train.training_state import MetricsHistory
+from pipeline.train.zero_state import ShardedState
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSetup:
+    """A training stage, ready to run."""
+
+    spec: NetworkSpec
+    step: TrainingStep
+    history: MetricsHistory
+    first_step: int  # 0-based: the steps that a checkpoint has done already
+    resumed: bool  # from a checkpoint of this stage
+    replaced_samples: int  # until the checkpoint
+
+
+def set_up(context: StageContext, log: StageLog) -> StageSetup:
+    """Build everything that the training loop needs. Collective.
+
+    Raises:
+        CheckpointError: a checkpoint or initial weights cannot be used.
+    """
+    config = context.config
+    # 1. The network under DeepSpeed, with random weights.
+    micro_batch, accumulation = job_queries.batches(config, context.dist_env.size)
+    spec = training_spec(context.job, config, context.num_classes)
+    engine = make_engine(
+        spec,
+        config,
+        context.dist_env,
+        micro_batch=micro_batch,
+        seed=context.job.seed,
+        device=context.device,
+    )
+    # 2. The weights of a checkpoint or of another stage.
+    sharded = ShardedState(engine, with_ema=bool(config.ema_decay))
+    restored = restore(context.checkpoints, sharded, context.identity(spec), log)
+    _attach_recorder(context, log, restored)
+    if restored is None:
+        _load_initial(context, sharded, log)
+    # 3. The parts of a step, with the counts of the checkpoint.
+    positions = len(spec.supervised_columns)
+    metrics = Metrics(positions, positions - 1, context.device)
+    state = None if restored is None else restored.state
+    if state is not None and state.metric_sums is not None:
+        metrics.restore(state.metric_sums)
+    step = TrainingStep(
+        context=StepContext(
+            engine=engine,
+            state=sharded,
+            schedule=Schedule.of(config, len(context.data.split("train"))),
+            device_augment=DeviceAugment(
+                config.augment, context.num_classes, context.job.seed, train=True
+            ),
+            metrics=metrics,
+            self_check=SelfCheck(engine.module, config.on_mismatch),
+            seed=context.job.seed,
+            ema_decay=config.ema_decay,
+            log_every_steps=config.log_every_steps,
+            device=context.device,
+            log=log,
+        ),
+        accumulation=accumulation,
+        applied_steps=state.applied_steps if state else 0,
+        retried_steps=state.retried_steps if state else 0,
+    )
+    return StageSetup(
+        spec=spec,
+        step=step,
+        history=MetricsHistory(state.evaluations, state.last_metrics)
+        if state
+        else MetricsHistory(),
+        first_step=restored.step if restored else 0,
+        resumed=restored is not None,
+        replaced_samples=state.replaced_samples if state else 0,
+    )
+
+
+def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | None) -> None:
+    """Open the stage's event log on rank 0, at the step that training resumes from."""
+    if context.dist_env.is_main:
+        resume_step = restored.step if restored else 0
+        log.attach(Recorder(context.run_dir, context.stage, resume_step=resume_step))
+    if restored is not None:
+        log(f"resuming from step {restored.step}")
+
+
+def _load_initial(context: StageContext, sharded: ShardedState, log: StageLog) -> None:
+    """Load the weights that the stage starts `from`, if it names any."""
+    initial = context.config.initial
+    if initial:
+        load_initial(initial_weights(context.run_dir, initial), sharded, initial, log)
+    elif context.stage == "finetune":
+        log("`from` names no weights: fine-tuning starts from scratch", "warning")
+
+
+def train_loader(context: StageContext, first_step: int) -> TrainLoader:
+    """The training batches of this rank, from ``first_step`` (0-based) on.
+
+    Raises:
+        DataError: the training split has fewer images than one global batch.
+    """
+    config = context.config
+    micro_batch, _ = job_queries.batches(config, context.dist_env.size)
+    return TrainLoader(
+        context.data.split("train"),
+        seed=context.job.seed,
+        image_size=config.image_size,
+        augment=config.augment,
+        global_batch=config.global_batch,
+        micro_batch=micro_batch,
+        rank=context.dist_env.rank,
+        world_size=context.dist_env.size,
+        threads=machine.loader_threads(context.job.cluster),
+        start_step=first_step,
+        order=order_of(config, context.data, context.job.seed),
+        on_bad_sample=config.on_bad_sample,
+        prefetch_bytes=context.job.cluster.prefetch_mib << 20,
+    )
