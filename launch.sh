@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Creates the environment once, then runs `python -m pipeline` in it:   ./launch.sh jobs/quickstart.yaml
+# Creates the environment once, then runs `python -m pipeline` in it.
+#   ./launch.sh jobs/quickstart.yaml
 #
-# requirements/ has one lock file per set of packages. .venv holds `run` and what was asked for on top of it:
+# requirements/ has one lock file per set of packages. .venv holds `run` and the sets added to it:
 #   run     everything that a job needs
 #   dev     checks and tests                  ./launch.sh test
 #   bench   data loaders to compare with      ./launch.sh bench loader
@@ -23,14 +24,17 @@ case "${1:-}" in
 esac
 for set in "${sets[@]}"; do
     [[ -f $locks/$set.txt ]] || {
-        echo "launch.sh: unknown set of packages '$set'; choose from: $(cd "$locks" && echo *.txt)" >&2
+        known=$(cd "$locks" && echo *.txt)
+        echo "launch.sh: unknown set of packages '$set'; choose from: $known" >&2
         exit 2
     }
 done
 
-# Does python $1 have every pinned version of the sets? Ignores markers, extras and local versions (2.13.0+cpu).
+# Does python $1 have every pinned version of sets $2 ...? Ignores local versions (2.13.0+cpu).
 has_packages() {
-    "$1" - "${sets[@]/#/$locks/}" <<'PY' 2>/dev/null
+    local python=$1
+    shift
+    "$python" - "${@/#/$locks/}" <<'PY' 2>/dev/null
 import importlib.metadata as metadata, re, sys
 text = "".join(open(path + ".txt").read() for path in sys.argv[1:])
 pins = re.findall(r"^([\w.-]+)==([^\s#;]+)", text, re.M)
@@ -42,7 +46,7 @@ PY
 # Digest of the pins of set $1. Comments and blank lines do not count.
 digest() { grep -o '^[^ #]*' "$locks/$1.txt" | cksum; }
 
-# Is set $1 in .venv, with today's pins? The stamp is written last: an interrupted installation has none.
+# Is set $1 in .venv, with today's pins? An interrupted installation has no stamp.
 is_installed() {
     local stamp="$venv/.installed-$1"
     [[ -f $stamp && $(<"$stamp") == "$(digest "$1")" ]] && "$venv/bin/python" -c '' 2>/dev/null
@@ -70,8 +74,15 @@ install() {
     for set in "${sets[@]}"; do digest "$set" >"$venv/.installed-$set"; done
 }
 
-if [[ -n ${VIRTUAL_ENV:-} && ${VIRTUAL_ENV:-} != "$venv" ]] && has_packages "$VIRTUAL_ENV/bin/python"; then
-    python="$VIRTUAL_ENV/bin/python"
+active=
+[[ -n ${VIRTUAL_ENV:-} && ${VIRTUAL_ENV:-} != "$venv" ]] && active="$VIRTUAL_ENV/bin/python"
+if [[ $active ]] && has_packages "$active" "${sets[@]}"; then
+    python="$active"
+elif [[ ${1:-} == install && $active ]] && has_packages "$active" run; then
+    # Jobs use the active environment, so packages in .venv would not help them.
+    echo "launch.sh: the active environment is used as it is. Install into it yourself:" >&2
+    echo "  pip install$(printf ' -r requirements/%s.txt' "${@:2}")" >&2
+    exit 2
 else
     python="$venv/bin/python"
     if ! all_installed; then

@@ -157,6 +157,16 @@ def test_an_active_environment_that_lacks_a_package_is_left_alone(
     assert "set PYTHON=" in error
 
 
+def test_nothing_is_added_to_an_active_environment(checkout: Path, tmp_path: Path) -> None:
+    active = tmp_path / "active"
+    subprocess.run([sys.executable, "-m", "venv", active], check=True)
+    set_pins(checkout, "s3", "a-package-that-no-environment-has==1.0\n")
+    code, _, error = finish(launch(checkout, "install", "s3", VIRTUAL_ENV=str(active)))
+    assert code == 2
+    assert "pip install -r requirements/s3.txt" in error
+    assert not (checkout / ".venv").exists()
+
+
 def test_a_missing_interpreter_is_reported(checkout: Path) -> None:
     code, _, error = finish(launch(checkout, "0", PYTHON="/nowhere/python"))
     assert code == 2
