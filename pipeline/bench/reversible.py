@@ -54,8 +54,8 @@ class ReversibleCase:
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Metrics(TypedDict, total=False):
-    """Metrics of one case. A timed-only case has ``step_s`` only; ``main`` adds the throughput."""
+class CaseMetrics(TypedDict, total=False):
+    """CaseMetrics of one case. A timed-only case has ``step_s`` only; ``main`` adds the throughput."""
 
     mode: str
     block: str
@@ -142,7 +142,7 @@ class TrainingSetup:
         return min(times)
 
 
-def measure(case: ReversibleCase) -> Metrics:
+def measure(case: ReversibleCase) -> CaseMetrics:
     """Measure one case in this process."""
     if case.device == "cpu":
         keep_freed_memory()  # as in training
@@ -150,7 +150,7 @@ def measure(case: ReversibleCase) -> Metrics:
     # Warm up: this step compiles the kernels and, for exact-auto, measures the stored column.
     setup.step()
     if case.timed_only:
-        return Metrics(step_s=setup.fastest_step())
+        return CaseMetrics(step_s=setup.fastest_step())
     peak = setup.peak_bytes()
     seconds = setup.fastest_step()
     process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -161,7 +161,7 @@ def measure(case: ReversibleCase) -> Metrics:
         del setup  # frees the first network before the second is built
         expected = TrainingSetup(case, "stored").gradient()
         error = float((gradient - expected).norm() / expected.norm())
-    return Metrics(
+    return CaseMetrics(
         mode=case.mode,
         block=case.block,
         columns=case.columns,
@@ -175,8 +175,8 @@ def measure(case: ReversibleCase) -> Metrics:
     )
 
 
-def _in_new_process(case: ReversibleCase) -> Metrics:
-    metrics = cast(Metrics, run_case("pipeline.bench.reversible", asdict(case)))
+def _in_new_process(case: ReversibleCase) -> CaseMetrics:
+    metrics = cast(CaseMetrics, run_case("pipeline.bench.reversible", asdict(case)))
     memory = "" if case.timed_only else f"{metrics['peak_mb']:.1f} MiB, "
     print(
         f"{case.mode} {case.columns}: {memory}{metrics['step_s']:.3f} s",
@@ -186,7 +186,7 @@ def _in_new_process(case: ReversibleCase) -> Metrics:
     return metrics
 
 
-def slopes(cases: Sequence[Metrics]) -> dict[str, float]:
+def slopes(cases: Sequence[CaseMetrics]) -> dict[str, float]:
     """Return MiB per column by mode, between the fewest and the most columns.
 
     Example: 120 MiB with 4 columns and 124 MiB with 16: (124 - 120) / (16 - 4) = 0.33.
@@ -203,7 +203,7 @@ def slopes(cases: Sequence[Metrics]) -> dict[str, float]:
     return result
 
 
-def table(cases: Sequence[Metrics]) -> str:
+def table(cases: Sequence[CaseMetrics]) -> str:
     """Format the metrics and the ratios of step times to those of stored and checkpointed."""
     lines = [
         "mode          columns  peak MiB  process MiB    step s  images/s  gradient error"
@@ -228,7 +228,7 @@ def table(cases: Sequence[Metrics]) -> str:
 
 def _measure_modes(
     columns: int, modes: Sequence[str], rounds: int, options: dict[str, Any]
-) -> list[Metrics]:
+) -> list[CaseMetrics]:
     """Measure all modes with this number of columns, then time them again in further rounds."""
     cases = [
         _in_new_process(ReversibleCase(mode=mode, columns=columns, **options)) for mode in modes
@@ -256,7 +256,7 @@ def main(
 
     ``options`` are further fields of ``ReversibleCase``.
     """
-    cases: list[Metrics] = []
+    cases: list[CaseMetrics] = []
     for count in columns:
         cases += _measure_modes(count, modes, rounds, options)
     result = {

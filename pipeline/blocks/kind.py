@@ -51,7 +51,7 @@ class Up(nn.Module):
         return cast(Tensor, self.norm(self.linear(x)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockKind:
     """Constructors of one block kind's modules.
 

@@ -56,7 +56,7 @@ _FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
 _IMAGE_BYTES = "image.bytes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One labelled image. ``width`` and ``height`` in pixels; ``hash``: xxh3-128 of ``image``."""
 
@@ -68,7 +68,7 @@ class Row:
     image: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardInfo:
     """A shard as ``dataset.json`` lists it: name, rows, size in bytes, digests of both files."""
 

@@ -45,7 +45,7 @@ class ExactContext:
     compiled: bool
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FixedPointStream:
     """Four int32 maps, moved from column to column in place, with what each column records."""
 

@@ -65,7 +65,7 @@ def exact_columns(
     trainable = any(
         p.requires_grad for levels in columns.levels for level in levels for p in level.parameters()
     )
-    tail = FixedPointStream(exact, invertible=False)
+    tail = FixedPointStream(exact=exact, invertible=False)
     if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
         with torch.no_grad():
             outputs = run_columns(columns, partial(fixed_point_column, columns, x, tail))
@@ -134,7 +134,7 @@ class ExactColumns(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """``tail``: the stream that continues after the last column of ``columns``, if any."""
         ctx.set_materialize_grads(False)
-        stream = FixedPointStream(exact, invertible=True)
+        stream = FixedPointStream(exact=exact, invertible=True)
         device = x.device.type
 
         def column_fn(t: int, previous: Sequence[Tensor]) -> list[Tensor]:

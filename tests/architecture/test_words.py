@@ -34,7 +34,7 @@ COUNTED = (
 )
 UNITS = (
     "second|step|process|rank|column|class|shard|image|file|epoch|row|machine|layer|level|GPU|core|"
-    "batch|node|unit|line|request|channel|worker|thread|host|sample|group|stage|device|optimizer step"
+    "batch|node|unit|line|request|channel|worker|thread|host|sample|group|stage|device"
 )
 PER = re.compile(rf"\b({COUNTED}) an? ({UNITS})\b")
 # Names that the vocabulary replaced; a name counts by its parts: SpillPlan -> spill, plan.
@@ -61,10 +61,9 @@ REPLACED = {
     "told",
     "tick",
     "randomness",
-    "passes",
     "subject",
 }
-REPLACED_CLASSES = {"World", "Place", "Piece", "StandIns", "Ring", "Clock", "Stepper", "Masters"}
+REPLACED_CLASSES = {"World", "Place", "Piece", "StandIns", "Ring", "Clock", "Stepper", "Passes"}
 REPLACED_KEYS = {
     "lr",
     "lr_batch",

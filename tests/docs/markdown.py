@@ -18,7 +18,7 @@ DOCUMENTS = [
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """A fenced code block; ``line`` is that of its first line of code."""
 
@@ -34,7 +34,12 @@ class Block:
 def blocks(*languages: str) -> list[Block]:
     """Code blocks of all documents in these languages, or every block."""
     return [
-        Block(document, text.count("\n", 0, match.start()) + 2, match[1].strip(), match[2])
+        Block(
+            document=document,
+            line=text.count("\n", 0, match.start()) + 2,
+            language=match[1].strip(),
+            text=match[2],
+        )
         for document in DOCUMENTS
         for text in [document.read_text(encoding="utf-8")]
         for match in FENCE.finditer(text)

@@ -12,16 +12,16 @@ from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
 from pipeline.monitor.recorder import Recorder
 
 
-class Clock:
+class FakeClock:
     now = 0.0
 
     def __call__(self) -> float:
         return self.now
 
 
-def _display(*, terminal: bool = False) -> tuple[Display, io.StringIO, Clock]:
+def _display(*, terminal: bool = False) -> tuple[Display, io.StringIO, FakeClock]:
     out = io.StringIO()
-    clock = Clock()
+    clock = FakeClock()
     console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
     return Display(console, interval=10.0, clock=clock), out, clock
 

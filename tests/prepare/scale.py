@@ -75,7 +75,7 @@ def synthetic_unit(context: BuildContext, unit: Unit) -> UnitRecord:
     np.save(context.image_records(unit.number), records)
     record = UnitRecord(
         images=rows,
-        shard=ShardInfo("", rows, 0, "", ""),
+        shard=ShardInfo(file="", rows=rows, bytes=0, digest="", index_digest=""),
         rejected=[
             {"key": f"{unit.number}/bad", "reason": "truncated", "detail": "", "file": ""},
         ],
@@ -94,7 +94,8 @@ def synthetic_tasks(
     (context,) = function.args  # type: ignore[attr-defined]  # a partial
     for item in items:
         if isinstance(item, ShardPlan):
-            yield item, ShardInfo(item.file, len(read_order(context, item)), 0, "", "")
+            rows = len(read_order(context, item))
+            yield item, ShardInfo(file=item.file, rows=rows, bytes=0, digest="", index_digest="")
         else:
             yield item, synthetic_unit(context, item)
 

@@ -112,7 +112,7 @@ class C2fBlock(nn.Module):
 
 
 KIND = BlockKind(
-    C2fBlock,
+    block=C2fBlock,
     stem=C2fStem,
     down=partial(ConvNorm, kernel=2, stride=2, linear=True),
     up=partial(ConvNorm, kernel=1),

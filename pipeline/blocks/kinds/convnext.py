@@ -35,4 +35,4 @@ class ConvNeXtBlock(nn.Module):
         return x + drop_path(branch, drop_path_scale)
 
 
-KIND = BlockKind(ConvNeXtBlock)
+KIND = BlockKind(block=ConvNeXtBlock)

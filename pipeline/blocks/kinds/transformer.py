@@ -63,4 +63,4 @@ class TransformerBlock(nn.Module):
         )
 
 
-KIND = BlockKind(TransformerBlock)
+KIND = BlockKind(block=TransformerBlock)
