@@ -37,6 +37,7 @@ FIRST_DELAY = 0.5  # seconds
 MAX_DELAY = 30.0  # seconds
 MAX_RETRY_TIME = 300.0  # seconds; slow attempts end after this time, however few there were
 BLOCK = 8 << 20  # bytes per request when a file is read from end to end
+INSTALL_S3 = 'run "./launch.sh install s3" in a checkout, else pip install "revcol-pipeline[s3]"'
 
 _PERMANENT_ERRORS = (
     FileNotFoundError,
@@ -240,7 +241,15 @@ def open_storage(url: str) -> tuple[Storage, str]:
     """
     try:
         fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError, OSError) as error:
+    except ImportError as error:  # names the package that this kind of URL needs
+        raise DataError(
+            f"cannot be opened: {error}",
+            place=without_secrets(url),
+            remedy=INSTALL_S3
+            if url.startswith(("s3:", "s3a:"))
+            else "install the package that it names",
+        ) from None
+    except (ValueError, OSError) as error:
         raise DataError(
             f"cannot be opened: {error}",
             place=without_secrets(url),

@@ -30,7 +30,12 @@ TEST_TOOLS = {
     "webdataset",
 }
 # Distributions whose modules have another name.
-DISTRIBUTION_OF = {"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTION_OF = {
+    "cv2": "opencv-python-headless",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",  # of the same project, always installed together
+}
 
 
 def lock(name: str) -> dict[str, str]:
