@@ -55,7 +55,7 @@ class ReversibleCase:
 
 
 class CaseMetrics(TypedDict, total=False):
-    """CaseMetrics of one case. A timed-only case has ``step_s`` only; ``main`` adds the throughput."""
+    """Results of one case. A timed-only case has ``step_s`` only; ``main`` adds the throughput."""
 
     mode: str
     block: str

@@ -1,7 +1,7 @@
 """Arithmetic of the fixed-point stream: exact sums, and a product with alpha that can be undone.
 
 The stream holds the maps c[t][l] of one column as int32 multiples of 2**-fraction_bits. With the
-default of 18 bits, the resolution is 3.8e-6 and the range is +-8192. Adding F is a sum of integers, so
+default of 18 bits the resolution is 3.8e-6, the range +-8192. Adding F is a sum of integers, so
 subtracting F gives back exactly the same integer. Multiplying by alpha loses information where
 |alpha| < 1; the lost bits are kept as a *remainder*. With a = |alpha|, rounded to a multiple of
 2**-18, everything in float64:
