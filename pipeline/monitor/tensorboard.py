@@ -39,7 +39,7 @@ _LAYOUT = {
         "reconstruction by position": _lines(_every_position(tags.reconstruction_loss)),
     },
     "Accuracy": {
-        "validation": _lines(tags.TOP1, tags.TOP5),
+        "validation": _lines(r"accuracy/(?!train_).*"),
         "training": _lines(tags.TRAIN_TOP1),
     },
     "Optimisation": {

@@ -56,7 +56,10 @@ def _table(records: Mapping[str, StageRecord]) -> Table:
 def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
     """Example: "top-1 76.2%  loss 1.234  steps 500  images/s 1,234"."""
     parts = []
-    for name in _METRICS[stage]:
+    shown = list(_METRICS[stage])
+    if stage == "evaluate":
+        shown += [name for name in metrics if name not in (*shown, "loss")]
+    for name in shown:
         if name in metrics:
             value = metrics[name]
             text = f"{value:.1%}" if name in ("top1", "top5") else _number(value)

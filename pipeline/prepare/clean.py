@@ -30,8 +30,8 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
+from pipeline.sources.member import MAX_BYTES, Rejection
 from pipeline.sources.names import is_litter
-from pipeline.sources.reader import MAX_BYTES, Rejection
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _JPEG_END = b"\xff\xd9"

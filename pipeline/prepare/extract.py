@@ -32,7 +32,8 @@ from pipeline.prepare.unit_record import (
     UnitRecord,
     finished_unit,
 )
-from pipeline.sources.reader import Member, Rejection, members
+from pipeline.sources.member import Member, Rejection
+from pipeline.sources.reader import members
 from pipeline.sources.units import Unit
 
 _SIDE_STEP = 32  # pixels, of the histogram of short sides

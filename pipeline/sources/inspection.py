@@ -62,7 +62,9 @@ def inspect_source(root: str, layout: str, key: str, place: str) -> SourceSummar
         ConfigError: the folder is missing, unreadable, or of another layout.
     """
     folder = Path(os.path.expanduser(root))
-    if "://" in root or layout in ("huggingface", "imagenet_tars"):
+    # Tars first: a folder of class tars may also hold folders, such as unpacked copies.
+    inspectors = {"class_tars": _inspect_tars, "class_folders": _inspect_folders}
+    if "://" in root or layout not in (*inspectors, "auto"):
         cause = (
             f"{key}: 'auto' inspects only local class folders and class tars, not {root} ({layout})"
         )
@@ -72,8 +74,6 @@ def inspect_source(root: str, layout: str, key: str, place: str) -> SourceSummar
         raise ConfigError(
             f"{key}: there is no folder {root}", place=place, remedy=f"--set {key}=DIR"
         )
-    # Tars first: a folder of class tars may also hold folders, such as unpacked copies.
-    inspectors = {"class_tars": _inspect_tars, "class_folders": _inspect_folders}
     wanted = [inspectors[layout]] if layout in inspectors else list(inspectors.values())
     try:
         train = _split_folder(folder, names.TRAIN_NAMES) or folder

@@ -1,4 +1,4 @@
-"""Read the files of a part one after the other, from tars, folders or datasets.
+"""Read the files of a part one after the other, from tars, folders or as its layout reads them.
 
 Nothing is extracted to disk.
 
@@ -12,38 +12,12 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from pipeline.sources import huggingface
+from pipeline.sources import registry
+from pipeline.sources.member import MAX_BYTES, Member, Rejection
 from pipeline.sources.remote import BLOCK, Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import Part
-
-MAX_BYTES = 256 << 20  # per file, unpacked
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why a file is not a usable image.
-
-    ``reason``: one of a few words, for counting; ``detail``: the exact finding.
-    """
-
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Member:
-    """One file of a source: key (unique in the dataset), class index, and bytes or a rejection.
-
-    A truncated file has both: its bytes go to the quarantine.
-    """
-
-    key: str
-    label: int
-    data: bytes = b""
-    rejection: Rejection | None = None
 
 
 def members(part: Part, config: SourceConfig, classes: dict[str, int]) -> Iterator[Member]:
@@ -54,9 +28,10 @@ def members(part: Part, config: SourceConfig, classes: dict[str, int]) -> Iterat
     Raises:
         DataError: the source cannot be read (a fault of the storage, not of the data).
     """
-    if part.kind == "huggingface":
-        for name, class_id, data in huggingface.rows(config, part.path, part.first, part.last):
-            yield Member(key=f"{part.group}/{name}", label=classes[class_id], data=data)
+    if part.kind not in ("folder", "tar"):
+        read = registry.layout(part.kind).read
+        assert read is not None, part.kind
+        yield from read(part, config, classes)
         return
     storage, _ = open_storage(config.root)
     if part.kind == "folder":

@@ -37,6 +37,7 @@ FIRST_DELAY = 0.5  # seconds
 MAX_DELAY = 30.0  # seconds
 MAX_RETRY_TIME = 300.0  # seconds; slow attempts end after this time, however few there were
 BLOCK = 8 << 20  # bytes per request when a file is read from end to end
+HEADER_BLOCK = 1 << 16  # bytes per request when only the headers of a tar are read
 INSTALL_S3 = 'run "./launch.sh install s3" in a checkout, else pip install "revcol-pipeline[s3]"'
 
 _PERMANENT_ERRORS = (

@@ -31,7 +31,7 @@ FingerprintItem = tuple[object, ...]
 class Part:
     """A stretch [first, last) of a source: bytes of a tar, files of a folder (sorted), or rows."""
 
-    kind: Literal["tar", "folder", "huggingface"]
+    kind: str  # "tar", "folder", or the name of the layout that reads it
     path: str  # within the source's file system
     first: int
     last: int

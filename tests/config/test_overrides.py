@@ -148,7 +148,11 @@ def test_variables_in_set_are_replaced(job: Path, monkeypatch: pytest.MonkeyPatc
             "--set: cluster: there is no file configs/cluster/nope.yaml"
             "\n  -> files in configs/cluster: local",
         ),
-        ("data.toy.layout=class_tar", "--set: data.toy.layout: expected one of 'class_tars'"),
+        (
+            "data.toy.layout=class_tar",
+            "--set: data.toy.layout: expected one of 'class_folders', 'class_tars', 'huggingface', "
+            "'imagenet_tars', 'auto', given \"class_tar\"\n  -> did you mean 'class_tars'?",
+        ),
     ],
 )
 def test_impossible_set_is_refused_with_a_remedy(

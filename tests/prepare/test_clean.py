@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.prepare.clean import CleanImage, clean
-from pipeline.sources.reader import Rejection
+from pipeline.sources.member import Rejection
 from tests.data.small_datasets import jpeg, picture
 
 CONFIG = DatasetConfig(root="x", min_side=16, max_pixels=1_000_000)

@@ -13,6 +13,7 @@ from pipeline.data.dataset import open_dataset
 from pipeline.errors import DataError
 from pipeline.prepare.verify import verify_dataset
 from pipeline.sources import survey, units
+from pipeline.sources.layouts import class_tars as class_tars_layout
 from tests.data.small_datasets import jpeg
 from tests.prepare.results import contents
 from tests.prepare.source_folders import (
@@ -80,7 +81,7 @@ def test_imagenet_is_read_from_the_archives_as_published(tmp_path: Path) -> None
 def test_large_tars_are_cut_at_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = class_tars(tmp_path / "in", count=40)
     prepare(source, tmp_path / "whole")
-    for module in (survey, units):
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 5000)
     assert len(survey.survey(DatasetConfig(root=str(source))).units) > 20
     prepare(source, tmp_path / "cut")

@@ -17,7 +17,7 @@ import simplejpeg
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.prepare.clean import clean
-from pipeline.sources.reader import Rejection
+from pipeline.sources.member import Rejection
 from tests.prepare.bombs import jpeg_bomb, png_bomb
 from tests.prepare.source_folders import class_tars, images, write_tar
 

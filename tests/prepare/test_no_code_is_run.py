@@ -17,7 +17,7 @@ from pipeline.data.shards import index_path
 from pipeline.errors import DataError, PipelineError
 from pipeline.files import file_digest, write_json
 from pipeline.prepare.clean import clean
-from pipeline.sources.reader import Rejection
+from pipeline.sources.member import Rejection
 from tests.data.small_datasets import make_dataset
 from tests.prepare.results import description
 from tests.prepare.source_folders import (

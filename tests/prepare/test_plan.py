@@ -23,7 +23,8 @@ from pipeline.prepare import buckets, plan, shuffle
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.plan import DROP_REASONS, SPLITS, make_plan, read_order
 from pipeline.prepare.unit_record import IMAGE_RECORD
-from pipeline.sources import survey, units
+from pipeline.sources import units
+from pipeline.sources.layouts import class_tars as class_tars_layout
 from pipeline.sources.units import SplitName, Unit
 from tests.prepare.scale import REPEATS
 from tests.prepare.source_folders import class_tars, images, prepare, shard_bytes, write_tar
@@ -190,7 +191,7 @@ def _source(root: Path) -> Path:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for module in (survey, units):
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 8000)
     return monkeypatch
 

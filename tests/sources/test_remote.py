@@ -14,7 +14,8 @@ import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DataError
-from pipeline.sources import reader, remote, survey, units
+from pipeline.sources import reader, remote, units
+from pipeline.sources.layouts import class_tars as class_tars_layout
 from pipeline.sources.remote import MAX_ATTEMPTS, MAX_DELAY, retry_delay, without_secrets
 from tests.data.small_datasets import jpeg
 from tests.prepare.source_folders import (
@@ -77,7 +78,7 @@ def test_throttling_and_dropped_connections_change_no_byte(
     upload(*server, source, layout)
     prepare(source, tmp_path / "local", shard_rows=25)
     monkeypatch.setattr(reader, "BLOCK", 4096)
-    for module in (survey, units):
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 1 << 30)
     proxy.share = 0.3
     proxy.seed = 7
@@ -93,7 +94,7 @@ def test_large_remote_tars_are_cut_like_local_ones(
 ) -> None:
     source = class_tars(tmp_path / "in")
     upload(*server, source, "scanned")
-    for module in (survey, units):
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 5000)
     prepare(source, tmp_path / "local")
     proxy.share = 0.3

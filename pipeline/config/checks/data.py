@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.checks.checker import Checker
 from pipeline.config.schema import DatasetConfig, SyntheticConfig
+from pipeline.config.schema.shrink import SYNTHETIC_LAYOUTS
 from pipeline.errors import ConfigError
 from pipeline.sources import class_lists
 from pipeline.suggest import did_you_mean
@@ -32,9 +33,9 @@ def check_prepared_names(checker: Checker) -> None:
 def _synthetic(
     checker: Checker, key: str, dataset: DatasetConfig, synthetic: SyntheticConfig
 ) -> None:
-    if dataset.layout == "huggingface":
-        cause = "images cannot be generated in the layout 'huggingface'"
-        checker.report(f"{key}.layout", cause, "take class_tars")
+    if dataset.layout not in (*SYNTHETIC_LAYOUTS, "auto"):
+        cause = f"images cannot be generated in the layout '{dataset.layout}'"
+        checker.report(f"{key}.layout", cause, f"take one of {', '.join(SYNTHETIC_LAYOUTS)}")
     if synthetic.min_size > synthetic.max_size:
         cause = f"{synthetic.min_size} is above max_size {synthetic.max_size}"
         checker.report(f"{key}.synthetic.min_size", cause, "swap them")

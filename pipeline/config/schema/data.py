@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from pipeline.config.schema.rules import Rules
 from pipeline.config.schema.section import Fraction, Section, Seed
 from pipeline.config.schema.shrink import at_most, fixed, readable_layout, synthetic_source
+from pipeline.sources import registry
 
 DatasetName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
 ]  # also the name of a folder
+
+
+def _known_layout(name: str) -> str:
+    if name not in (*registry.descriptions(), "auto"):
+        raise ValueError(f"expected one of {', '.join(registry.descriptions())}, auto")
+    return name
 
 
 class SyntheticConfig(Section):
@@ -53,15 +60,15 @@ class DatasetConfig(Section):
         "the dataset.",
     )
     layout: Annotated[
-        Literal["class_tars", "imagenet_tars", "class_folders", "huggingface", "auto"],
+        str,
+        AfterValidator(_known_layout),
         Rules(rehearse_input=readable_layout),
     ] = Field(
         "auto",
-        description="Layout of the source. class_tars: <class>.tar files, at the top or in train/ "
-        "and val|validation|test/. imagenet_tars: ILSVRC2012_img_train.tar, "
-        "ILSVRC2012_img_val.tar and the validation labels. class_folders: one folder per class, "
-        "at the top or in train/ and val|validation|test/. huggingface: anything that "
-        "`datasets.load_dataset` reads. auto: detected from the source.",
+        description="Layout of the source. "
+        + " ".join(f"{name}: {text}" for name, text in registry.descriptions().items())
+        + " auto: detected from the source.",
+        json_schema_extra={"enum": [*registry.descriptions(), "auto"]},
     )
     classes: str = Field(
         "auto",

@@ -20,6 +20,7 @@ MICRO_BATCH = 4  # 16 = 2 processes x 4 images x 2 micro-batches: accumulation i
 STEPS = 8
 IMAGE_SIZES = (64, 96, 128, 160)  # replace the job's different sizes, ascending (pixels)
 CLASSES = 24
+SYNTHETIC_LAYOUTS = ("class_tars", "class_folders", "imagenet_tars")  # that can be generated
 IMAGES_PER_CLASS = 12
 VALIDATION_PER_CLASS = 4
 
@@ -90,7 +91,7 @@ def small_image_sizes(sizes: Iterable[int]) -> dict[int, int]:
 
 def readable_layout(layout: str, _context: RehearsalContext) -> str:
     """Layouts that synthetic images cannot have become class tars."""
-    return "class_tars" if layout in ("auto", "huggingface") else layout
+    return layout if layout in SYNTHETIC_LAYOUTS else SYNTHETIC_LAYOUTS[0]
 
 
 def synthetic_source(_value: object, context: RehearsalContext) -> dict[str, object]:

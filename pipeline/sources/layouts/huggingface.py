@@ -1,4 +1,6 @@
-"""Hugging Face datasets as a source: everything that the library ``datasets`` loads.
+"""Anything that `datasets.load_dataset` reads.
+
+Hugging Face datasets on disk, in a store or on the hub.
 
 ``datasets`` is imported inside functions: it takes seconds to import, and most jobs never need it.
 Its objects have no types that can be checked, so the few members used here are written down as
@@ -15,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
+import fsspec
+
 from pipeline.errors import DataError
+from pipeline.sources.class_order import ordered_classes
+from pipeline.sources.layout import Entries, Layout
+from pipeline.sources.member import Member
 from pipeline.sources.names import SPLIT_NAMES, TRAIN_NAMES, VALIDATION_NAMES, first_present
-from pipeline.sources.remote import open_storage, without_secrets
+from pipeline.sources.remote import Storage, open_storage, without_secrets
 from pipeline.sources.source_config import SourceConfig
-from pipeline.sources.units import SplitName
+from pipeline.sources.units import UNIT_FILES, Part, SplitName, Survey, Unit
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them
 
@@ -80,6 +87,32 @@ def inspect_dataset(config: SourceConfig) -> HubSummary:
     )
 
 
+def survey_dataset(_storage: Storage, _root: str, config: SourceConfig) -> Survey:
+    """Survey a dataset: its rows, cut into units."""
+    dataset = inspect_dataset(config)
+    # A dataset has no synsets.txt; an empty file system stands for that.
+    no_files = Storage(fsspec.filesystem("memory"))
+    classes = ordered_classes(no_files, "/none", config, dataset.class_ids)
+    units: list[Unit] = []
+    for split, (name, rows) in dataset.splits.items():
+        for first in range(0, rows, UNIT_FILES):
+            part = Part(
+                kind="huggingface",
+                path=name,
+                first=first,
+                last=min(first + UNIT_FILES, rows),
+                group=split or "train",
+            )
+            units.append(Unit(len(units), split, (part,)))
+    return Survey(
+        layout="huggingface",
+        classes=classes,
+        units=units,
+        fingerprint_items=[(config.root, *dataset.fingerprints)],
+        notes=[],
+    )
+
+
 def rows(
     config: SourceConfig, split: str, first: int, last: int
 ) -> Iterator[tuple[str, str, bytes]]:
@@ -101,6 +134,17 @@ def rows(
             data = storage.read(path_in_storage)
         class_id = _class_id(label_names, row[config.label_column])
         yield f"{number:09d}", class_id, cast("bytes | None", data) or b""
+
+
+def read_part(part: Part, config: SourceConfig, labels: Mapping[str, int]) -> Iterator[Member]:
+    """The rows of a part. ``labels``: label by class id."""
+    for name, class_id, data in rows(config, part.path, part.first, part.last):
+        yield Member(key=f"{part.group}/{name}", label=labels[class_id], data=data)
+
+
+def _is_dataset(_storage: Storage, _root: str, entries: Entries) -> bool:
+    saved = {*SAVED_FILES, "dataset_info.json"} & set(entries)
+    return bool(saved) or any(name.endswith(".parquet") for name in entries)
 
 
 def _require_columns(name: str, split: HubSplit, config: SourceConfig) -> None:
@@ -181,3 +225,12 @@ def _load_remote(root: str) -> object:
             split = prefix if prefix in SPLIT_NAMES else "train"
             files_of.setdefault(split, []).append(storage.fs.unstrip_protocol(file))
     return cast("object", datasets.load_dataset("parquet", data_files=files_of))
+
+
+LAYOUT = Layout(
+    order=2,
+    detect=_is_dataset,
+    survey=survey_dataset,
+    read=read_part,
+    is_folder=False,
+)

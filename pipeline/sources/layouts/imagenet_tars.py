@@ -1,4 +1,6 @@
-"""ImageNet-1K as published: two archives and a file with the validation labels.
+"""ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the validation labels.
+
+ImageNet-1K as published: two archives and a file with the labels.
 
     ILSVRC2012_img_train.tar                    n01440764.tar, n01443537.tar, ...: a tar per class
     ILSVRC2012_img_val.tar                      ILSVRC2012_val_00000001.JPEG, ...: all classes mixed
@@ -20,8 +22,9 @@ from dataclasses import replace
 
 from pipeline.errors import DataError
 from pipeline.sources.class_order import ordered_classes, visible_entries
+from pipeline.sources.layout import Layout
 from pipeline.sources.names import CLASS_TAR_SUFFIX, class_of_tar
-from pipeline.sources.remote import Entry, Storage
+from pipeline.sources.remote import HEADER_BLOCK, Entry, Storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_BYTES, Part, Survey, fingerprint_items, pack_units
 
@@ -29,7 +32,6 @@ OUTER_TRAIN = "ILSVRC2012_img_train.tar"
 OUTER_VALIDATION = "ILSVRC2012_img_val.tar"
 SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
 KAGGLE_LABELS = "LOC_val_solution.csv"
-HEADER_BLOCK = 1 << 16  # bytes per request when only the headers of a tar are read
 
 Labels = dict[str, int]  # class index by the stem of an image's name
 
@@ -49,9 +51,8 @@ def survey_imagenet(storage: Storage, root: str, config: SourceConfig) -> Survey
     labelled = (replace(part, label=label_of[part.group]) for part in train)
     units = pack_units(labelled, "train", 0)
 
-    file_labels = _read_labels(
-        storage, root, config, label_of
-    )  # before the long scan of the archive
+    # Missing labels are found before the long scan of the archive.
+    file_labels = _read_labels(storage, root, config, label_of)
     members = _members(storage, f"{root}/{OUTER_VALIDATION}", validation_size)
     stems = [posixpath.basename(name).partition(".")[0] for _, name in members]
     labels = _match_labels(file_labels, stems, config)
@@ -184,3 +185,10 @@ def _cut_at_members(
                 size=end - offsets[begin],
             )
             begin = number
+
+
+LAYOUT = Layout(
+    order=1,
+    detect=lambda storage, root, entries: OUTER_TRAIN in entries,
+    survey=survey_imagenet,
+)
