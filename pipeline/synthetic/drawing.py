@@ -79,9 +79,6 @@ def draw_image(seed: int, wnid: str, split: str, number: int, sizes: tuple[int, 
     return _photograph(random, canvas)
 
 
-picture = draw_image  # the name under which the benchmarks import it
-
-
 def _random_shape(random: Random, shortest: int, longest: int) -> tuple[int, int]:
     """(height, width) in pixels.
 
