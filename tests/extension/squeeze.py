@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pipeline.blocks.facts import BlockFacts
 from pipeline.blocks.kind import BlockKind
-from pipeline.blocks.layers import LayerNorm, Linear, drop_samples
+from pipeline.blocks.layers import LayerNorm, Linear, drop_path
 
 FACTS = BlockFacts(title="squeeze")
 
@@ -26,9 +26,9 @@ class SqueezeBlock(nn.Module):
         self.expand = Linear(channels // 2, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
         branch = self.gamma * self.expand(functional.gelu(self.squeeze(self.norm(x))))
-        return x + drop_samples(branch, keep)
+        return x + drop_path(branch, drop_path_scale)
 
 
 KIND = BlockKind(block=SqueezeBlock)

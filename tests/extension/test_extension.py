@@ -153,7 +153,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
         add(checkout)
     images = checkout.folder / "images"
     source = class_folders(checkout.folder / "classes", classes=3, count=30)
-    files = sorted(source.rglob("*.jp*g"))
+    files = sorted(path for path in source.rglob("*") if path.is_file())
     (images / "images").mkdir(parents=True)
     lines = []
     for number, file in enumerate(files):
