@@ -17,11 +17,6 @@ CHANNELS = 16
 pytestmark = pytest.mark.parametrize("name", KINDS)
 
 
-@pytest.fixture(autouse=True)
-def fixed_seed() -> None:
-    torch.manual_seed(0)
-
-
 def modules_of(name: str) -> dict[str, tuple[nn.Module, Tensor, tuple[int, ...]]]:
     """Each module of a kind with an input and the shape that it must return."""
     kind = registry.kind(name)
