@@ -39,9 +39,11 @@ def test_facts_describe_the_modules(name: str) -> None:
         assert any(parameter.startswith(ours) for parameter in parameters), ours
 
 
-def test_a_dropped_block_returns_its_input_if_it_has_a_shortcut(name: str) -> None:
+def test_a_dropped_block_returns_its_input_or_drop_path_is_refused(name: str) -> None:
     if not registry.facts()[name].shortcut:
-        pytest.skip("this kind has no shortcut")
+        with pytest.raises(ValueError, match="drop_path needs blocks with a shortcut"):
+            network_with("initial", columns=2, block=name, drop_path=0.1)
+        return
     block, x, _ = modules_of(name)["block"]
     for parameter in block.parameters():
         parameter.data.uniform_(-1, 1)
