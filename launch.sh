@@ -1,42 +1,96 @@
 #!/usr/bin/env bash
-# Finds or makes the environment, then hands on to `python -m pipeline`:   ./launch.sh jobs/quickstart.yaml
-# An active environment that has the pins is used as it is; PYTHON=/path/to/python3.11 names the one to build .venv with.
+# Creates the environment once, then runs `python -m pipeline` in it.
+#   ./launch.sh jobs/quickstart.yaml
+#
+# requirements/ has one lock file per set of packages. .venv holds `run` and the sets added to it:
+#   run     everything that a job needs
+#   dev     checks and tests                  ./launch.sh test
+#   bench   data loaders to compare with      ./launch.sh bench loader
+#   s3      s3:// URLs                        ./launch.sh install s3
+# An active environment that has the packages of these files is used as it is.
+# PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-pins="$here/requirements.txt"
+venv="$here/.venv"
+locks="$here/requirements"
 export DS_BUILD_OPS=0 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+export PIPELINE_COMMAND="$0"  # usage texts and remedies name the command as it was typed
 
-has_pins() {  # does the environment of python $1 have every pinned distribution? (markers, extras and local versions aside)
-    "$1" - "$pins" <<'PY' 2>/dev/null
+sets=(run)
+case "${1:-}" in
+    test) sets+=(dev) ;;
+    bench) sets+=(bench) ;;
+    install) sets+=("${@:2}") ;;
+esac
+for set in "${sets[@]}"; do
+    [[ -f $locks/$set.txt ]] || {
+        known=$(cd "$locks" && echo *.txt)
+        echo "launch.sh: unknown set of packages '$set'; choose from: $known" >&2
+        exit 2
+    }
+done
+
+# Does python $1 have every pinned version of sets $2 ...? Ignores local versions (2.13.0+cpu).
+has_packages() {
+    local python=$1
+    shift
+    "$python" - "${@/#/$locks/}" <<'PY' 2>/dev/null
 import importlib.metadata as metadata, re, sys
-pins = re.findall(r"^([A-Za-z0-9_.-]+)(?:\[[^]]*\])?==([^\s#;]+)", open(sys.argv[1]).read(), re.M)
+text = "".join(open(path + ".txt").read() for path in sys.argv[1:])
+pins = re.findall(r"^([\w.-]+)==([^\s#;]+)", text, re.M)
 wrong = [name for name, version in pins if metadata.version(name).split("+")[0] != version]
 sys.exit(1 if wrong or sys.version_info < (3, 11) else 0)
 PY
 }
 
-install() {  # a fresh .venv; the stamp is written last, so an install that was cut short is done again
-    local base=${PYTHON:-python3}
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "launch.sh: $base is older than Python 3.11 (or missing): set PYTHON=/path/to/python3.11" >&2
-        exit 2
-    }
-    echo "launch.sh: installing the pinned dependencies into .venv (once, a few minutes)" >&2
-    rm -rf "$here/.venv"
-    "$base" -m venv "$here/.venv"
-    "$here/.venv/bin/python" -m pip install -q --disable-pip-version-check -r "$pins"
-    printf '%s\n' "$digest" >"$here/.venv/.pins"
+# Digest of the pins of set $1. Comments and blank lines do not count.
+digest() { grep -o '^[^ #]*' "$locks/$1.txt" | cksum; }
+
+# Is set $1 in .venv, with today's pins? An interrupted installation has no stamp.
+is_installed() {
+    local stamp="$venv/.installed-$1"
+    [[ -f $stamp && $(<"$stamp") == "$(digest "$1")" ]] && "$venv/bin/python" -c '' 2>/dev/null
 }
 
-if [[ -n ${VIRTUAL_ENV:-} && ${VIRTUAL_ENV:-} != "$here/.venv" ]] && has_pins "$VIRTUAL_ENV/bin/python"; then
-    exec "$VIRTUAL_ENV/bin/python" -P -m pipeline "$@"
+all_installed() {
+    local set
+    for set in "${sets[@]}"; do is_installed "$set" || return 1; done
+}
+
+# Starts .venv from scratch when the pins of `run` have changed; else adds to it.
+install() {
+    local base=${PYTHON:-python3} set files=()
+    if ! is_installed run; then
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+            echo "launch.sh: $base is missing or older than 3.11: set PYTHON=/path/to/python3.11" >&2
+            exit 2
+        }
+        rm -rf "$venv"
+        "$base" -m venv "$venv"
+    fi
+    echo "launch.sh: installing ${sets[*]} into .venv (once, a few minutes)" >&2
+    for set in "${sets[@]}"; do files+=(-r "$locks/$set.txt"); done
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}"
+    for set in "${sets[@]}"; do digest "$set" >"$venv/.installed-$set"; done
+}
+
+active=
+[[ -n ${VIRTUAL_ENV:-} && ${VIRTUAL_ENV:-} != "$venv" ]] && active="$VIRTUAL_ENV/bin/python"
+if [[ $active ]] && has_packages "$active" "${sets[@]}"; then
+    python="$active"
+elif [[ ${1:-} == install && $active ]] && has_packages "$active" run; then
+    # Jobs use the active environment, so packages in .venv would not help them.
+    echo "launch.sh: the active environment is used as it is. Install into it yourself:" >&2
+    echo "  pip install$(printf ' -r requirements/%s.txt' "${@:2}")" >&2
+    exit 2
+else
+    python="$venv/bin/python"
+    if ! all_installed; then
+        exec 9<"$locks/run.txt"
+        flock 9  # a second launch at the same time waits here, then finds the work done
+        all_installed || install
+        exec 9<&-
+    fi
 fi
-python="$here/.venv/bin/python"
-digest=$(grep -o '^[^ #]*' "$pins" | cksum)
-current() { [[ -f $here/.venv/.pins && $(<"$here/.venv/.pins") == "$digest" ]] && "$python" -c '' 2>/dev/null; }
-if ! current; then
-    exec 9<"$pins" && flock 9  # the second of two starts at once waits here, then finds the work done
-    current || install
-    exec 9<&-
-fi
+[[ ${1:-} == install ]] && exit 0
 exec "$python" -P -m pipeline "$@"

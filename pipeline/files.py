@@ -1,4 +1,15 @@
-"""Files that are never half-written: temporary name, fsync, rename; and their digests."""
+"""Writes files that are never half-written, and computes digests of files.
+
+Every write follows the same steps, so that a crash or a full disk at any moment leaves either the
+old file or the new one, never a part of it:
+
+1. write to a hidden temporary file in the same directory (``.<name>.<pid>.tmp``);
+2. fsync the temporary file, so that its content is on the disk before its name is;
+3. rename it to the final name (atomic within a file system);
+4. fsync the directory, so that the rename itself survives a power cut.
+
+All digests are xxh3-128 in hexadecimal (32 characters). They detect damage, not manipulation.
+"""
 
 from __future__ import annotations
 
@@ -7,79 +18,112 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import xxhash
 
+BLOCK = 1 << 20  # bytes per read when a file is digested
+
 
 def fsync_dir(path: Path) -> None:
-    """Make a rename inside ``path`` durable."""
-    fd = os.open(path, os.O_RDONLY)
+    """Make renames inside the directory ``path`` durable. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        os.fsync(descriptor)
     finally:
-        os.close(fd)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears under ``path`` complete and durable, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_dir(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Yield a binary file that appears at ``path`` complete and durable, or not at all.
+
+    Creates missing parent directories. If the body raises, the temporary file is deleted and an
+    existing file at ``path`` stays unchanged.
+
+        with atomic(path) as file:
+            file.write(data)
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    with _renamed_on_success(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def write_bytes(path: Path, data: bytes) -> None:
+    """Write a binary file atomically. Raises OSError."""
     with atomic(path) as file:
         file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically. Raises OSError."""
     write_bytes(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON atomically; keys keep their order.
+
+    Raises:
+        TypeError: ``value`` holds something that JSON has no form for.
+        OSError: the file cannot be written.
+    """
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:
-    """For libraries that want a file name: ``writer`` fills a temporary file, which is then synced and renamed."""
+    """Write a file atomically with a library that takes a file name instead of a file object.
+
+    Args:
+        writer: receives the temporary path and writes the complete file there.
+    Raises:
+        OSError: the file cannot be written; and any error that ``writer`` raises.
+    """
+    with _renamed_on_success(path) as temporary:
+        writer(temporary)
+
+
+@contextlib.contextmanager
+def _renamed_on_success(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; then sync and rename the file there to ``path``.
+
+    If the body raises, the file is deleted instead.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The process ID keeps two processes that write the same file from sharing a temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        writer(temporary)
+        yield temporary  # step 1
+        # Step 2. Without it, the rename may reach the disk before the content does, and a power
+        # cut leaves an empty file under the final name.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_dir(path.parent)
-    except BaseException:
+        os.replace(temporary, path)  # step 3
+        fsync_dir(path.parent)  # step 4
+    except BaseException:  # KeyboardInterrupt too: no temporary file stays behind
         temporary.unlink(missing_ok=True)
         raise
 
 
 def digest(data: bytes | memoryview) -> str:
-    """xxh3-128 of bytes, in hexadecimal."""
+    """Digest of bytes."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def file_digest(path: Path) -> str:
-    """xxh3-128 of a file's content, in hexadecimal, read in blocks."""
+    """Digest of a file's content, read in blocks. Raises OSError."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(BLOCK):
             state.update(block)
     return state.hexdigest()
 
 
-def json_digest(value: Any) -> str:
-    """Digest of a JSON-able value, independent of the order of its keys."""
+def json_digest(value: object) -> str:
+    """Digest of a JSON-able value that does not depend on the order of its keys.
+
+    Raises:
+        TypeError: ``value`` holds something that JSON has no form for.
+    """
     return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

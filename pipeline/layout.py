@@ -1,13 +1,16 @@
 """The run directory: the one place that knows which file lies where.
 
 runs/quickstart/
-  run.yaml  run.json                  the resolved job; state, inputs, outputs and metrics of each stage
+  run.yaml                            the resolved job
+  run.json                            state, inputs, outputs and metrics of each stage
   stages/prepare/<dataset>/           shards, classes.json, dataset.json, quarantine/
   stages/<stage>/weights.safetensors  result of a training stage, described by weights.json
-  stages/<stage>/job.json             the resolved job that the stage was started with
-  stages/<stage>/generation           number of the newest process group: the fence against stale writers
-  checkpoints/<stage>/step-00000500/  one file per process and a manifest
-  logs/<stage>.jsonl                  events; <stage>-rank<k>.log: output of each process; run.log: the console
+  stages/<stage>/job.json             the resolved job with which the stage was started
+  stages/<stage>/generation           number of the newest process group: the fence
+  checkpoints/<stage>/step-00000500/  one file per process, and a manifest
+  logs/<stage>.jsonl                  events of a stage
+  logs/<stage>-rank<k>.log            output of one of its processes
+  logs/run.log                        messages of the whole run
   tensorboard/<stage>/                event files
   export/                             the exported model
   replaced/<time>-<stage>/            earlier results of a stage that was run from scratch
@@ -75,7 +78,10 @@ class RunDir:
         return self.stage(stage) / "job.json"
 
     def fence(self, stage: str) -> Path:
-        """Generation number of the newest process group of a stage; an older group must not commit results."""
+        """Generation number of the newest process group of a stage.
+
+        An older group may still be alive, but must not commit results.
+        """
         return self.stage(stage) / "generation"
 
     def checkpoints(self, stage: str) -> Path:

@@ -1,4 +1,4 @@
-"""How a stage reports to the user: a log line and the progress of a piece of work. The driver supplies both."""
+"""Interfaces with which a stage reports to the user. The driver supplies the implementations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ class Log(Protocol):
 
 
 class Progress(Protocol):
-    """Reports that ``done`` of ``total`` units of ``task`` are finished; ``detail``: rates and counts, as text."""
+    """Reports that ``done`` of ``total`` units of ``task`` are finished.
+
+    ``detail``: text to show beside the count, such as rates.
+    """
 
     def __call__(self, task: str, done: int, total: int, detail: str = "") -> None: ...

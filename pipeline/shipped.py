@@ -1,7 +1,4 @@
-"""Where the configs and jobs that come with the pipeline lie.
-
-In a checkout ``configs/`` and ``jobs/`` stand beside the package; ``pip install`` puts them inside it.
-"""
+"""Folders of the configs and jobs that are shipped with the pipeline."""
 
 from __future__ import annotations
 
@@ -10,10 +7,11 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _folder(name: str) -> Path:
+def _shipped(name: str) -> Path:
+    # An installed package contains the folder. In a checkout, it lies beside the package.
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
-CONFIGS = _folder("configs")
-JOBS = _folder("jobs")
+CONFIGS = _shipped("configs")
+JOBS = _shipped("jobs")

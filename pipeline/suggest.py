@@ -1,4 +1,4 @@
-"""Suggestions for mistyped words: the closest valid choice."""
+"""Suggest the closest valid choice for a mistyped word."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable
 
 
 def closest(word: str, choices: Iterable[str], likeness: float = 0.55) -> str:
-    """The choice most like ``word``, or '' if none is similar.
+    """The choice most similar to ``word``, or '' if none is similar.
 
-    ``likeness``: minimum share of equal letters, 0 to 1.
+    ``likeness``: least similarity, 0 to 1: the share of matching letters in both words.
     """
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=likeness)
-    return found[0] if found else ""
+    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=likeness)
+    return matches[0] if matches else ""
 
 
 def did_you_mean(word: str, choices: Iterable[str], what: str) -> str:
     """A remedy: the closest choice, or all choices (introduced by ``what``) if none is close."""
     names = sorted(choices)
-    best = closest(word, names)
-    if best:
-        return f"did you mean '{best}'?"
+    suggestion = closest(word, names)
+    if suggestion:
+        return f"did you mean '{suggestion}'?"
     return f"{what}: {', '.join(names)}" if names else f"{what}: none"

@@ -1,4 +1,4 @@
-"""An S3-compatible server, and a proxy before it that throttles, cuts and refuses as a seed says."""
+"""An S3-compatible server, and a proxy in front of it that injects faults in a repeatable way."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-KEY, SECRET = "AKIDOFATEST", "wJalrXUtnFEMI-planted-secret"
-THROTTLED = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+KEY = "AKIDOFATEST"
+SECRET = "wJalrXUtnFEMI-planted-secret"
+THROTTLED = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code>"
+    b"<Message>Please reduce your request rate.</Message></Error>"
+)
 REFUSED = (
     b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
 )
+Request = tuple[str, str, str]  # method, path, Range header
 
 
 class Proxy:
-    """An HTTP proxy before one server.
+    """An HTTP proxy in front of one server.
 
-    ``share`` of the requests for the same thing meet a fault, at most ``in_a_row`` times one after the other: a 503 SlowDown,
-    a connection cut before the answer or in the midst of it. Which, is a function of (seed, request, how often it came).
-    ``always``: all requests meet this one. ``held``: what has this in its path stops half-way until ``go`` is set.
-    ``seen``: requests by what was asked for; ``faults``: by kind.
+    ``share``: share of the requests that meet a fault; the same request meets at most
+    ``in_a_row`` faults in a row, so that retries succeed. Faults: a 503 SlowDown, a connection
+    closed before the answer ("reset") or in the middle of it ("cut"). Which request meets which
+    fault is a function of (seed, request, number of times that it was sent).
+    ``always``: the fault that every request meets; "" for none.
+    ``held``: answers to requests with this text in their path stop half-way until ``go`` is set.
+    ``seen``: number of requests. ``faults``: number of faults by kind.
     """
 
     KINDS = ("throttled", "reset", "cut")
@@ -35,16 +42,19 @@ class Proxy:
     def __init__(
         self, host: str, port: int, seed: int = 0, share: float = 0.0, in_a_row: int = 3
     ) -> None:
-        self.upstream, self.seed, self.share, self.in_a_row = (host, port), seed, share, in_a_row
+        self.upstream = (host, port)
+        self.seed = seed
+        self.share = share
+        self.in_a_row = in_a_row
         self.always = ""
-        self.held, self.go = "", threading.Event()
-        self.seen: Counter[tuple[str, str, str]] = Counter()
+        self.held = ""
+        self.go = threading.Event()
+        self.seen: Counter[Request] = Counter()
         self.faults: Counter[str] = Counter()
-        self._row: Counter[tuple[str, str, str]] = Counter()
+        self._faults_in_a_row: Counter[Request] = Counter()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self})
-        )
+        handler = type("Handler", (_Handler,), {"proxy": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), daemon=True
@@ -61,15 +71,16 @@ class Proxy:
         self._thread.join()
 
     def fault(self, method: str, path: str, span: str) -> str:
-        """What happens to this request: '' is nothing."""
+        """The fault that this request meets; "" for none."""
         request = (method, path, span)
         with self._lock:
             self.seen[request] += 1
             drawn = hashlib.sha256(repr((self.seed, request, self.seen[request])).encode()).digest()
             kind = self.always
-            if not kind and drawn[0] < 256 * self.share and self._row[request] < self.in_a_row:
+            row = self._faults_in_a_row[request]
+            if not kind and drawn[0] < 256 * self.share and row < self.in_a_row:
                 kind = self.KINDS[drawn[1] % len(self.KINDS)]
-            self._row[request] = self._row[request] + 1 if kind else 0
+            self._faults_in_a_row[request] = row + 1 if kind else 0
             if kind:
                 self.faults[kind] += 1
             return kind
@@ -89,28 +100,33 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bytes) -> None:
         fault = self.proxy.fault(self.command, self.path, self.headers.get("Range", ""))
-        if fault in ("throttled", "refused"):
-            status, text = (503, THROTTLED) if fault == "throttled" else (403, REFUSED)
-            self._send(
-                status, {"Content-Type": "application/xml", "Content-Length": str(len(text))}, text
-            )
+        if fault == "throttled":
+            self._send_error_document(503, THROTTLED)
+        elif fault == "refused":
+            self._send_error_document(403, REFUSED)
         elif fault == "reset":
-            self._cut()
+            self._close_connection()
         else:
             status, headers, data = self._forward(body)
+            half = len(data) // 2
             if fault == "cut":
-                self._send(status, headers, data[: len(data) // 2])
-                self._cut()
+                self._send(status, headers, data[:half])
+                self._close_connection()
             elif self.proxy.held and self.proxy.held in self.path:
-                self._send(status, headers, data[: len(data) // 2])
+                self._send(status, headers, data[:half])
                 self.wfile.flush()
                 self.proxy.go.wait(30)
                 with contextlib.suppress(OSError):
-                    self.wfile.write(data[len(data) // 2 :] if self.command != "HEAD" else b"")
+                    self.wfile.write(data[half:] if self.command != "HEAD" else b"")
             else:
                 self._send(status, headers, data)
 
+    def _send_error_document(self, status: int, text: bytes) -> None:
+        headers = {"Content-Type": "application/xml", "Content-Length": str(len(text))}
+        self._send(status, headers, text)
+
     def _forward(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the server's answer."""
         connection = http.client.HTTPConnection(*self.proxy.upstream, timeout=30)
         try:
             connection.request(self.command, self.path, body or None, dict(self.headers.items()))
@@ -133,20 +149,21 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _cut(self) -> None:
+    def _close_connection(self) -> None:
+        """Close the connection with a reset instead of a regular end."""
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[tuple[str, int]]:
-    """Host and port of an S3-compatible server with nothing in it."""
+    """Host and port of an empty S3-compatible server."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -159,7 +176,7 @@ def s3_server() -> Iterator[tuple[str, int]]:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """How a process is told of a store: nothing of this is in a job."""
+    """Environment variables that point a process to a store; a job never contains any of this."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": KEY,
@@ -171,7 +188,7 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 def upload(host: str, port: int, folder: Path, bucket: str, acl: str = "private") -> None:
-    """All files below a folder."""
+    """Upload all files below a folder into a new bucket."""
     import boto3
 
     store = boto3.client(

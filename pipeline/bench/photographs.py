@@ -12,7 +12,7 @@ import simplejpeg
 
 from pipeline.files import atomic
 from pipeline.sources.class_lists import class_list
-from pipeline.synthetic.drawing import picture
+from pipeline.synthetic.drawing import draw_image
 
 # <class>/<image>.JPEG, in the folder `shared` beside the checkout
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample"
@@ -45,7 +45,7 @@ def _synthetic(count: int) -> Iterator[Photograph]:
     classes = class_list("imagenet1k")[:SYNTHETIC_CLASSES]
     for number in range(count):
         wnid = classes[number % len(classes)]
-        pixels = picture(0, wnid, "train", number, SYNTHETIC_SIDES)
+        pixels = draw_image(0, wnid, "train", number, SYNTHETIC_SIDES)
         data = simplejpeg.encode_jpeg(pixels, SYNTHETIC_QUALITY, "RGB", "420")
         yield Photograph(wnid, bytes(data))
 

@@ -1,7 +1,8 @@
-"""``bench reversible``: memory, time and gradients of the columns' modes, one process a case, side by side in one run.
+"""``bench reversible``: memory, time and gradient error of the activation modes.
 
-All modes of a number of columns are timed one after the other, and again in further rounds, each in a new process: a moment
-in which the machine was busy with something else spoils no ratio. The fastest step counts.
+Every case runs in a process of its own. For each number of columns all modes are timed one after
+the other, in several rounds, and the fastest step of each counts. A moment in which the machine was
+busy with something else then spoils neither a time nor a ratio of times.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch.nn import functional
@@ -22,16 +23,21 @@ from pipeline.bench.chart import Line, chart
 from pipeline.bench.live_memory import LiveBytes
 from pipeline.bench.workers import MIB, run_case
 from pipeline.files import write_json, write_text
-from pipeline.model import Network, build
+from pipeline.model import Activations, build
 from pipeline.model.fixed_point import remainder_width
+from pipeline.model.param_groups import is_alpha
 from pipeline.runtime.host_allocator import keep_freed_memory
 
 CLASSES = 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReversibleCase:
-    """One measurement. ``mode``: stored, exact, exact-auto (``stored_columns: auto``) or checkpointed."""
+    """One measurement.
+
+    ``mode`` is a value of ``activations`` (stored, exact, checkpointed) or exact-auto, which is
+    exact with ``stored_columns: auto``.
+    """
 
     mode: str
     columns: int
@@ -41,52 +47,69 @@ class ReversibleCase:
     image_size: int = 224
     channels: tuple[int, ...] = (72, 144, 288, 576)
     depths: tuple[int, ...] = (1, 1, 3, 2)
-    steps: int = 3  # timed at least
-    seconds: float = 5.0  # of timed steps at least
-    timed_only: bool = False  # neither memory nor gradients
+    steps: int = 3  # timed steps, at least
+    seconds: float = 5.0  # of timed steps, at least
+    timed_only: bool = False  # measure neither memory nor gradients
     alpha: tuple[float, float] | None = None  # uniform in this range; None: the initial 0.5
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Measurement:
-    """A network with parameters and gradients allocated, and a step of it."""
+class CaseMetrics(TypedDict, total=False):
+    """Results of one case. A timed-only case has ``step_s`` only; ``main`` adds the throughput."""
+
+    mode: str
+    block: str
+    columns: int
+    precision: str
+    batch: int
+    peak_mb: float  # MiB of live tensors beyond parameters, gradients and inputs
+    process_peak_mb: float
+    step_s: float  # of the fastest step
+    gradient_error: float  # relative to stored activations, same weights and images
+    mismatched_elements: int
+    images_per_s: float
+
+
+class TrainingSetup:
+    """A network with allocated gradients, one batch, and a training step on it."""
 
     def __init__(self, case: ReversibleCase, mode: str) -> None:
-        self.case, self.device = case, torch.device(case.device)
+        self.case = case
+        self.device = torch.device(case.device)
         torch.manual_seed(0)
-        options: dict[str, Any] = {"activations": mode.removesuffix("-auto")}
-        options |= {"stored_columns": "auto"} if mode.endswith("-auto") else {}
-        self.network: Network = build(
-            case.channels, case.depths, case.columns, CLASSES, block=case.block, **options
+        self.network = build(
+            channels=case.channels,
+            depths=case.depths,
+            columns=case.columns,
+            num_classes=CLASSES,
+            block=case.block,
+            activations=cast(Activations, mode.removesuffix("-auto")),
+            stored_columns="auto" if mode.endswith("-auto") else 0,
         )
+        alphas = [p for name, p in self.network.named_parameters() if is_alpha(name)]
         if case.alpha is not None:
-            for name, parameter in self.network.named_parameters():
-                if name.endswith("alpha"):
-                    parameter.data.uniform_(*case.alpha)
+            for alpha in alphas:
+                alpha.data.uniform_(*case.alpha)
         self.network.to(self.device)
         for parameter in self.network.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        alphas = [
-            p.detach().abs().min()
-            for n, p in self.network.named_parameters()
-            if n.endswith("alpha")
-        ]
-        widths = [remainder_width(value) for value in torch.stack(alphas).tolist()]
+        # As in training: decide the widths outside the step, so that it does not read alpha.
+        smallest = torch.stack([alpha.detach().abs().min() for alpha in alphas]).tolist()
+        widths = [remainder_width(value) for value in smallest]
         self.network.remainder_widths = [widths[4 * t : 4 * t + 4] for t in range(case.columns)]
         self.images = torch.randn(case.batch, 3, case.image_size, case.image_size).to(self.device)
         self.labels = torch.randint(0, CLASSES, (case.batch,)).to(self.device)
 
     def step(self) -> None:
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"
-        ):
-            loss = functional.cross_entropy(
-                self.network(self.images).logits[-1].float(), self.labels
-            )
+        """Run one forward and backward pass."""
+        bf16 = self.case.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.network(self.images).logits[-1]
+            loss = functional.cross_entropy(logits.float(), self.labels)
         loss.backward()
 
     def gradient(self) -> torch.Tensor:
-        """All gradients of one step, flat."""
+        """Run one step from zeroed gradients. Returns all gradients, flattened into one vector."""
         for parameter in self.network.parameters():
             assert parameter.grad is not None
             parameter.grad.zero_()
@@ -95,8 +118,8 @@ class Measurement:
             [p.grad.flatten() for p in self.network.parameters() if p.grad is not None]
         )
 
-    def peak(self) -> float:
-        """Bytes alive beyond parameters, gradients and inputs at the worst moment of a step."""
+    def peak_bytes(self) -> float:
+        """Run one step. Returns its peak memory beyond parameters, gradients and inputs."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -107,8 +130,8 @@ class Measurement:
             self.step()
         return float(live.peak)
 
-    def seconds(self) -> float:
-        """The fastest of some steps."""
+    def fastest_step(self) -> float:
+        """Time several steps and return the seconds of the fastest one."""
         times: list[float] = []
         while len(times) < self.case.steps or sum(times) < self.case.seconds:
             begin = time.perf_counter()
@@ -119,78 +142,106 @@ class Measurement:
         return min(times)
 
 
-def measure(case: ReversibleCase) -> dict[str, Any]:
-    """Figures of one case; ``gradient_error`` is relative to plain stored activations of the same weights and images."""
+def measure(case: ReversibleCase) -> CaseMetrics:
+    """Measure one case in this process."""
     if case.device == "cpu":
         keep_freed_memory()  # as in training
-    measured = Measurement(case, case.mode)
-    measured.step()  # compilation and, for exact-auto, the measured column
+    setup = TrainingSetup(case, case.mode)
+    # Warm up: this step compiles the kernels and, for exact-auto, measures the stored column.
+    setup.step()
     if case.timed_only:
-        return {"step_s": measured.seconds()}
-    peak, seconds = measured.peak(), measured.seconds()
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    gradient, mismatched = (
-        measured.gradient(),
-        int(measured.network.consistency.mismatched_elements),
-    )
+        return CaseMetrics(step_s=setup.fastest_step())
+    peak = setup.peak_bytes()
+    seconds = setup.fastest_step()
+    process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    gradient = setup.gradient()
+    mismatched = int(setup.network.consistency.mismatched_elements)
     error = 0.0
     if case.mode != "stored":
-        del measured
-        expected = Measurement(case, "stored").gradient()
+        del setup  # frees the first network before the second is built
+        expected = TrainingSetup(case, "stored").gradient()
         error = float((gradient - expected).norm() / expected.norm())
-    return {
-        "mode": case.mode,
-        "block": case.block,
-        "columns": case.columns,
-        "precision": case.precision,
-        "batch": case.batch,
-        "peak_mb": peak / MIB,
-        "process_peak_mb": process,
-        "step_s": seconds,
-        "gradient_error": error,
-        "mismatched_elements": mismatched,
-    }
+    return CaseMetrics(
+        mode=case.mode,
+        block=case.block,
+        columns=case.columns,
+        precision=case.precision,
+        batch=case.batch,
+        peak_mb=peak / MIB,
+        process_peak_mb=process_peak,
+        step_s=seconds,
+        gradient_error=error,
+        mismatched_elements=mismatched,
+    )
 
 
-def _in_new_process(case: ReversibleCase) -> dict[str, Any]:
-    figures = run_case("pipeline.bench.reversible", asdict(case))
-    memory = "" if case.timed_only else f"{figures['peak_mb']:.1f} MiB, "
+def _in_new_process(case: ReversibleCase) -> CaseMetrics:
+    metrics = cast(CaseMetrics, run_case("pipeline.bench.reversible", asdict(case)))
+    memory = "" if case.timed_only else f"{metrics['peak_mb']:.1f} MiB, "
     print(
-        f"{case.mode} {case.columns}: {memory}{figures['step_s']:.3f} s",
+        f"{case.mode} {case.columns}: {memory}{metrics['step_s']:.3f} s",
         file=sys.stderr,
         flush=True,
     )
-    return figures
+    return metrics
 
 
-def slopes(cases: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """MiB a column by mode, from the fewest to the most columns."""
+def slopes(cases: Sequence[CaseMetrics]) -> dict[str, float]:
+    """Return MiB per column by mode, between the fewest and the most columns.
+
+    Example: 120 MiB with 4 columns and 124 MiB with 16: (124 - 120) / (16 - 4) = 0.33.
+    """
     result = {}
     for mode in dict.fromkeys(case["mode"] for case in cases):
-        own = sorted((case["columns"], case["peak_mb"]) for case in cases if case["mode"] == mode)
-        if own[-1][0] > own[0][0]:
-            result[mode] = (own[-1][1] - own[0][1]) / (own[-1][0] - own[0][0])
+        points = sorted(
+            (case["columns"], case["peak_mb"]) for case in cases if case["mode"] == mode
+        )
+        fewest, least = points[0]
+        most, greatest = points[-1]
+        if most > fewest:
+            result[mode] = (greatest - least) / (most - fewest)
     return result
 
 
-def table(cases: Sequence[dict[str, Any]]) -> str:
-    """The figures and, where stored and checkpointed were measured too, the ratios of times to them."""
+def table(cases: Sequence[CaseMetrics]) -> str:
+    """Format the metrics and the ratios of step times to those of stored and checkpointed."""
     lines = [
-        "mode          columns  peak MiB  process MiB    step s  images/s  gradient error  mismatched  x stored  x checkpointed"
+        "mode          columns  peak MiB  process MiB    step s  images/s  gradient error"
+        "  mismatched  x stored  x checkpointed"
     ]
     times = {(case["mode"], case["columns"]): case["step_s"] for case in cases}
     for case in cases:
-        ratios = [
+        # NaN where the other mode was not measured.
+        to_stored, to_checkpointed = (
             case["step_s"] / times.get((mode, case["columns"]), float("nan"))
             for mode in ("stored", "checkpointed")
-        ]
-        lines.append(
-            f"{case['mode']:<13} {case['columns']:>7} {case['peak_mb']:>9.1f} {case['process_peak_mb']:>12.0f} "
-            f"{case['step_s']:>9.3f} {case['images_per_s']:>9.2f} {case['gradient_error']:>15.2e} "
-            f"{case['mismatched_elements']:>11} {ratios[0]:>9.2f} {ratios[1]:>15.2f}"
         )
-    lines += [f"{mode}: {slope:.2f} MiB a column" for mode, slope in slopes(cases).items()]
+        lines.append(
+            f"{case['mode']:<13} {case['columns']:>7} {case['peak_mb']:>9.1f} "
+            f"{case['process_peak_mb']:>12.0f} {case['step_s']:>9.3f} {case['images_per_s']:>9.2f} "
+            f"{case['gradient_error']:>15.2e} {case['mismatched_elements']:>11} "
+            f"{to_stored:>9.2f} {to_checkpointed:>15.2f}"
+        )
+    lines += [f"{mode}: {slope:.2f} MiB per column" for mode, slope in slopes(cases).items()]
     return "\n".join(lines)
+
+
+def _measure_modes(
+    columns: int, modes: Sequence[str], rounds: int, options: dict[str, Any]
+) -> list[CaseMetrics]:
+    """Measure all modes with this number of columns, then time them again in further rounds."""
+    cases = [
+        _in_new_process(ReversibleCase(mode=mode, columns=columns, **options)) for mode in modes
+    ]
+    for _ in range(rounds - 1):
+        for case in cases:
+            timed = _in_new_process(
+                ReversibleCase(mode=case["mode"], columns=columns, timed_only=True, **options)
+            )
+            case["step_s"] = min(case["step_s"], timed["step_s"])
+    for case in cases:
+        case["images_per_s"] = case["batch"] / case["step_s"]
+    return cases
 
 
 def main(
@@ -200,20 +251,20 @@ def main(
     plot_path: Path | None = None,
     rounds: int = 3,
     **options: Any,
-) -> dict[str, Any]:
-    """Measure ``modes`` x ``columns`` (``options``: other fields of ``ReversibleCase``), print a table, write JSON and an SVG plot."""
-    cases: list[dict[str, Any]] = []
+) -> dict[str, object]:
+    """Measure ``modes`` x ``columns``, print a table, and write JSON and an SVG plot.
+
+    ``options`` are further fields of ``ReversibleCase``.
+    """
+    cases: list[CaseMetrics] = []
     for count in columns:
-        own = [_in_new_process(ReversibleCase(mode, count, **options)) for mode in modes]
-        for _ in range(rounds - 1):
-            for case in own:
-                again = _in_new_process(
-                    ReversibleCase(case["mode"], count, timed_only=True, **options)
-                )
-                case["step_s"] = min(case["step_s"], again["step_s"])
-        cases += [case | {"images_per_s": case["batch"] / case["step_s"]} for case in own]
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    result = {"cases": cases, "slope_mb_per_column": slopes(cases), **machine}
+        cases += _measure_modes(count, modes, rounds, options)
+    result = {
+        "cases": cases,
+        "slope_mb_per_column": slopes(cases),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(table(cases))
     if json_path is not None:
         write_json(json_path, result)
@@ -222,9 +273,8 @@ def main(
             Line(mode, [(c["columns"], c["peak_mb"]) for c in cases if c["mode"] == mode])
             for mode in modes
         ]
-        write_text(
-            plot_path, chart(lines, "Activation memory of a training step", "columns", "MiB")
-        )
+        title = "Activation memory of a training step"
+        write_text(plot_path, chart(lines, title, "columns", "MiB"))
     return result
 
 

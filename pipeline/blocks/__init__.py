@@ -1,1 +1,1 @@
-"""Kinds of blocks: ``registry`` (imports no torch), ``kinds`` (one file each), and the layers that kinds are made of."""
+"""Block kinds: ``registry`` (imports no torch), ``kinds`` (one file per kind), shared layers."""

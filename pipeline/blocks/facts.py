@@ -1,4 +1,4 @@
-"""What the job schema, the checks and the exporter know of a kind of block, without importing torch."""
+"""Facts about a block kind, for the job schema, checks and exporter. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class BlockFacts:
-    """Facts of one kind of block. Written as literals, so that they can be read without running the file."""
+    """Facts about one block kind. Written as literals, so they can be read without running code."""
 
-    title: str  # as documents name it
-    shortcut: bool = True  # it has one, so that stochastic depth can skip the block
-    running_statistics: bool = (
-        False  # it has buffers (BatchNorm) that belong to checkpoints and weights
-    )
-    # Parts of a block's parameter names -> those of the published RevCol code; empty: the published code has no such block.
+    # The name in documents and messages.
+    title: str
+
+    # True if the block adds its input to its output. Stochastic depth (drop_path) needs this: a
+    # dropped block passes its input through unchanged.
+    shortcut: bool = True
+
+    # True if the block has buffers (BatchNorm) that checkpoints and exported weights must include.
+    running_statistics: bool = False
+
+    # Maps parts of our parameter names to those of the published RevCol code.
+    # Empty if the published code has no such block.
     published_names: dict[str, str] = field(default_factory=dict)

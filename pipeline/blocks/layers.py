@@ -1,4 +1,8 @@
-"""Small layers on channels-last tensors (N, H, W, C): one memory layout everywhere, so that a recompute is bit-identical."""
+"""Small layers on channels-last tensors (N, H, W, C).
+
+Every tensor has the same memory layout. A different stride order can select another kernel, and
+then a recompute would not be bit-identical to the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from torch import Tensor, nn
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal (std 0.02) weights and zero biases for a convolution or a linear layer."""
+    """Initialise a convolution or linear layer: truncated normal weights (std 0.02), zero bias."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -15,7 +19,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Conv(nn.Conv2d):
-    """Convolution (N, H, W, C) -> (N, H', W', C'), initialised as the paper does."""
+    """Convolution (N, H, W, C) -> (N, H', W', C'), initialised as in the paper."""
 
     def __init__(
         self,
@@ -32,19 +36,22 @@ class Conv(nn.Conv2d):
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        # permute only relabels the dimensions: (N, C, H, W) in channels-last memory format.
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
 class Linear(nn.Linear):
-    """Linear layer over the last dimension, initialised as the paper does, times ``init_scale``."""
+    """Linear layer over the last dimension. The initial weight is scaled by ``init_scale``."""
 
     def __init__(self, inputs: int, outputs: int, init_scale: float = 1.0) -> None:
-        self.init_scale = init_scale  # first: nn.Linear's constructor calls reset_parameters
+        # Set before nn.Linear's constructor, which calls reset_parameters.
+        self.init_scale = init_scale
         super().__init__(inputs, outputs)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        # Here, not in a parent's constructor: ZeRO-3 partitions a layer's parameters as soon as the layer is made.
+        # Scale here and not in a parent's constructor: ZeRO-3 partitions a layer's parameters as
+        # soon as the layer is constructed, so the parent would no longer see the full weight.
         init_weights(self)
         self.weight.mul_(self.init_scale)
 
@@ -56,17 +63,20 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(channels, eps=1e-6)
 
 
-def drop_samples(branch: Tensor, keep: Tensor | None) -> Tensor:
-    """Stochastic depth as an input: ``branch`` (N, H, W, C) times ``keep`` (N,), or unchanged."""
-    return branch if keep is None else branch * keep.to(branch.dtype).view(-1, 1, 1, 1)
+def drop_path(branch: Tensor, scale: Tensor | None) -> Tensor:
+    """Stochastic depth as an input: ``branch`` (N, H, W, C) times ``scale`` (N,), if not None.
+
+    The scale is an argument and not drawn here, so that the recompute in the backward pass drops
+    the same samples without saving the state of a random number generator.
+    """
+    return branch if scale is None else branch * scale.to(branch.dtype).view(-1, 1, 1, 1)
 
 
 class CastTo(nn.Module):
-    """Casts to the dtype in which the network computes; ``None`` leaves tensors as they come.
+    """Casts to the dtype in which the network computes. ``dtype = None`` leaves tensors unchanged.
 
-    An attribute rather than the dtype of a weight: reading a child's weight in a parent's forward would make ZeRO-3 keep
-    it gathered to the end of the backward pass. Always a node of the graph, so that what a part sends back through its
-    input is summed before it joins the gradients of other parts: the same order, hence the same bits, in every mode.
+    The dtype is an attribute. Reading it from a child's weight in a parent's forward would make
+    ZeRO-3 keep that weight gathered until the end of the backward pass.
     """
 
     def __init__(self) -> None:
@@ -74,4 +84,7 @@ class CastTo(nn.Module):
         self.dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        # Without a cast, still add a graph node (view_as). Autograd then sums the gradients that
+        # this module's consumers send back before it adds those of other consumers of x. The order
+        # of the sums, and so every bit, is the same in all activation modes.
         return x.view_as(x) if self.dtype is None else x.to(self.dtype)

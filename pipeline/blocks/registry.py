@@ -1,9 +1,12 @@
-"""The kinds of blocks, found by listing the folder ``kinds``. Adding a kind is adding one file there:
+"""Registry of block kinds: every file in the folder ``kinds`` is one kind.
 
-    FACTS = BlockFacts(title="ConvNeXt", ...)     read by `facts` without importing the file: no torch
-    KIND = BlockKind(ConvNeXtBlock)               imported by `kind` when a network is built
+To add a kind, add one file there with two assignments:
 
-The job schema, the checks, the network, the exporter and the contract tests read this registry; none has a list of its own.
+    FACTS = BlockFacts(title="ConvNeXt")     read by `facts` without importing the file (no torch)
+    KIND = BlockKind(ConvNeXtBlock)          imported by `kind` when a network is built
+
+The job schema, the checks, the network, the exporter and the contract tests read this registry, so
+no other file lists the kinds.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import ast
 import functools
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.blocks.facts import BlockFacts
 
@@ -24,37 +27,46 @@ _FOLDER = Path(__file__).parent / "kinds"
 
 @functools.cache
 def facts() -> dict[str, BlockFacts]:
-    """Facts of every kind, by name (the name of its file), sorted.
+    """Return the facts of every kind, keyed by the name of its file and sorted by it.
 
     Raises:
-        ValueError: a file of ``kinds`` has no ``FACTS = BlockFacts(...)`` made of literals.
+        ValueError: a file in ``kinds`` has no ``FACTS = BlockFacts(...)`` with literal arguments.
     """
-    files = sorted(_FOLDER.glob("*.py"))
-    return {path.stem: _read_facts(path) for path in files if not path.stem.startswith("_")}
+    paths = sorted(_FOLDER.glob("*.py"))
+    return {path.stem: read_facts(path) for path in paths if not path.stem.startswith("_")}
 
 
 def kind(name: str) -> BlockKind:
-    """The modules of a kind. Raises KeyError if there is none of this name."""
+    """Import and return a kind's modules. Raises KeyError if no kind has this name."""
     if name not in facts():
         raise KeyError(name)
-    found: BlockKind = importlib.import_module(f"pipeline.blocks.kinds.{name}").KIND
-    return found
+    block_kind: BlockKind = importlib.import_module(f"pipeline.blocks.kinds.{name}").KIND
+    return block_kind
 
 
-def _read_facts(path: Path) -> BlockFacts:
-    # Importing the file would import torch, which takes seconds that a configuration check must not cost. So the call is
-    # read from the syntax tree instead: FACTS = BlockFacts(title="ConvNeXt") -> {"title": "ConvNeXt"}.
+def read_facts(path: Path) -> BlockFacts:
+    """Read ``FACTS`` from a kind's source file. Raises ValueError as ``facts`` does."""
+    # Importing the file would import torch, which takes seconds. A configuration check must not
+    # wait for that, so this reads the call from the syntax tree:
+    #     FACTS = BlockFacts(title="C2f", shortcut=False)  ->  {"title": "C2f", "shortcut": False}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if (
             isinstance(node, ast.Assign)
             and ast.unparse(node.targets[0]) == "FACTS"
             and isinstance(node.value, ast.Call)
         ):
-            values: dict[str, Any] = {}
-            for keyword in node.value.keywords:
-                try:
-                    values[str(keyword.arg)] = ast.literal_eval(keyword.value)
-                except ValueError:
-                    raise ValueError(f"{path}: FACTS.{keyword.arg} must be a literal") from None
-            return BlockFacts(**values)
+            return _evaluate(path, node.value)
     raise ValueError(f"{path} defines no FACTS = BlockFacts(...)")
+
+
+def _evaluate(path: Path, call: ast.Call) -> BlockFacts:
+    arguments = {}
+    for keyword in call.keywords:
+        try:
+            arguments[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise ValueError(f"{path}: FACTS.{keyword.arg} must be a literal") from None
+    try:
+        return BlockFacts(**arguments)
+    except TypeError as error:  # an unknown or a missing field
+        raise ValueError(f"{path}: FACTS is incomplete or has an unknown field: {error}") from None

@@ -1,9 +1,23 @@
-"""A checkpoint is a directory of safetensors files and a manifest with their sizes, digests and contents.
+"""The manifest of a checkpoint, and the checkpoint directories of a stage.
 
-Each rank writes the ranges of parameters that it owns; the manifest lists which range of which parameter lies in which
-file, by name and global shape. So any number of ranks, at any ZeRO stage, can read any range: nothing is gathered and
-nothing is converted. The directory appears under its name only when it is complete (rename), and a file whose digest
-differs is refused by name.
+A checkpoint is a directory of safetensors files, one per rank, and ``manifest.json``::
+
+    checkpoints/pretrain/
+      step-00000500/
+        rank-00000.safetensors     the parameter ranges that rank 0 owns
+        rank-00001.safetensors
+        manifest.json              which range of which parameter lies in which file; digests
+      step-00000400.refused/       damaged; set aside so that nobody reads it again
+      .step-00000600.4711.tmp/     unfinished, or left behind by a killed process
+
+The manifest describes ranges by parameter name and global shape, not by rank. So any number of
+ranks, at any ZeRO stage, reads any range of any checkpoint: nothing is gathered or converted.
+
+Example: two ranks own a parameter of 60 elements half and half. The manifest lists the slices
+(offset 0, length 30, rank-00000) and (offset 30, length 30, rank-00001). Three ranks that resume
+need [0, 20), [20, 40) and [40, 60); the middle one reads 10 elements of each file.
+
+A directory has its final name only once it is complete (see `pipeline.checkpoint.writer`).
 """
 
 from __future__ import annotations
@@ -13,18 +27,30 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pipeline.errors import CheckpointError
 from pipeline.files import file_digest
 
 FORMAT = 1
-_NAME = re.compile(r"step-(\d{8})")
+MANIFEST_JSON = "manifest.json"
+LoopState = dict[str, Any]  # state of the training loop: JSON that only the trainer interprets
+_NAME = re.compile(r"step-(\d{8})")  # matches the full name: no .tmp, .refused or .deleted
 
 
-@dataclass(frozen=True)
+class FileRecord(TypedDict):
+    """Size and digest (xxh3-128) of one file."""
+
+    bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorSlice:
-    """Elements [offset, offset + length) of the flattened parameter ``name``; in ``file`` under ``<kind>|<name>``."""
+    """Elements [offset, offset + length) of the flattened parameter ``name``.
+
+    They are stored in ``file`` under the key ``<kind>|<name>``, once per kind of the manifest.
+    """
 
     name: str
     offset: int
@@ -32,63 +58,89 @@ class TensorSlice:
     file: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds."""
+    """Contents of a checkpoint.
+
+    ``step``: number of optimizer steps done. ``shapes``: global shape of each parameter. ``kinds``:
+    the values stored for each parameter (master, exp_avg, exp_avg_sq, ema). ``files``: by name.
+    """
 
     step: int
     shapes: dict[str, list[int]]
-    kinds: list[str]  # master, exp_avg, exp_avg_sq, ema
-    pieces: list[TensorSlice]
-    files: dict[str, dict[str, Any]]  # name -> {"bytes": size, "xxh3": digest}
-    state: dict[str, Any]  # of the training loop
+    kinds: list[str]
+    slices: list[TensorSlice]
+    files: dict[str, FileRecord]
+    state: LoopState
     format: int = FORMAT
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    def to_json(self) -> dict[str, object]:
+        """The content of ``manifest.json``; ``slices`` are stored under the key "pieces"."""
+        return {
+            "step": self.step,
+            "shapes": self.shapes,
+            "kinds": self.kinds,
+            "pieces": [asdict(part) for part in self.slices],
+            "files": self.files,
+            "state": self.state,
+            "format": self.format,
+        }
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Raises CheckpointError when it is missing, not JSON, or of another format."""
-        path = directory / "manifest.json"
+        """Read the manifest of a checkpoint directory.
+
+        Raises:
+            CheckpointError: it is missing, damaged, incomplete or has a different format.
+        """
+        path = directory / MANIFEST_JSON
         try:
-            value = json.loads(path.read_text())
-            if value["format"] != FORMAT:
-                cause = f"has format {value['format']}, this version reads {FORMAT}"
+            content = json.loads(path.read_text())
+            # Compared first: other formats may have other fields. Missing or additional fields of
+            # this format end in KeyError or TypeError below.
+            if content["format"] != FORMAT:
                 raise CheckpointError(
-                    cause,
+                    f"has format {content['format']}, this version reads {FORMAT}",
                     place=str(path),
-                    remedy="go on with the version of this program that wrote it",
+                    remedy="resume with the version of this program that wrote it",
                 )
-            value["pieces"] = [TensorSlice(**piece) for piece in value["pieces"]]
-            return cls(**value)
+            slices = [TensorSlice(**part) for part in content.pop("pieces")]
+            return cls(slices=slices, **content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"unreadable manifest ({error})",
                 place=str(path),
-                remedy="delete this checkpoint; the one before is used",
+                remedy="delete this checkpoint; the run resumes from the previous one",
             ) from error
 
     def verify(self, directory: Path, names: list[str] | None = None) -> None:
-        """Raises CheckpointError naming the first file that is missing, of another size, or of another digest."""
+        """Compare files with the manifest: the given ``names``, or all.
+
+        Raises:
+            CheckpointError: a file is missing, or its size or digest differs; names the first one.
+        """
         for name in names if names is not None else list(self.files):
-            path, expected = directory / name, self.files[name]
+            path = directory / name
+            expected = self.files[name]
             if not path.is_file():
                 raise CheckpointError(
                     "file is missing",
                     place=str(path),
                     remedy="restore it or delete this checkpoint",
                 )
+            # The size comes first: it is free, and the digest of a large file takes seconds.
             if path.stat().st_size != expected["bytes"] or file_digest(path) != expected["xxh3"]:
                 raise CheckpointError(
-                    "content differs from the digest in the manifest (a damaged disk or an edited file)",
+                    "checksum mismatch: the file differs from the digest in the manifest "
+                    "(a damaged disk or an edited file)",
                     place=str(path),
-                    remedy="restore it or delete this checkpoint; the one before is used",
+                    remedy="restore it or delete this checkpoint; the run resumes from the "
+                    "previous one",
                 )
 
 
 def directory_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Directory of the checkpoint of ``step``: ``<root>/step-00000500``."""
     return root / f"step-{step:08d}"
 
 
@@ -96,14 +148,20 @@ def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every complete checkpoint, newest first."""
     if not root.is_dir():
         return []
-    found = [
+    # The rename of the writer is the commit: a directory of this name is complete, and nothing in
+    # it needs to be looked at.
+    checkpoints = [
         (int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))
     ]
-    return sorted(found, reverse=True)
+    return sorted(checkpoints, reverse=True)
 
 
 def set_aside(directory: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither read again nor counted among those that are kept."""
+    """Rename a damaged checkpoint to ``<name>.refused`` and return the new path.
+
+    It is then neither read again nor counted among the newest ``keep`` ones, but stays available
+    for an investigation. An older checkpoint of that name is deleted.
+    """
     refused = directory.with_name(f"{directory.name}.refused")
     if refused.exists():
         shutil.rmtree(refused)
@@ -111,15 +169,17 @@ def set_aside(directory: Path) -> Path:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what killed writers left behind."""
+    """Delete the hidden directories that killed writers left behind."""
     if root.is_dir():
         for path in root.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def keep_newest(root: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints; renamed first, so that none is ever half there."""
+    """Delete all but the ``keep`` newest checkpoints. Raises OSError."""
     for _, path in list_checkpoints(root)[keep:]:
-        doomed = path.with_name(f".{path.name}.deleted")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        # Rename first: deleting takes time, and a crash in between must not leave a directory that
+        # looks like a checkpoint but lacks files. The hidden name counts as a leftover.
+        hidden = path.with_name(f".{path.name}.deleted")
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)

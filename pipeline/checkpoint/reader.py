@@ -1,10 +1,11 @@
-"""Reading ranges of parameters from a checkpoint or a weights file, whatever wrote them."""
+"""Reads ranges of parameters from a checkpoint or a weights file, whichever ranks wrote them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,76 +15,122 @@ from pipeline.checkpoint.manifest import Manifest, TensorSlice
 from pipeline.errors import CheckpointError
 
 
+class _LazyTensor(Protocol):
+    """A tensor in a file; indexing reads the selected elements only."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, elements: slice, /) -> Tensor: ...
+
+
+class _SafeTensors(Protocol):
+    """The members of safetensors' file handle that are used here (the library ships no types)."""
+
+    def keys(self) -> Iterable[str]: ...
+
+    def get_slice(self, name: str) -> _LazyTensor: ...
+
+    def get_tensor(self, name: str) -> Tensor: ...
+
+
 class RangeReader(Protocol):
-    """Where parameters can be read from."""
+    """A source of parameter values.
+
+    ``shapes``: global shape of each parameter. ``kind``: master, exp_avg, exp_avg_sq or ema.
+    """
 
     shapes: dict[str, list[int]]
 
-    def read(self, kind: str, name: str, offset: int, length: int) -> Tensor: ...
+    def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
+        """Elements [offset, offset + length) of the flattened parameter: fp32, shape (length,)."""
 
 
 class CheckpointReader:
-    """Ranges of parameters from a checkpoint directory."""
+    """Ranges of parameters from a checkpoint directory. Opens each file on first use."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self.directory, self.manifest, self.shapes = directory, manifest, manifest.shapes
-        self._pieces: dict[str, list[TensorSlice]] = defaultdict(list)
-        for piece in manifest.pieces:
-            self._pieces[piece.name].append(piece)
-        self._files: dict[str, Any] = {}
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            self._files[name] = safe_open(self.directory / name, "pt")
-        return self._files[name]
+        self.directory = directory
+        self.manifest = manifest
+        self.shapes = manifest.shapes
+        self._slices: dict[str, list[TensorSlice]] = defaultdict(list)
+        for part in manifest.slices:
+            self._slices[part.name].append(part)
+        self._files: dict[str, _SafeTensors] = {}
 
     def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
-        """Elements [offset, offset + length) of the flattened parameter, fp32, assembled from the pieces that cover it."""
-        result, filled = torch.empty(length), 0
-        for piece in self._pieces.get(name, []):
-            start, stop = (
-                max(offset, piece.offset),
-                min(offset + length, piece.offset + piece.length),
-            )
+        """Elements [offset, offset + length) of the flattened parameter: fp32, shape (length,).
+
+        Example: slices [0, 30) and [30, 60) are stored, and [20, 40) is wanted. The first slice
+        gives its elements 20..29 to result[0:10], the second its elements 0..9 to result[10:20].
+
+        Raises:
+            CheckpointError: the stored slices do not cover the range.
+        """
+        # The slices of a parameter do not overlap (each element has one owner), so counting the
+        # copied elements shows whether all of them are covered.
+        result = torch.empty(length)
+        filled = 0
+        for part in self._slices.get(name, []):
+            # Overlap of the slice and the wanted range, in elements of the whole parameter.
+            start = max(offset, part.offset)
+            stop = min(offset + length, part.offset + part.length)
             if start < stop:
-                source = self._open(piece.file).get_slice(f"{kind}|{name}")
-                result[start - offset : stop - offset] = source[
-                    start - piece.offset : stop - piece.offset
-                ]
+                stored = self._open(part.file).get_slice(f"{kind}|{name}")
+                overlap = stored[start - part.offset : stop - part.offset]
+                result[start - offset : stop - offset] = overlap
                 filled += stop - start
         if filled != length:
             raise CheckpointError(
-                f"parameter {name} [{offset}, {offset + length}) is covered by {filled} elements only",
+                f"parameter {name} [{offset}, {offset + length}) is covered by {filled} elements "
+                "only",
                 place=str(self.directory),
             )
         return result
 
     def full(self, kind: str, name: str) -> Tensor:
-        """The whole parameter in its shape."""
+        """The whole parameter in its global shape, fp32. Raises CheckpointError like `read`."""
         shape = torch.Size(self.shapes[name])
         return self.read(kind, name, 0, shape.numel()).view(shape)
 
+    def _open(self, name: str) -> _SafeTensors:
+        # Opening maps the file and reads its header. Every rank reads ranges of all parameters, so
+        # it opens each file once and not once per range.
+        if name not in self._files:
+            self._files[name] = _open_safetensors(self.directory / name)
+        return self._files[name]
+
 
 class WeightsReader:
-    """Ranges of parameters from a weights.safetensors file (which has one kind of values)."""
+    """Ranges of parameters from a weights file.
+
+    The file stores one kind of values, so ``kind`` is ignored.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file: Any = safe_open(path, "pt")
+            self._file = _open_safetensors(path)
         except (OSError, SafetensorError) as error:
-            remedy = "run the stage that makes it again"
             raise CheckpointError(
-                f"cannot be read ({error})", place=str(path), remedy=remedy
+                f"cannot be read ({error})",
+                place=str(path),
+                remedy="rerun the stage that writes it, or copy the file again",
             ) from error
-        names: list[str] = self._file.keys()
+        names = self._file.keys()
         self.shapes: dict[str, list[int]] = {
             name: list(self._file.get_slice(name).get_shape()) for name in names
         }
 
     def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
+        """Elements [offset, offset + length) of the flattened parameter: fp32, shape (length,)."""
         return self.full(name).reshape(-1)[offset : offset + length]
 
     def full(self, name: str) -> Tensor:
         """The whole parameter, fp32."""
-        value: Tensor = self._file.get_tensor(name)
-        return value.float()
+        return self._file.get_tensor(name).float()
+
+
+def _open_safetensors(path: Path) -> _SafeTensors:
+    return cast(_SafeTensors, safe_open(path, "pt"))

@@ -1,4 +1,21 @@
-"""Writing a checkpoint: every rank its own file, rank 0 the manifest and the rename that makes it exist."""
+"""Writes a checkpoint: each rank its own file, then rank 0 commits all of them with one rename.
+
+The protocol of `save`, with its guarantees:
+
+1. Rank 0 chooses a hidden directory ``.step-00000500.<its process ID>.tmp`` and tells all ranks.
+   A process group that was replaced but is still running has another rank 0, hence another
+   directory: two groups never write to the same file.
+2. Rank 0 creates that directory, empty.
+3. Each rank writes ``rank-<rank>.safetensors`` with the parameter ranges that it owns (fsync).
+4. All ranks exchange reports: contents and digest of their file, or why it could not be written.
+   If any rank failed, all ranks return that failure: no rank continues with a different answer.
+5. Rank 0 checks that the ranges cover every parameter, and writes ``manifest.json``.
+6. Rank 0 asks ``may_commit``, immediately before the rename: a group that has been replaced in the
+   meantime must not commit.
+7. Rank 0 renames the directory to ``step-00000500`` and syncs the parent directory. Only now does
+   the checkpoint exist; a crash before leaves a hidden directory that the next start deletes.
+8. Rank 0 deletes what is left of the hidden directory and the oldest checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +23,8 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,70 +32,97 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.checkpoint.manifest import Manifest, TensorSlice, directory_of, keep_newest
+from pipeline.checkpoint.manifest import (
+    MANIFEST_JSON,
+    FileRecord,
+    LoopState,
+    Manifest,
+    TensorSlice,
+    directory_of,
+    keep_newest,
+)
 from pipeline.errors import CheckpointError, StageError
 from pipeline.files import file_digest, fsync_dir, write_json, write_with
 
-Owned = tuple[
-    str, tuple[int, ...], int, str, Tensor
-]  # name, global shape, offset, kind, values (1-D)
-WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
+# Parameter name, its global shape, offset in the flattened parameter, kind, values (1-D).
+Owned = tuple[str, tuple[int, ...], int, str, Tensor]
+WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
+
+
+@dataclass(kw_only=True)
+class _RankReport:
+    """Contents of one rank's file; or, in ``failure``, why the file could not be written."""
+
+    failure: str | None = None
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=list)
+    slices: list[TensorSlice] = field(default_factory=list)
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
 
 def save(
     root: Path,
     step: int,
     owned: Iterable[Owned],
-    state: dict[str, Any],
+    state: LoopState,
     *,
     keep: int,
     may_commit: Callable[[], bool],
 ) -> str | None:
-    """Write the checkpoint of ``step``; collective over all ranks.
+    """Write the checkpoint of ``step``; collective over all ranks. See the steps above.
 
     Args:
+        root: directory of the stage's checkpoints.
         owned: this rank's ranges of parameters.
-        state: of the training loop (JSON-able), the same on every rank.
-        may_commit: asked on rank 0 right before the rename.
+        state: state of the training loop, the same on every rank.
+        keep: number of checkpoints to keep.
+        may_commit: whether this process group is still the newest; rank 0 asks.
 
     Returns:
-        None where the checkpoint is there now; else why it could not be written, such as a full disk (training can go on,
-        the checkpoint before stays the newest).
+        None if the checkpoint is complete; otherwise why it could not be written, for example
+        because the disk is full. Training may continue: the previous checkpoint stays the newest.
 
     Raises:
-        StageError: on rank 0, when this group of processes has been replaced by a newer one and may not commit.
+        StageError: on rank 0, if a newer process group has replaced this one.
+        CheckpointError: on rank 0, if the ranks' ranges do not cover a parameter (a bug).
     """
-    target, writer = directory_of(root, step), [os.getpid()]
-    dist.broadcast_object_list(
-        writer, src=0
-    )  # a replaced group that lives on for a while writes elsewhere
-    temporary = target.with_name(f".{target.name}.{writer[0]}.tmp")
-    failure = _on_main(lambda: _make_empty(temporary))
+    # Steps 1 and 2: the hidden directory.
+    target = directory_of(root, step)
+    temporary = _temporary_directory(target)
+    failure = _on_rank_0(lambda: _make_empty(temporary))
     if failure is not None:
         return failure
-    rank = dist.get_rank()
-    report: dict[str, Any] | str
-    try:
-        report = _write_share(temporary, f"rank-{rank:05d}.safetensors", owned)
-    except WRITE_ERRORS as error:
-        report = f"rank {rank}: {error}"
-    reports: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, report)
-    failure = next((entry for entry in reports if isinstance(entry, str)), None)
+
+    # Steps 3 and 4: one file per rank. Every rank has all reports and draws the same conclusion,
+    # so all of them enter the next collective or none does.
+    reports = _write_and_exchange(temporary, owned)
+    failure = next((report.failure for report in reports if report.failure is not None), None)
+
+    # Steps 5 to 7: the commit.
     if failure is None:
-        failure = _on_main(lambda: _commit(temporary, target, step, reports, state, may_commit))
-    if rank == 0:
+        failure = _on_rank_0(
+            lambda: _commit(temporary, target, _manifest(step, reports, state), may_commit)
+        )
+
+    # Step 8. After a commit there is no hidden directory any more; after a failure it frees space.
+    if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         if failure is None:
-            with contextlib.suppress(
-                OSError
-            ):  # costs room only, and is tried again after the next one
+            # An old checkpoint that cannot be deleted only costs space; the next save retries.
+            with contextlib.suppress(OSError):
                 keep_newest(root, keep)
     return failure
 
 
-def _on_main(action: Callable[[], None]) -> str | None:
-    """Do it on rank 0; every rank learns why it failed, if it did."""
+def _temporary_directory(target: Path) -> Path:
+    """The same hidden directory on every rank; collective."""
+    writer = [os.getpid()]
+    dist.broadcast_object_list(writer, src=0)
+    return target.with_name(f".{target.name}.{writer[0]}.tmp")
+
+
+def _on_rank_0(action: Callable[[], None]) -> str | None:
+    """Run ``action`` on rank 0; every rank returns why it failed, or None. Collective."""
     failure: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:
@@ -94,61 +138,85 @@ def _make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def _write_share(directory: Path, name: str, owned: Iterable[Owned]) -> dict[str, Any]:
+def _write_and_exchange(directory: Path, owned: Iterable[Owned]) -> list[_RankReport]:
+    """Write this rank's file and return the reports of all ranks, by rank. Collective."""
+    rank = dist.get_rank()
+    try:
+        report = _write_file(directory, f"rank-{rank:05d}.safetensors", owned)
+    except WRITE_ERRORS as error:
+        # Not raised: the other ranks are about to enter the collective below and would wait there.
+        report = _RankReport(failure=f"rank {rank}: {error}")
+    reports = [_RankReport() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(reports, report)
+    return reports
+
+
+def _write_file(directory: Path, name: str, owned: Iterable[Owned]) -> _RankReport:
+    """Write one rank's file; no file if the rank owns nothing. Raises one of WRITE_ERRORS."""
     tensors: dict[str, Tensor] = {}
-    pieces: dict[tuple[str, int], TensorSlice] = {}
+    # A range is listed once, although each kind (master, exp_avg, ...) stores values for it.
+    slices: dict[tuple[str, int], TensorSlice] = {}
     shapes: dict[str, list[int]] = {}
-    kinds: dict[str, None] = {}
+    kinds: dict[str, None] = {}  # a set that keeps the order
     for parameter, shape, offset, kind, values in owned:
+        # A copy, also of tensors on the CPU: safetensors does not accept shared memory, and the
+        # values are views of one flat buffer.
         tensors[f"{kind}|{parameter}"] = values.detach().to("cpu", torch.float32, copy=True)
-        pieces[parameter, offset] = TensorSlice(parameter, offset, values.numel(), name)
-        shapes[parameter], kinds[kind] = list(shape), None
+        slices[parameter, offset] = TensorSlice(
+            name=parameter, offset=offset, length=values.numel(), file=name
+        )
+        shapes[parameter] = list(shape)
+        kinds[kind] = None
     if not tensors:
-        return {"pieces": [], "shapes": {}, "kinds": [], "files": {}}
+        return _RankReport()
     path = directory / name
     write_with(path, lambda temporary: save_file(tensors, temporary))
-    file = {"bytes": path.stat().st_size, "xxh3": file_digest(path)}
-    return {
-        "pieces": list(pieces.values()),
-        "shapes": shapes,
-        "kinds": list(kinds),
-        "files": {name: file},
-    }
+    return _RankReport(
+        shapes=shapes,
+        kinds=list(kinds),
+        slices=list(slices.values()),
+        files={name: {"bytes": path.stat().st_size, "xxh3": file_digest(path)}},
+    )
+
+
+def _manifest(step: int, reports: list[_RankReport], state: LoopState) -> Manifest:
+    """Merge the reports of all ranks."""
+    return Manifest(
+        step=step,
+        shapes={name: shape for report in reports for name, shape in report.shapes.items()},
+        kinds=next(report.kinds for report in reports if report.kinds),
+        slices=[part for report in reports for part in report.slices],
+        files={name: file for report in reports for name, file in report.files.items()},
+        state=state,
+    )
 
 
 def _commit(
-    temporary: Path,
-    target: Path,
-    step: int,
-    reports: list[Any],
-    state: dict[str, Any],
-    may_commit: Callable[[], bool],
+    temporary: Path, target: Path, manifest: Manifest, may_commit: Callable[[], bool]
 ) -> None:
-    shapes = {name: shape for report in reports for name, shape in report["shapes"].items()}
-    files = {name: file for report in reports for name, file in report["files"].items()}
-    kinds = next(report["kinds"] for report in reports if report["kinds"])
-    pieces = [piece for report in reports for piece in report["pieces"]]
-    _check_complete(shapes, pieces)
-    write_json(
-        temporary / "manifest.json", Manifest(step, shapes, kinds, pieces, files, state).to_json()
-    )
+    """Steps 5 to 7 on rank 0."""
+    # A range that no rank owns would be noticed only when somebody resumes: too late.
+    _check_complete(manifest)
+    write_json(temporary / MANIFEST_JSON, manifest.to_json())
     if not may_commit():
         shutil.rmtree(temporary, ignore_errors=True)
         raise StageError(
-            "a newer group of processes has taken over; this one ends without a checkpoint",
+            "a newer group of processes has replaced this one, which ends without a checkpoint",
             place=str(target),
-            remedy="nothing to do: the newer group goes on",
+            remedy="nothing to do: the newer group continues",
         )
+    # The files are durable already (write_with, write_json). If a crash undoes the rename, the
+    # directory has its hidden name; if not, everything in it is complete.
     os.rename(temporary, target)
     fsync_dir(target.parent)
 
 
-def _check_complete(shapes: dict[str, list[int]], pieces: list[TensorSlice]) -> None:
-    covered = dict.fromkeys(shapes, 0)
-    for piece in pieces:
-        covered[piece.name] += piece.length
-    for name, shape in shapes.items():
-        if covered[name] != torch.Size(shape).numel():
-            raise CheckpointError(
-                f"ranks own {covered[name]} of {torch.Size(shape).numel()} elements of {name}"
-            )
+def _check_complete(manifest: Manifest) -> None:
+    """Raise CheckpointError if the slices do not add up to the elements of each parameter."""
+    covered = dict.fromkeys(manifest.shapes, 0)
+    for part in manifest.slices:
+        covered[part.name] += part.length
+    for name, shape in manifest.shapes.items():
+        elements = torch.Size(shape).numel()
+        if covered[name] != elements:
+            raise CheckpointError(f"ranks own {covered[name]} of {elements} elements of {name}")

@@ -1,6 +1,15 @@
-"""Values written as ``auto`` because they depend on the images: chosen by looking at the source, each with its reason.
+"""Chooses values left to ``auto`` from the images, and tells the user the reason for each.
 
-stages.<training>.image_size, .epochs, .global_batch, and data.<name>.validation_fraction
+Keys: stages.<training>.image_size, .epochs and .global_batch, and data.<name>.validation_fraction.
+
+Worked example: 400 images in 4 class folders, median short side 150 pixels, no validation split,
+two processes on a CPU (BUDGETS["cpu"]: 96 pixels, 30,000 presentations, 4 to 60 epochs, batch 128):
+
+    validation_fraction  400 images are at least 50 per class                -> 0.1, 360 remain
+    image_size           150 pixels, rounded down to 128, limit 96           -> 96
+    epochs               30,000 / 360 = 83, limit 60; fine-tuning a third    -> 60 and 20
+    global_batch         2 processes x 2 = 4, doubled while an epoch keeps
+                         enough steps: 8 (45 steps), 16 (22), not 32 (11)    -> 16
 """
 
 from __future__ import annotations
@@ -14,84 +23,101 @@ from pipeline.config.machine import device, world_size
 from pipeline.config.schema import ClusterConfig
 from pipeline.config.yaml_tree.reading import Node
 from pipeline.errors import ConfigError
-from pipeline.sources.inspection import Source, look_at
+from pipeline.sources.inspection import SourceSummary, inspect_source
 
 AUTO = "auto"
 KEYS = ("image_size", "epochs", "global_batch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What a machine can be asked to do in a run of a few minutes (cpu) or hours (cuda)."""
+    """What fits into a run of minutes (cpu) or hours (cuda)."""
 
     image_size: int  # largest (pixels)
     presentations: int  # images shown in pretraining, over all epochs
-    epochs: tuple[int, int]
-    batch: int  # largest global batch
+    epochs: tuple[int, int]  # fewest, most
+    batch: int  # largest global batch (images)
 
 
+# Chosen for an early first result rather than the best accuracy. Every value can be set by hand.
 BUDGETS = {
-    "cpu": Budget(96, 30_000, (4, 60), 128),
-    "cuda": Budget(224, 20_000_000, (20, 300), 1024),
+    "cpu": Budget(image_size=96, presentations=30_000, epochs=(4, 60), batch=128),
+    "cuda": Budget(image_size=224, presentations=20_000_000, epochs=(20, 300), batch=1024),
 }
-SMALL_BATCH = 16  # below it a step is mostly overhead
-UNSEEN = {
-    "image_size": 64,
-    "epochs": 1,
-    "global_batch": 16,
-}  # where the images are not looked at (rehearsals)
+SMALLEST_SIZE = 64  # pixels; two multiples of the network's stride
+SMALL_BATCH = 16  # images; with fewer, overhead dominates a step
+STEPS_PER_EPOCH = 20  # fewest, for a batch that is not small
+STEPS_PER_EPOCH_SMALL = 4
+FEW_PER_CLASS = 50  # images; with fewer, more are held out
+# Rehearsals do not inspect the source. They replace these values by their own small ones.
+PLACEHOLDERS = {"image_size": 64, "epochs": 1, "global_batch": 16}
 
 
-def choose(tree: Node, *, look: bool) -> tuple[Node, list[str]]:
-    """Replace every 'auto' by a chosen value; returns the tree and what to say about it.
+@dataclass(frozen=True)
+class Choice:
+    """A chosen value and the reason, as a phrase for the user."""
 
-    Raises ConfigError where the source cannot be looked at.
+    value: int | float
+    reason: str
+
+
+def choose(tree: Node, *, inspect_sources: bool) -> tuple[Node, list[str]]:
+    """Replace every 'auto' in a job's tree by a chosen value.
+
+    Args:
+        inspect_sources: False for a rehearsal, which needs no source: take placeholders.
+
+    Returns:
+        the tree, and notes for the user.
+
+    Raises:
+        ConfigError: a source cannot be inspected, or has too few images.
     """
-    notes: list[str] = []
-    wanted = [
+    datasets = [name for name in _datasets(tree) if _is_auto(_fraction_node(tree, name))]
+    stage_keys = [
         (stage, key)
         for stage in TRAINING
         for key in KEYS
-        if (node := tree.get("stages", stage, key)) is not None and node.value == AUTO
+        if _is_auto(tree.get("stages", stage, key))
     ]
-    fractions = [
-        name
-        for name, node in _datasets(tree).items()
-        if (fraction := node.get("validation_fraction")) is not None and fraction.value == AUTO
-    ]
-    if not look:
-        for stage, key in wanted:
-            tree = tree.replaced(("stages", stage, key), Node(UNSEEN[key], "rehearse"))
-        for name in fractions:
-            tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, "rehearse"))
-        return tree, notes
-    names = dict.fromkeys([*fractions, *(_dataset_of(tree, stage) for stage, _ in wanted)])
-    sources = {name: _look(tree, name) for name in names}
-    for name, source in sources.items():
-        notes.append(f"data.{name}: {source.summary}")
-    for name in fractions:
-        value, reason = _fraction(sources[name])
-        tree = _chosen(tree, ("data", name, "validation_fraction"), value, reason, notes)
-    for stage, key in wanted:
-        name = _dataset_of(tree, stage)
+    if not inspect_sources:
+        return _with_placeholders(tree, datasets, stage_keys), []
+    # 1. Inspect each source once, although several keys may need it.
+    names = dict.fromkeys([*datasets, *(_dataset_of(tree, stage) for stage, _ in stage_keys)])
+    sources = {name: _inspect(tree, name) for name in names}
+    notes = [f"data.{name}: {source.summary}" for name, source in sources.items()]
+    # 2. Held-out shares first: they decide how many training images the stages have.
+    for name in datasets:
+        choice = _validation_fraction(sources[name])
+        tree = _with_choice(tree, ("data", name, "validation_fraction"), choice, notes)
+    # 3. The stages.
+    for stage, key in stage_keys:
+        source = sources[_dataset_of(tree, stage)]
         try:
-            value, reason = _advice(
-                tree, stage, key, sources[name], _training_images(tree, name, sources[name])
-            )
+            choice = _stage_choice(tree, stage, key, source)
         except ConfigError as error:
             place = (tree.get("stages", stage, key) or tree).origin
-            raise ConfigError(
-                f"stages.{stage}.{key}: {error.cause}", place=place, remedy=error.remedy
-            ) from None
-        tree = _chosen(tree, ("stages", stage, key), value, reason, notes)
+            cause = f"stages.{stage}.{key}: {error.cause}"
+            raise ConfigError(cause, place=place, remedy=error.remedy) from None
+        tree = _with_choice(tree, ("stages", stage, key), choice, notes)
     return tree, notes
 
 
-def _chosen(
-    tree: Node, path: tuple[str, ...], value: int | float, reason: str, notes: list[str]
-) -> Node:
-    notes.append(f"{'.'.join(path)} = {value}: {reason}")
-    return tree.replaced(path, Node(value, f"chosen: {reason}"))
+def _is_auto(node: Node | None) -> bool:
+    return node is not None and node.value == AUTO
+
+
+def _with_placeholders(tree: Node, datasets: list[str], stage_keys: list[tuple[str, str]]) -> Node:
+    for stage, key in stage_keys:
+        tree = tree.replaced(("stages", stage, key), Node(PLACEHOLDERS[key], "rehearse"))
+    for name in datasets:
+        tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, "rehearse"))
+    return tree
+
+
+def _with_choice(tree: Node, path: tuple[str, ...], choice: Choice, notes: list[str]) -> Node:
+    notes.append(f"{'.'.join(path)} = {choice.value}: {choice.reason}")
+    return tree.replaced(path, Node(choice.value, f"chosen: {choice.reason}"))
 
 
 def _datasets(tree: Node) -> dict[str, Node]:
@@ -99,62 +125,61 @@ def _datasets(tree: Node) -> dict[str, Node]:
     return data.entries() if data is not None else {}
 
 
+def _fraction_node(tree: Node, name: str) -> Node | None:
+    return tree.get("data", name, "validation_fraction")
+
+
 def _dataset_of(tree: Node, stage: str) -> str:
-    named = tree.get("stages", stage, "data")
+    """The name of the dataset that a stage trains on."""
+    node = tree.get("stages", stage, "data")
     names = list(_datasets(tree))
-    if named is not None and isinstance(named.value, str) and named.value in names:
-        return named.value
+    if node is not None and isinstance(node.value, str) and node.value in names:
+        return node.value
     if len(names) == 1:
         return names[0]
     section = tree.get("stages", stage) or tree
+    cause = f"stages.{stage}.data: 'auto' needs to know the dataset"
     remedy = f"data: one of {', '.join(names)}" if names else "name a dataset in `data`"
-    raise ConfigError(
-        f"stages.{stage}.data: 'auto' needs to know the dataset",
-        place=section.origin,
-        remedy=remedy,
-    )
+    raise ConfigError(cause, place=section.origin, remedy=remedy)
 
 
-def _look(tree: Node, name: str) -> Source:
+def _inspect(tree: Node, name: str) -> SourceSummary:
+    """Inspect the source of a dataset."""
     dataset = _datasets(tree)[name]
-    root, layout = dataset.get("root"), dataset.get("layout")
+    root = dataset.get("root")
+    layout = dataset.get("layout")
     if root is None or not isinstance(root.value, str) or not root.value:
         place = root.origin if root is not None else dataset.origin
-        short = "data.root" if len(_datasets(tree)) == 1 else f"data.{name}.root"
-        raise ConfigError(
-            f"data.{name}.root: no folder of images is given",
-            place=place,
-            remedy=f"--set {short}=DIR",
-        )
-    return look_at(
-        root.value,
-        str(layout.value) if layout is not None else AUTO,
-        f"data.{name}.root",
-        root.origin,
-    )
+        key = "data.root" if len(_datasets(tree)) == 1 else f"data.{name}.root"
+        cause = f"data.{name}.root: no folder of images is given"
+        raise ConfigError(cause, place=place, remedy=f"--set {key}=DIR")
+    layout_name = str(layout.value) if layout is not None else AUTO
+    return inspect_source(root.value, layout_name, f"data.{name}.root", root.origin)
 
 
-def _fraction(source: Source) -> tuple[float, str]:
+def _validation_fraction(source: SourceSummary) -> Choice:
     if source.has_validation:
-        return 0.1, "not used: the source has a validation split of its own"
-    if source.images < 50 * source.classes:
-        return (
-            0.2,
-            f"{source.images // source.classes} images a class: more held out, for a figure that means something",
-        )
-    return 0.1, "held out by content hash: the source has no validation split"
+        return Choice(0.1, "not used: the source has a validation split of its own")
+    # A tenth of 20 images is 2: one mistake would move the accuracy by 50 percentage points.
+    if source.images < FEW_PER_CLASS * source.classes:
+        per_class = source.images // source.classes
+        reason = f"only {per_class} images per class: more are held out for a reliable accuracy"
+        return Choice(0.2, reason)
+    return Choice(0.1, "held out by content hash: the source has no validation split")
 
 
-def _training_images(tree: Node, name: str, source: Source) -> int:
-    node = tree.get("data", name, "validation_fraction")
-    held_out = (
-        float(node.value) if node is not None and isinstance(node.value, (int, float)) else 0.1
-    )
-    return source.images if source.has_validation else max(1, round(source.images * (1 - held_out)))
+def _training_images(tree: Node, name: str, source: SourceSummary) -> int:
+    """Images that remain for training. Example: 400 images, 0.1 held out -> 360."""
+    if source.has_validation:
+        return source.images
+    node = _fraction_node(tree, name)
+    held_out = node.value if node is not None else None
+    fraction = float(held_out) if isinstance(held_out, (int, float)) else 0.1
+    return max(1, round(source.images * (1 - fraction)))
 
 
 def _cluster(tree: Node) -> ClusterConfig:
-    """The part of the cluster that tells the device and the processes; what is wrong with it is told by the schema later."""
+    """The keys of the cluster section that decide device and number of processes."""
     written = {
         key: node.data()
         for key in ("device", "processes")
@@ -163,42 +188,64 @@ def _cluster(tree: Node) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate(written, strict=True)
     except ValidationError:
-        return ClusterConfig()
+        return ClusterConfig()  # the schema reports the mistake later, with its line
 
 
-def _advice(tree: Node, stage: str, key: str, source: Source, images: int) -> tuple[int, str]:
+def _stage_choice(tree: Node, stage: str, key: str, source: SourceSummary) -> Choice:
     cluster = _cluster(tree)
-    budget = BUDGETS[device(cluster)]
+    device_name = device(cluster)
+    budget = BUDGETS[device_name]
     if key == "image_size":
-        return _image_size(source, budget, device(cluster), later=stage == "finetune")
+        return _image_size(source, budget, device_name, finetune=stage == "finetune")
+    images = _training_images(tree, _dataset_of(tree, stage), source)
     if key == "epochs":
-        low, high = budget.epochs
-        share = 1 if stage == "pretrain" else 3
-        epochs = min(high, max(low, budget.presentations // images)) // share or 1
-        return (
-            epochs,
-            f"{images} training images, about {epochs * images} shown on {device(cluster)}",
-        )
+        return _epochs(images, budget, device_name, finetune=stage == "finetune")
     return _global_batch(images, budget, world_size(cluster))
 
 
-def _image_size(source: Source, budget: Budget, where: str, later: bool) -> tuple[int, str]:
-    """The largest multiple of 32 that most images fill, within what the machine can do; fine-tuning goes one step up."""
-    size = min(budget.image_size, max(64, source.short_side // 32 * 32))
-    if later and source.short_side >= size + 32 and where == "cuda":
+def _image_size(
+    source: SourceSummary, budget: Budget, device_name: str, *, finetune: bool
+) -> Choice:
+    """The largest multiple of 32 that most images fill, within the budget.
+
+    Fine-tuning on a GPU goes one step up, as the published recipes do.
+    """
+    # Beyond the median side most images would be enlarged: more compute, no more detail.
+    size = min(budget.image_size, max(SMALLEST_SIZE, source.short_side // 32 * 32))
+    if finetune and source.short_side >= size + 32 and device_name == "cuda":
         size += 32
-    return (
-        size,
-        f"median short side {source.short_side} pixels, between 64 and {budget.image_size} on {where}",
+    reason = (
+        f"median short side {source.short_side} pixels, "
+        f"between {SMALLEST_SIZE} and {budget.image_size} on {device_name}"
     )
+    return Choice(size, reason)
 
 
-def _global_batch(images: int, budget: Budget, processes: int) -> tuple[int, str]:
-    """Even shares to all processes, doubled while an epoch keeps 20 steps (4 below SMALL_BATCH images)."""
+def _epochs(images: int, budget: Budget, device_name: str, *, finetune: bool) -> Choice:
+    """As many as the budget of presentations allows; fine-tuning takes a third of them."""
+    fewest, most = budget.epochs
+    epochs = min(most, max(fewest, budget.presentations // images))
+    if finetune:
+        epochs = max(1, epochs // 3)
+    shown = epochs * images
+    return Choice(epochs, f"{images} training images, about {shown} shown on {device_name}")
+
+
+def _global_batch(images: int, budget: Budget, processes: int) -> Choice:
+    """Twice the number of processes, doubled while an epoch keeps enough steps.
+
+    An even batch per process, because mixup and cutmix pair the images of a micro-batch.
+    """
     batch = 2 * processes
-    while 2 * batch <= budget.batch and images // (2 * batch) >= (4 if batch < SMALL_BATCH else 20):
+    # Too few steps per epoch train badly however many epochs follow; with tiny batches even a few
+    # steps are worth doubling for. Example: 360 images, 2 processes: 4 -> 8 -> 16, see above.
+    while 2 * batch <= budget.batch:
+        enough = STEPS_PER_EPOCH_SMALL if batch < SMALL_BATCH else STEPS_PER_EPOCH
+        if images // (2 * batch) < enough:
+            break
         batch *= 2
+    # 2 x processes can exceed a tiny dataset, and an epoch of zero steps would train nothing.
     if batch > images:
         cause = f"{images} training images are too few for {processes} processes"
-        raise ConfigError(cause, remedy="more images, or --set cluster.processes=1")
-    return batch, f"{images // batch} steps an epoch on {processes} processes"
+        raise ConfigError(cause, remedy="add images, or --set cluster.processes=1")
+    return Choice(batch, f"{images // batch} steps per epoch on {processes} processes")

@@ -1,13 +1,14 @@
-"""A job file, the files that it names and the command line -> a checked Job that knows where each value comes from.
+"""Turns a job file, the files it names and the command line into a validated job.
 
-Order: the file; ``--set``; names of files in configs/ replaced by their content; ``${VAR}``; values left to 'auto' that
-depend on the images; the schema. Nothing is started here.
+Steps: read the file; apply ``--set``; replace names of files in configs/ by their content; replace
+``${VAR}``; choose values left to 'auto' from the images; validate. Every value remembers where it
+was written. Nothing is started here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any
 from pipeline.config import auto_values
 from pipeline.config.job_queries import ORDER
 from pipeline.config.schema import Job
+from pipeline.config.schema_text import describe
 from pipeline.config.schema_text.validate import validate
 from pipeline.config.smoke_test import ORIGIN as REHEARSE
-from pipeline.config.smoke_test import rehearse as rehearsed
+from pipeline.config.smoke_test import rehearse as make_rehearsal
 from pipeline.config.yaml_tree import references
+from pipeline.config.yaml_tree.diagnostics import raise_problems
+from pipeline.config.yaml_tree.old_names import replace_old_names
 from pipeline.config.yaml_tree.overrides import apply
 from pipeline.config.yaml_tree.reading import Node, read_mapping
 from pipeline.errors import ConfigError
@@ -29,12 +33,12 @@ from pipeline.sources import class_lists
 DEFAULT = "default"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedJob:
-    """A job, where each of its values comes from, and what should be said aloud about it.
+    """A job, the origin of each of its values, and notes for the user.
 
-    ``origins``: dotted key (of values and of written sections) -> "file:line", "--set", "default", "rehearse" or
-    "chosen: <reason>".
+    ``origins``: dotted key (of values and of written sections) -> "file:line", "--set", "default",
+    "rehearse" or "chosen: <reason>".
     """
 
     job: Job
@@ -43,7 +47,10 @@ class LoadedJob:
     notes: list[str] = field(default_factory=list)
 
     def resolved(self) -> dict[str, Any]:
-        """The whole job as plain values, with the keys of the job file; a job file of them gives the same job."""
+        """The job as plain values, with the keys of the job file.
+
+        A job file with these values gives the same job.
+        """
         values = self.job.model_dump(mode="json", by_alias=True)
         values["stages"] = {
             name: section for name, section in values["stages"].items() if section is not None
@@ -51,111 +58,136 @@ class LoadedJob:
         return values
 
 
-def load_job(path: Path, overrides: Sequence[str] = (), *, rehearse: bool = False) -> LoadedJob:
+def load_job(
+    path: Path, overrides: Sequence[str] = (), *, rehearse: bool = False, migrate: bool = False
+) -> LoadedJob:
     """Read a job file.
 
     Args:
         overrides: "a.b.c=value" texts of ``--set``.
-        rehearse: the same job shrunk to fit a laptop (see rehearse.py); of the real one is told what cannot work.
+        rehearse: shrink the job to fit a laptop (see ``smoke_test``).
+        migrate: accept names of earlier releases. For ``run.yaml`` of a run directory, which this
+            pipeline wrote; in a user's file an old name is an error.
 
     Raises:
-        ConfigError: with file:line, all that the schema or a reference finds wrong (catalogue C1-C4, C6, C9, C10).
+        ConfigError: with file:line, every problem that the schema or a reference reveals
+            (catalogue C1-C4, C6, C9, C10).
     """
     folder = path.resolve().parent
-    tree = references.expand(apply(read_mapping(path), overrides), references.Fragments(folder))
+    fragments = references.Fragments(folder)
+    tree = references.name_the_dataset(read_mapping(path))
+    # Old names are replaced before files are merged: an old name in run.yaml must override the new
+    # one in a recipe.
+    tree = replace_old_names(tree, describe.root(), fragments.old_names)
+    tree = references.expand(apply(tree, overrides), fragments)
+    if not migrate:
+        raise_problems(fragments.old_names)
+    # Before ${VAR} is replaced: a rehearsal must not require variables of sources it never reads.
     if rehearse:
         tree = _without_sources(tree)
     tree = references.substitute(tree)
-    tree, notes = auto_values.choose(tree, look=not rehearse)
-    tree = _files(tree, folder)
+    tree, notes = auto_values.choose(tree, inspect_sources=not rehearse)
+    tree = _with_absolute_paths(tree, folder)
     notes = _empty_stages(tree) + notes
     job = validate(tree)
     origins = _origins(job.model_dump(by_alias=True), tree)
     if not rehearse:
-        return LoadedJob(job, origins, path, notes)
-    small, changed, said = rehearsed(job, origins)
-    origins = _origins(small.model_dump(by_alias=True), tree) | dict.fromkeys(changed, REHEARSE)
-    return LoadedJob(small, origins, path, notes + said)
+        return LoadedJob(job=job, origins=origins, path=path, notes=notes)
+    # Only now: the rehearsal checks the real job first, and needs its validated values for that.
+    small = make_rehearsal(job, origins)
+    origins = _origins(small.job.model_dump(by_alias=True), tree)
+    origins |= dict.fromkeys(small.changed_keys, REHEARSE)
+    return LoadedJob(job=small.job, origins=origins, path=path, notes=notes + small.notes)
 
 
-def _origins(values: dict[str, Any], tree: Node, path: tuple[str, ...] = ()) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _origins(
+    values: Mapping[str, object], tree: Node, above: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Where each value of a job was written; sections count only if they were written."""
+    origins: dict[str, str] = {}
     for key, value in values.items():
-        node = tree.get(*path, key)
+        path = (*above, key)
+        # A default has no node. A section of defaults gets no entry: nobody wrote it.
+        node = tree.get(*path)
         if node is not None or not isinstance(value, dict):
-            found[".".join((*path, key))] = node.origin if node is not None else DEFAULT
+            origins[".".join(path)] = node.origin if node is not None else DEFAULT
         if isinstance(value, dict):
-            found |= _origins(value, tree, (*path, key))
-    return found
+            origins |= _origins(value, tree, path)
+    return origins
 
 
 def _without_sources(tree: Node) -> Node:
-    """A rehearsal makes its images up: where the real ones lie does not matter, nor whether its variables are set."""
+    """Remove the datasets' roots: a rehearsal needs neither the folders nor their ${VAR}."""
     data = tree.get("data")
     for name in data.entries() if data is not None else ():
         tree = tree.replaced(("data", name, "root"), Node("", REHEARSE))
     return tree
 
 
-def _files(tree: Node, folder: Path) -> Node:
-    """Files that are named are found now (C6) and become absolute, so that every process finds them."""
+def _with_absolute_paths(tree: Node, folder: Path) -> Node:
+    """Make the paths in a job absolute, so that every process finds the files.
+
+    Raises:
+        ConfigError: there is no such class list (C6).
+    """
     data = tree.get("data")
     for name, dataset in data.entries().items() if data is not None else ():
-        tree = _replaced(tree, ("data", name, "root"), partial(_source, dataset))
-        tree = _replaced(tree, ("data", name, "classes"), partial(_class_list, folder))
+        tree = _with_path(tree, ("data", name, "root"), partial(_source, dataset))
+        tree = _with_path(tree, ("data", name, "classes"), partial(_class_list, folder))
     for stage in ORDER:
-        tree = _replaced(tree, ("stages", stage, "recipe"), partial(_recipe, folder))
-        tree = _replaced(tree, ("stages", stage, "from"), _weights)
+        tree = _with_path(tree, ("stages", stage, "recipe"), partial(_recipe, folder))
+        tree = _with_path(tree, ("stages", stage, "from"), _weights)
     return tree
 
 
-def _replaced(tree: Node, path: tuple[str, ...], change: Callable[[str], str]) -> Node:
-    node = tree.get(*path)
+def _with_path(tree: Node, key: tuple[str, ...], absolute: Callable[[str], str]) -> Node:
+    node = tree.get(*key)
     if node is None or not isinstance(node.value, str) or not node.value:
         return tree
     try:
-        return tree.replaced(path, Node(change(node.value), node.origin))
+        return tree.replaced(key, Node(absolute(node.value), node.origin))
     except ConfigError as error:
-        raise ConfigError(
-            f"{'.'.join(path)}: {error.cause}", place=node.origin, remedy=error.remedy
-        ) from None
+        cause = f"{'.'.join(key)}: {error.cause}"
+        raise ConfigError(cause, place=node.origin, remedy=error.remedy) from None
 
 
 def _source(dataset: Node, root: str) -> str:
     layout = dataset.get("layout")
     path = os.path.expanduser(root)
-    is_name = (
-        layout is not None and layout.value == "huggingface" and not os.path.exists(path)
-    )  # a dataset of the hub
-    return root if "://" in root or is_name else os.path.abspath(path)
+    is_hugging_face = layout is not None and layout.value == "huggingface"
+    # URLs stay, and so do names of datasets on the Hugging Face hub ("user/dataset").
+    if "://" in root or (is_hugging_face and not os.path.exists(path)):
+        return root
+    return os.path.abspath(path)
 
 
 def _class_list(folder: Path, listed: str) -> str:
     if listed == "auto":
         return listed
+    # A shipped list keeps its name, so that run.yaml reads the same on every machine.
     path = class_lists.find(listed, folder)
     return listed if path.parent == class_lists.FOLDER else os.path.abspath(path)
 
 
 def _recipe(folder: Path, name: str) -> str:
+    # Shipped recipes keep their names; the user's own become paths, because run.yaml is not read
+    # from the job file's folder.
     path = references.Fragments(folder).find("recipe", name)
     return name if path is None or path.parent == CONFIGS / "recipe" else os.path.abspath(path)
 
 
 def _weights(source: str) -> str:
-    return (
-        os.path.abspath(os.path.expanduser(source)) if source.endswith(".safetensors") else source
-    )
+    if not source.endswith(".safetensors"):
+        return source
+    return os.path.abspath(os.path.expanduser(source))
 
 
 def _empty_stages(tree: Node) -> list[str]:
+    """Notes about stages without a value, which YAML reads as null: `export:` runs nothing."""
     stages = tree.get("stages")
-    empty = (
-        [(name, node) for name, node in stages.entries().items() if node.value is None]
-        if stages is not None
-        else []
-    )
     return [
-        f"{node.origin}: stages.{name} is empty and left out; write {name}: {{}} for its defaults"
-        for name, node in empty
+        f"{node.origin}: stages.{name} is empty and will not run; "
+        f"write {name}: {{}} for its defaults"
+        for name, node in (stages.entries().items() if stages is not None else ())
+        if node.value is None
     ]

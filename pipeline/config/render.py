@@ -1,12 +1,12 @@
-"""A job in words: everything it resolves to and where from (`--dry-run`), and what a key means (`explain`)."""
+"""Renders a job as text: its values with their origins (``--dry-run``), or a key (``explain``)."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from pipeline.command import command
 from pipeline.config.job_queries import (
     batches,
     dataset_name,
@@ -20,7 +20,9 @@ from pipeline.config.load import DEFAULT, LoadedJob
 from pipeline.config.machine import device
 from pipeline.config.machine import world_size as processes
 from pipeline.config.schema import Job
+from pipeline.config.schema.renamed import RENAMED_KEYS
 from pipeline.config.schema_text import describe
+from pipeline.config.schema_text.describe import SchemaKey
 from pipeline.config.yaml_tree.reading import scalar
 from pipeline.errors import ConfigError
 from pipeline.suggest import closest
@@ -29,26 +31,29 @@ MARGIN = 58  # column of the origins
 
 
 def job_file(loaded: LoadedJob) -> str:
-    """The resolved job as a job file of its own, with the origin of each value as a comment: what run.yaml holds."""
+    """The resolved job as a job file, each value with its origin as a comment: run.yaml."""
     return "\n".join(_yaml(loaded.resolved(), loaded.origins)) + "\n"
 
 
 def dry_run(
     loaded: LoadedJob, *, world_size: int | None = None, images: Mapping[str, int] | None = None
 ) -> str:
-    """The resolved job with the origin of each value, and what would run, as plain text.
+    """The resolved job with the origin of each value, and the plan of its stages.
 
-    ``images``: training images of datasets that are prepared already; generated ones are known without.
+    Args:
+        world_size: number of training processes; default: as the job says.
+        images: number of training images of datasets that are already prepared. The number of
+            synthetic images is known without it.
     """
     world = processes(loaded.job.cluster) if world_size is None else world_size
-    lines = ["", "# What would run", *_plan(loaded.job, world, images or {})]
+    lines = ["", "# Plan", *_plan(loaded.job, world, images or {})]
     if loaded.notes:
         lines += ["", "# Notes", *loaded.notes]
     return job_file(loaded) + "\n".join(lines) + "\n"
 
 
 def _yaml(
-    values: Mapping[str, Any], origins: Mapping[str, str], above: str = "", indent: str = ""
+    values: Mapping[str, object], origins: Mapping[str, str], above: str = "", indent: str = ""
 ) -> Iterator[str]:
     for key, value in values.items():
         dotted = f"{above}{key}"
@@ -56,20 +61,26 @@ def _yaml(
             yield f"{indent}{key}:"
             yield from _yaml(value, origins, f"{dotted}.", indent + "  ")
         else:
-            yield f"{f'{indent}{key}: {_text(value)}':<{MARGIN}}  # {origins.get(dotted, DEFAULT)}"
+            line = f"{indent}{key}: {_text(value)}"
+            yield f"{line:<{MARGIN}}  # {origins.get(dotted, DEFAULT)}"
 
 
-def _text(value: Any) -> str:
-    """A value as YAML that reads back as the same."""
+def _text(value: object) -> str:
+    """A value as YAML that reads back as the same value."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if not isinstance(value, str):
         return json.dumps(value)
+    # Without quotes only if YAML reads it back as the same text: "2024" would become a number.
     if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_./-]*", value) and scalar(value) == value:
         return value
+    # YAML's escapes are JSON's, but JSON writes characters beyond U+FFFF as two surrogates, which
+    # YAML refuses. Printable characters are written as they are, all others as \UXXXXXXXX.
     letters = (
-        json.dumps(one, ensure_ascii=False)[1:-1] if one.isprintable() else f"\\U{ord(one):08x}"
-        for one in value
+        json.dumps(letter, ensure_ascii=False)[1:-1]
+        if letter.isprintable()
+        else f"\\U{ord(letter):08x}"
+        for letter in value
     )
     return f'"{"".join(letters)}"'
 
@@ -82,88 +93,130 @@ def _plan(job: Job, world: int, images: Mapping[str, int]) -> Iterator[str]:
 def _stage(job: Job, stage: str, world: int, images: Mapping[str, int]) -> str:
     where = f"{world} process{'es' if world > 1 else ''} on {device(job.cluster)}"
     if stage == "prepare":
-        return "; ".join(
-            f"{name} ({job.data[name].root or 'made up'})"
-            for name in prepared_names(job)
-            if name in job.data
-        )
+        names = [name for name in prepared_names(job) if name in job.data]
+        return "; ".join(f"{name} ({job.data[name].root or 'synthetic'})" for name in names)
     if stage == "evaluate":
         return f"{dataset_name(job, stage)}, {evaluate_image_size(job)} pixels, {where}"
     if stage == "export":
         return "safetensors, model.json, preprocessing and class names"
-    train, name = train_config(job, stage), dataset_name(job, stage)
-    weights = f"from {train.initial}" if train.initial else "from scratch"
+    train = train_config(job, stage)
     micro, accumulation = batches(train, world)
-    made_up = job.data[name].synthetic
-    known = images.get(name) or (
-        made_up.classes * made_up.images_per_class if made_up is not None else None
-    )
-    length = f"{train.epochs} epochs" + (f", about {steps(train, known)} steps" if known else "")
-    if train.max_steps is not None and not known:
-        length += f", at most {train.max_steps} steps"
+    parts = [
+        dataset_name(job, stage),
+        f"from {train.initial}" if train.initial else "from scratch",
+        f"{train.image_size} pixels",
+        _length(job, stage, images),
+    ]
     return (
-        f"{name}, {weights}, {train.image_size} pixels, {length}; {where}, {train.precision}, ZeRO-{train.zero_stage}, "
-        f"global batch {train.global_batch} = {world} x {micro} x {accumulation} (processes x micro batch x accumulation)"
+        f"{', '.join(parts)}; {where}, {train.precision}, ZeRO-{train.zero_stage}, "
+        f"global batch {train.global_batch} = {world} x {micro} x {accumulation} "
+        "(processes x micro batch x accumulation)"
     )
+
+
+def _length(job: Job, stage: str, images: Mapping[str, int]) -> str:
+    """The length of a training stage: epochs, and steps if the number of images is known."""
+    train = train_config(job, stage)
+    name = dataset_name(job, stage)
+    epochs = f"{train.epochs} epoch{'s' if train.epochs > 1 else ''}"
+    synthetic = job.data[name].synthetic
+    # The number of real images is known only after preparation; of synthetic ones, at once.
+    count = images.get(name)
+    if not count and synthetic is not None:
+        count = synthetic.classes * synthetic.images_per_class
+    if count:
+        return f"{epochs}, about {steps(train, count)} steps"
+    limit = f", at most {train.max_steps} steps" if train.max_steps is not None else ""
+    return f"{epochs}{limit}"
 
 
 def explain(key: str, loaded: LoadedJob | None = None) -> str:
-    """What a key means, its type, unit and default and, with a job, its values and where they come from.
+    """Meaning, type, unit and default of a key; with a job, its values and their origins.
 
-    A last part alone will do (``lr``). Raises ConfigError with the closest key where there is none.
+    The last part of a key is enough (``base_lr``).
+
+    Raises:
+        ConfigError: there is no such key, or it was renamed; names the closest one or the new one.
     """
-    found = _find(key)
-    first = found[0]
+    keys = _find(key)
+    first = keys[0]
+    # A section: list its keys. A value: type, unit, default and where else the name occurs.
     lines = [first.dotted, f"  {first.description}"]
     if first.keys:
         children = [child for name in first.keys if (child := first.child(name)) is not None]
-        lines += [f"    {child.path[-1]:<20} {child.description}" for child in children]
+        lines += [f"    {child.path[-1]:<24} {child.description}" for child in children]
         return "\n".join(lines)
     lines.append(f"  type     {first.expectation}")
     if first.unit:
         lines.append(f"  unit     {first.unit}")
-    lines.append(
-        f"  default  {'none: it must be given' if first.required else json.dumps(first.schema.get('default'))}"
-    )
-    if len(found) > 1:
-        lines.append(f"  also     {', '.join(one.dotted for one in found[1:])}")
+    default = "none: required" if first.required else json.dumps(first.schema.get("default"))
+    lines.append(f"  default  {default}")
+    if len(keys) > 1:
+        lines.append(f"  also     {', '.join(other.dotted for other in keys[1:])}")
     if loaded is not None:
-        lines += _present(found, loaded)
+        lines += _present(keys, loaded)
     return "\n".join(lines)
 
 
-def _find(key: str) -> list[describe.Field]:
-    """The key that was asked for, then those of the same name in other stages. Raises ConfigError where there is none."""
+def _find(key: str) -> list[SchemaKey]:
+    """The requested key, then those with the same name in other sections.
+
+    Raises:
+        ConfigError: see ``explain``.
+    """
     path = tuple(part for part in key.strip().split(".") if part)
     if len(path) > 1 and path[0] == "data" and describe.is_dataset_key(path[1]):
-        path = ("data", describe.ANY, *path[1:])
-    everything = list(describe.all_fields())
-    if path and (asked := describe.field(path)) is not None:
-        stage, rest = path[0] == "stages", path[2:]
-        return [
-            asked,
-            *(
-                one
-                for one in everything
-                if stage and rest and one.path[2:] == rest and one.path[1] != path[1]
-            ),
-        ]
-    if path and (ending := [one for one in everything if one.path[-len(path) :] == path]):
-        return ending
-    last = closest(key.rpartition(".")[2], [one.path[-1] for one in everything])
-    best = closest(key, [one.dotted for one in everything]) or last
+        path = ("data", describe.ANY, *path[1:])  # data.root: of any dataset
+    keys = _matching(path)
+    if keys:
+        return keys
+    present = tuple(RENAMED_KEYS.get(part, part) for part in path)
+    if present != path and _matching(present):
+        old_and_new = zip(path, present, strict=True)
+        cause = ", ".join(
+            f"'{old}' was renamed to '{new}'" for old, new in old_and_new if old != new
+        )
+        new_key = ".".join(part for part in present if part != describe.ANY)
+        raise ConfigError(cause, place="explain", remedy=command("explain", new_key))
+    # Compare whole keys first; `pretrain.epoch` resembles no whole key, but its last part does.
+    everything = list(describe.all_keys())
+    last = closest(key.rpartition(".")[2], [known.path[-1] for known in everything])
+    best = closest(key, [known.dotted for known in everything]) or last
     remedy = f"did you mean '{best}'?" if best else f"sections: {', '.join(describe.root().keys)}"
     raise ConfigError(f"there is no key '{key}'", place="explain", remedy=remedy)
 
 
-def _present(found: list[describe.Field], loaded: LoadedJob) -> Iterator[str]:
-    """The values that a job has under these keys."""
-    wanted = [re.escape(one.dotted).replace(re.escape(describe.ANY), "[^.]+") for one in found]
-    keys = [key for key in loaded.origins if any(re.fullmatch(pattern, key) for pattern in wanted)]
-    for key in keys:
-        value: Any = loaded.resolved()
-        for part in key.split("."):
+def _matching(path: tuple[str, ...]) -> list[SchemaKey]:
+    """The key at a full path and its namesakes in other stages, or all keys that end with it."""
+    if not path:
+        return []
+    everything = list(describe.all_keys())
+    # A full key: show its namesake in the other training stage too, which is often the one meant.
+    exact = describe.find(path)
+    if exact is None:
+        return [key for key in everything if key.path[-len(path) :] == path]
+    if path[0] != "stages" or len(path) < 3:
+        return [exact]
+    return [
+        exact,
+        *(key for key in everything if key.path[2:] == path[2:] and key.path[1] != path[1]),
+    ]
+
+
+def _present(keys: list[SchemaKey], loaded: LoadedJob) -> Iterator[str]:
+    """The values that a job has for these keys."""
+    # data.<name>.root stands for the root of every dataset of the job.
+    patterns = [re.escape(key.dotted).replace(re.escape(describe.ANY), "[^.]+") for key in keys]
+    dotted_keys = [
+        dotted
+        for dotted in loaded.origins
+        if any(re.fullmatch(pattern, dotted) for pattern in patterns)
+    ]
+    for dotted in dotted_keys:
+        value: object = loaded.resolved()
+        for part in dotted.split("."):
+            assert isinstance(value, dict)
             value = value[part]
-        yield f"  {key} = {json.dumps(value, ensure_ascii=False)}  ({loaded.origins[key]})"
-    if not keys:
+        yield f"  {dotted} = {json.dumps(value, ensure_ascii=False)}  ({loaded.origins[dotted]})"
+    if not dotted_keys:
         yield f"  not in the job {loaded.job.name}"

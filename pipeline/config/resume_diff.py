@@ -1,109 +1,112 @@
-"""What changed between a run that has begun and the job that would go on with it, and whether it may (C8)."""
+"""Compares the settings a stage was started with to those of the job that would resume it (C8).
+
+Worked example. A pretraining stage was started, was interrupted, and the job file now differs in
+four keys:
+
+    stages.pretrain.log_every_steps  10 -> 50      may change: decides what is reported
+    model.columns                    8 -> 16       refused: decides what is computed
+    stages.finetune.base_lr          1e-3 -> 5e-4  not listed: concerns another stage
+    data.other.root                  /a -> /b      not listed: this stage uses another dataset
+
+Whether a key may change is written beside the key in the schema (``Rules.may_change_on_resume``).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline.config.job_queries import ORDER, TRAINING
+from pipeline.config.schema import Job
+from pipeline.config.schema.rules import may_change_on_resume
 
-Resolved = Mapping[str, Any]
+# A job as plain values: LoadedJob.resolved(), or stages/<stage>/job.json of a run directory.
+Resolved: TypeAlias = Mapping[str, Any]
 
 MISSING = "(not there)"
-# Keys, without the section in front, that change how a stage runs or reports, but not what it computes.
-TRAIN_ALLOWED = {
-    "log_every_steps",
-    "eval_every_epochs",
-    "eval_resize",
-    "keep_checkpoints",
-    "checkpoint_every_steps",
-    "micro_batch",
-    "zero_stage",
-    "recipe",
-    "on_mismatch",
-    "on_bad_sample",
-}
-EVALUATE_ALLOWED = {"batch"}
-MODEL_ALLOWED = {"activations", "stored_columns"}
-DATA_ALLOWED_LATER = {"root"}  # once prepared, the shards are what is read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
-    """One key that differs; ``allowed``: the begun stage may go on with the new value."""
+    """A key whose value differs. ``allowed``: the started stage may resume with the new value."""
 
     key: str
-    old: Any
-    new: Any
+    old: object
+    new: object
     allowed: bool
 
     def __str__(self) -> str:
-        sign = "may change" if self.allowed else "refused"
-        return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}  ({sign})"
+        verdict = "may change" if self.allowed else "refused"
+        return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}  ({verdict})"
 
 
 def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
-    """The keys that concern ``stage`` and differ between two resolved jobs (LoadedJob.resolved(), run.yaml).
+    """The keys that ``stage`` depends on and that differ between two resolved jobs.
 
-    Keys of other stages and of datasets that the stage does not use are left out: changing them does not concern it.
+    Keys of other stages, and of datasets that the stage does not use, are not listed.
     """
-    before, after = dict(_flat(_concerning(old, stage))), dict(_flat(_concerning(new, stage)))
-    keys = [*before, *(key for key in after if key not in before)]
+    # Compare flat keys rather than sections, so that one changed value is one line for the user.
+    before = dict(_flatten(_settings_of(old, stage)))
+    after = dict(_flatten(_settings_of(new, stage)))
+    keys = dict.fromkeys([*before, *after])  # those of the old job first
     return [
-        Change(key, before.get(key, MISSING), after.get(key, MISSING), _allowed(key, stage))
+        Change(
+            key=key,
+            old=before.get(key, MISSING),
+            new=after.get(key, MISSING),
+            allowed=may_change_on_resume(Job, key.split("."), stage),
+        )
         for key in keys
         if before.get(key, MISSING) != after.get(key, MISSING)
     ]
 
 
-def _concerning(job: Resolved, stage: str) -> dict[str, Any]:
+def _settings_of(job: Resolved, stage: str) -> Resolved:
     """The part of a job that a stage depends on."""
-    sections = job.get("stages", {})
-    section = sections.get(stage) or {}
-    part: dict[str, Any] = {
+    data = job.get("data", {})
+    settings = {
         "seed": job.get("seed"),
         "cluster": job.get("cluster", {}),
-        "stages": {stage: section},
+        "stages": {stage: _section(job, stage)},
+        "data": {name: data[name] for name in _datasets(job, stage) if name in data},
     }
-    data = job.get("data", {})
-    part["data"] = {name: data[name] for name in _datasets(job, stage) if name in data}
+    # Preparation does not depend on the network: another model keeps the prepared shards.
     if stage != "prepare":
-        part["model"] = job.get("model", {})
-    return part
+        settings["model"] = job.get("model", {})
+    return settings
+
+
+def _section(job: Resolved, stage: str) -> Resolved:
+    section: Resolved = job.get("stages", {}).get(stage) or {}
+    return section
 
 
 def _datasets(job: Resolved, stage: str) -> list[str]:
-    sections, data = job.get("stages", {}), list(job.get("data", {}))
-    section = sections.get(stage) or {}
+    """Names of the datasets that a stage uses.
+
+    The same rules as ``job_queries.dataset_name``, for plain values: an old run may hold a job that
+    today's schema refuses.
+    """
+    names = list(job.get("data", {}))
+    section = _section(job, stage)
+    chosen = section.get("data")
     if stage == "prepare":
-        return section.get("data") or data
-    if section.get("data"):
-        return [section["data"]]
+        return chosen or names
+    if chosen:
+        return [chosen]
     source = section.get("from", "")
-    if stage not in TRAINING and source in ORDER and sections.get(source):
-        return _datasets(job, source)
-    return data if len(data) == 1 else []
+    if stage not in TRAINING and source in ORDER and _section(job, source):
+        return _datasets(job, source)  # evaluation uses the dataset of the stage it evaluates
+    # Several datasets and none chosen: the job is invalid and `check` reports it.
+    return names if len(names) == 1 else []
 
 
-def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, below in value.items():
-        if isinstance(below, Mapping) and below:
-            yield from _flat(below, f"{above}{key}.")
+def _flatten(section: Resolved, above: str = "") -> Iterator[tuple[str, object]]:
+    """{"model": {"columns": 4}} -> ("model.columns", 4)."""
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{above}{key}.")
         else:
-            yield f"{above}{key}", below
-
-
-def _allowed(key: str, stage: str) -> bool:
-    section, _, rest = key.partition(".")
-    last = key.rpartition(".")[2]
-    if section == "cluster":
-        return True
-    if section == "model":
-        return rest in MODEL_ALLOWED
-    if section == "data":
-        return stage != "prepare" and last in DATA_ALLOWED_LATER
-    if section == "stages" and stage in TRAINING:
-        return key.count(".") == 2 and last in TRAIN_ALLOWED
-    return section == "stages" and stage == "evaluate" and last in EVALUATE_ALLOWED
+            yield f"{above}{key}", value

@@ -1,4 +1,4 @@
-"""Samples that cannot be read: what is said of them, and which others stand in."""
+"""Samples that cannot be read: the error that names them, and the samples that replace them."""
 
 from __future__ import annotations
 
@@ -11,56 +11,77 @@ from pipeline.data.hashing import key_of
 from pipeline.data.order import Order
 from pipeline.errors import DataError
 
-BAD_SAMPLE = (
-    ValueError,
-    OSError,
-    cv2.error,
-    DataError,
-)  # with which decoders, files and shards say that they are damaged
-NEAR, FAR = 8, 56  # attempts in the same global batch, and in the whole epoch
+# What decoders (ValueError, cv2.error), files (OSError) and shards (DataError) raise for damage.
+BAD_SAMPLE = (ValueError, OSError, cv2.error, DataError)
+BATCH_ATTEMPTS = 8  # replacements tried from the same global batch
+EPOCH_ATTEMPTS = 56  # then from the whole epoch
+ATTEMPTS = BATCH_ATTEMPTS + EPOCH_ATTEMPTS
 
 
 def explain(cause: Exception, split: Split, sample: int) -> DataError:
-    """One of `BAD_SAMPLE` as an error that names file, row and remedy."""
-    what = (
-        cause.cause
-        if isinstance(cause, DataError)
-        else f"the image cannot be decoded: {str(cause).strip()}"
-    )
-    remedy = "the shard has changed since it was made: delete it and run the prepare stage again"
-    error = DataError(
-        what,
-        place=split.place(sample),
-        remedy=cause.remedy if isinstance(cause, DataError) else remedy,
-    )
+    """One of `BAD_SAMPLE` as a DataError that names file and row; ``cause`` becomes its cause."""
+    if isinstance(cause, DataError):
+        text = cause.cause
+        remedy = cause.remedy
+    else:
+        text = f"the image cannot be decoded: {str(cause).strip()}"
+        remedy = "the shard changed after preparation: delete it and run the prepare stage again"
+    error = DataError(text, place=split.place(sample), remedy=remedy)
     error.__cause__ = cause
     return error
 
 
 class BadSampleReplacement:
-    """Which sample stands in for one that cannot be read, as a function of (seed, epoch, position) alone.
+    """Chooses the sample that replaces one that cannot be read.
 
-    It is that of another place in the same global batch: whose shard is near, and whose class comes as often as the order
-    has it. Only where several of those cannot be read either, one from anywhere in the epoch.
+    The choice is a function of (seed, epoch, position), so that all ranks, all numbers of threads
+    and a resumed run replace it by the same sample.
+
+    The replacement comes from another position of the same global batch. Its shard is at hand
+    anyway (windowed order), and its class appears as often as the order wants it to. Only if
+    `BATCH_ATTEMPTS` of those cannot be read either, it comes from anywhere in the epoch.
+
+    Example: global_batch = 256. The sample at position 700 is damaged. Its global batch covers the
+    positions 512 to 767; if attempt 0 draws position 530, the sample shown there replaces it.
     """
 
     def __init__(self, order: Order, seed: int, global_batch: int) -> None:
-        self.order, self.seed, self.global_batch = order, seed, global_batch
+        self.order = order
+        self.seed = seed
+        self.global_batch = global_batch
 
-    def write(self, epoch: int, position: int, bad: DataError, write: Callable[[int], None]) -> int:
-        """``write`` the first sample that can be read, and say which. Raises ``bad`` where none of the attempts can."""
-        begin = position // self.global_batch * self.global_batch
-        for attempt in range(NEAR + FAR):
-            first, width = (begin, self.global_batch) if attempt < NEAR else (0, self.order.length)
-            place = first + key_of("stand-in", self.seed, epoch, position, attempt) % width
-            sample = self.order.index(epoch, place) % self.order.num_samples
+    def write(
+        self, epoch: int, position: int, bad: DataError, write_sample: Callable[[int], None]
+    ) -> int:
+        """Write the first replacement that can be read, and return its sample number.
+
+        Args:
+            position: position of the damaged sample in the epoch.
+            bad: the error of the damaged sample.
+            write_sample: decodes a sample into the batch; raises one of `BAD_SAMPLE`.
+        Raises:
+            DataError: none of `ATTEMPTS` replacements can be read; names the damaged sample.
+        """
+        for attempt in range(ATTEMPTS):
+            sample = self._candidate(epoch, position, attempt)
             try:
-                write(sample)
-            except BAD_SAMPLE:
+                write_sample(sample)
+            except BAD_SAMPLE:  # damaged as well; or the same sample, if it is drawn again
                 continue
             return sample
         raise DataError(
-            f"{bad.cause}; nor can {NEAR + FAR} others that might stand in for it",
+            f"{bad.cause}; none of {ATTEMPTS} replacement images can be read either",
             place=bad.place,
             remedy=bad.remedy,
         ) from bad
+
+    def _candidate(self, epoch: int, position: int, attempt: int) -> int:
+        first = 0
+        width = self.order.length
+        if attempt < BATCH_ATTEMPTS:
+            first = position // self.global_batch * self.global_batch
+            width = self.global_batch
+        # "stand-in" is part of the random stream: another word would choose other samples.
+        draw = key_of("stand-in", self.seed, epoch, position, attempt)
+        view = self.order.index(epoch, first + draw % width)
+        return view % self.order.num_samples

@@ -1,101 +1,128 @@
-"""A prepared dataset as training reads it: mapped shards, each image a slice of the file, nothing copied.
+"""Opens a prepared dataset and reads its images by sample number.
 
-On disk: ``dataset.json`` (fingerprint, splits and shards with their digests), ``classes.json`` (index, id and name of each
-class) and the shards with their indexes (`pipeline.data.shards`). The same files in a remote store are read through a cache
-on the node (`pipeline.data.shard_cache`).
+A dataset consists of ``dataset.json`` (fingerprint, splits, shards with their digests),
+``classes.json`` (index, id and name of each class) and the shards with their indexes
+(`pipeline.data.shards`). Local shards are memory-mapped (`pipeline.data.local_shards`); the shards
+of a remote dataset go through a cache on the host (`pipeline.data.remote_shards`).
+
+    split = open_dataset("runs/quickstart/stages/prepare/imagenet").split("train")
+    image = split.image(1000)  # encoded bytes, for example a JPEG
+    label = split.label(1000)
 """
 
 from __future__ import annotations
 
 import bisect
-import errno
 import json
-import mmap
 import resource
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from pipeline.data.shard_cache import CachedShards, ShardCache
-from pipeline.data.shards import FORMAT, INDEX_ROWS, index_path
+from pipeline.command import command
+from pipeline.data.description import DatasetDescription, UnsupportedFormat
+from pipeline.data.local_shards import PREPARE_AGAIN, LocalShards
+from pipeline.data.remote_shards import RemoteShards
+from pipeline.data.shard_cache import ShardCache
+from pipeline.data.shards import Index, ShardInfo
 from pipeline.errors import DataError
-from pipeline.files import file_digest
 from pipeline.layout import CLASSES_JSON, DATASET_JSON
 
-AGAIN = "run the prepare stage again (it makes only what is missing)"
+UINT64 = (1 << 64) - 1
 
 
-class Content(Protocol):
-    """The bytes of a shard, to be sliced."""
+class ShardContent(Protocol):
+    """The bytes of a shard, read by slicing: ``content[offset : offset + length]``."""
 
     def __getitem__(self, span: slice, /) -> memoryview: ...
 
 
-class Files(Protocol):
-    """Where a dataset's files are: in a `Folder`, or elsewhere and cached (`CachedShards`); ``shards``: as dataset.json
-    describes them."""
+class DatasetFiles(Protocol):
+    """Access to a dataset's files: `LocalShards` or `RemoteShards`. ``place``: path or URL."""
 
     place: str
 
     def read(self, name: str) -> bytes:
-        """A small file. Raises FileNotFoundError."""
+        """Content of a small file. Raises FileNotFoundError."""
 
-    def open(
-        self, shards: Sequence[dict[str, Any]]
-    ) -> tuple[Sequence[Content], Sequence[NDArray[np.int64]]]:
-        """Contents and indexes. Raises DataError where one is missing or is not what was written."""
+    def open(self, shards: Sequence[ShardInfo]) -> tuple[Sequence[ShardContent], Sequence[Index]]:
+        """Contents and indexes of the shards. Raises DataError if a file is missing or damaged."""
 
-    def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
-        """These will be needed next."""
+    def prefetch(self, shards: Iterable[ShardInfo]) -> None:
+        """Announce the shards that are needed next, most urgent first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassEntry:
+    """One class of ``classes.json``: WordNet ID or folder name, and the name for people."""
+
+    id: str
+    name: str
 
 
 class Split:
-    """The images of one split, by number; safe to read from many threads."""
+    """The images of one split by sample number, 0 to len(split) - 1.
 
-    def __init__(self, name: str, files: Files, shards: list[dict[str, Any]]) -> None:
-        self.name, self.directory = name, files.place
-        self._source, self._shards = files, shards
-        _allow_open_files(2 * len(shards))
-        self._maps, self._indexes = files.open(shards)
-        self._starts = [0, *np.cumsum([shard["rows"] for shard in shards]).tolist()]
-        empty: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        self.labels: NDArray[np.int64] = np.concatenate(
-            [index[2] for index in self._indexes] or [empty]
-        )
+    Safe to read from many threads. ``labels``: int64, shape (len(split),). ``directory``: path or
+    URL of the dataset.
+    """
+
+    def __init__(self, name: str, files: DatasetFiles, shards: Sequence[ShardInfo]) -> None:
+        self.name = name
+        self.directory = files.place
+        self._files = files
+        self._shards = shards
+        _raise_open_files_limit(2 * len(shards))  # a shard and its index
+        self._contents, self._indexes = files.open(shards)
+        # _starts[k] is the first sample of shard k. Shards of 300, 300 and 100 rows give
+        # [0, 300, 600, 700]; sample 650 is row 50 of shard 2.
+        self._starts: list[int] = [0, *np.cumsum([shard.rows for shard in shards]).tolist()]
+        empty = np.zeros(0, dtype=np.int64)
+        self.labels = np.concatenate([index[2] for index in self._indexes] or [empty])
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def label(self, i: int) -> int:
+        """Class index of sample ``i``."""
         return int(self.labels[i])
 
     def image(self, i: int) -> memoryview:
-        """The encoded bytes of image ``i``, a view of the mapped file. Raises DataError if they are not what was written."""
-        shard, row = self._find(i)
+        """Encoded bytes of sample ``i``; a view of the mapped file if the dataset is local.
+
+        Raises:
+            IndexError: there is no sample ``i``.
+            DataError: the shard cannot be read, or the image changed after preparation.
+        """
+        shard, row = self._locate(i)
+        # The index alone locates the image: sample 650 of the example above is column 50 of the
+        # index of shard 2. Parquet's own metadata is not needed.
         offset, length, _, expected = self._indexes[shard][:, row].tolist()
-        image = self._maps[shard][offset : offset + length]
-        if xxhash.xxh3_64_intdigest(image) != expected & (1 << 64) - 1:
+        image = self._contents[shard][offset : offset + length]
+        # The index stores the hash as int64. The mask turns -1 back into 2**64 - 1, and so on.
+        if xxhash.xxh3_64_intdigest(image) != expected & UINT64:
             raise DataError(
-                "the image is not what was written",
+                "checksum mismatch: the image changed after preparation",
                 place=self.place(i),
-                remedy=f"delete the shard, and {AGAIN}",
+                remedy="delete the shard, then run the prepare stage again",
             )
         return image
 
     def place(self, i: int) -> str:
-        """File and row of image ``i``, for messages."""
-        shard, row = self._find(i)
-        return f"{self.directory}/{self._shards[shard]['file']}, row {row}"
+        """File and row of sample ``i``, for messages: ``set/train-00001.parquet, row 5``."""
+        shard, row = self._locate(i)
+        return f"{self.directory}/{self._shards[shard].file}, row {row}"
 
     def ahead(self, shards: Iterable[int]) -> None:
-        """The shards of these numbers are needed next: remote ones are fetched meanwhile, in this order."""
-        self._source.ahead(self._shards[number] for number in shards)
+        """Prefetch the shards with these numbers, in this order; no effect on local datasets."""
+        self._files.prefetch(self._shards[number] for number in shards)
 
-    def _find(self, i: int) -> tuple[int, int]:
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Shard and row of sample ``i``. Raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)} in split {self.name}")
         shard = bisect.bisect_right(self._starts, i) - 1
@@ -103,35 +130,42 @@ class Split:
 
 
 class PreparedDataset:
-    """A prepared dataset: ``fingerprint``, ``classes`` (ids in index order), ``class_names``, and its splits.
+    """A prepared dataset and its splits.
 
-    ``path``: its directory (within its store).
+    ``path``: its directory (or the path within its store). ``classes``: class ids in index order.
+    ``class_names``: their names.
     """
 
     def __init__(
-        self, path: Path, files: Files, description: dict[str, Any], classes: list[dict[str, Any]]
+        self,
+        path: Path,
+        files: DatasetFiles,
+        description: DatasetDescription,
+        classes: Sequence[ClassEntry],
     ) -> None:
-        self.path, self.description = path, description
-        self.fingerprint: str = description["fingerprint"]
-        self.classes: list[str] = [entry["id"] for entry in classes]
-        self.class_names: list[str] = [entry["name"] for entry in classes]
+        self.path = path
+        self.description = description
+        self.fingerprint = description.fingerprint
+        self.classes = [entry.id for entry in classes]
+        self.class_names = [entry.name for entry in classes]
         self._files = files
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
-        """The split "train" or "validation"; its shards are opened and checked on first use.
+        """The split "train" or "validation". Opens and checks its shards on first use.
 
         Raises:
-            DataError: no such split, or a shard is missing, truncated or of another preparation.
+            DataError: there is no such split, or a shard is missing, truncated or damaged.
         """
+        # Opening a split verifies the digests of its indexes and maps its shards, which takes
+        # seconds for thousands of shards; so a split is opened on first use, and once.
         if name not in self._splits:
-            if name not in self.description["splits"]:
+            if name not in self.description.splits:
                 raise DataError(
-                    f"has no split named {name!r}", place=self._files.place, remedy=AGAIN
+                    f"has no split named {name!r}", place=self._files.place, remedy=PREPARE_AGAIN
                 )
-            self._splits[name] = Split(
-                name, self._files, self.description["splits"][name]["shards"]
-            )
+            shards = self.description.splits[name].shards
+            self._splits[name] = Split(name, self._files, shards)
         return self._splits[name]
 
 
@@ -141,160 +175,102 @@ def open_dataset(
     cache: ShardCache | None = None,
     whole: bool = True,
 ) -> PreparedDataset:
-    """Open the prepared dataset in a directory, or behind a URL that fsspec knows (s3, memory, http ...).
+    """Open the prepared dataset in a directory or behind a URL of fsspec (s3, http, ...).
 
-    Local shards are mapped. Remote ones are fetched whole into ``cache``, checked against their digests and read from
-    there::
+    Shards behind a URL are downloaded whole into ``cache``, verified, and read from there::
 
-        open_dataset("s3://bucket/imagenet", cache=ShardCache(Path("/scratch/shards"), max_bytes=500 << 30))
+        open_dataset("s3://bucket/imagenet", cache=ShardCache(Path("/scratch"), 500 << 30))
 
-    A dataset that fits the cache is fetched in the background from the first use of a split; of a larger one, each shard
-    when it is first read or announced (`Split.ahead`), in place of those least recently used. All processes of a node give
-    the same directory and share it. Endpoint and keys come from the environment or fsspec's configuration.
+    A dataset that fits into the cache is prefetched completely, starting when a split is opened. A
+    larger one is downloaded shard by shard, when a shard is read or announced (`Split.ahead`), and
+    replaces the least recently used shards. All processes of a host use the same cache directory.
+    Endpoint and credentials come from the environment or fsspec's configuration.
 
     Args:
-        whole: refuse a split of which a local shard is missing or cut; else this is told by whoever reads its images.
+        fingerprint: the expected fingerprint; None accepts any.
+        whole: refuse a split with a missing or truncated local shard. If false, only reading an
+            image of that shard is an error.
     Raises:
-        DataError: nothing prepared there, or not with the expected ``fingerprint``, or a URL without a cache.
+        DataError: there is no prepared dataset, it is damaged, it has a different format or
+            fingerprint, or ``path`` is a URL and there is no cache.
     """
-    files: Files
+    # 1. Where the files are. Nothing is read yet.
+    files: DatasetFiles
     if isinstance(path, str) and "://" in path:
         if cache is None:
-            remedy = "give open_dataset a ShardCache: a directory on this node, and how many bytes it may take"
             raise DataError(
-                "is remote, and there is no cache to read it through", place=path, remedy=remedy
+                "is remote, and there is no cache to read it through",
+                place=path,
+                remedy="pass a ShardCache to open_dataset: a directory on this host and its "
+                "maximum size in bytes",
             )
-        files = CachedShards(path, cache)
+        files = RemoteShards(path, cache)
         path = files.root
     else:
-        files = Folder(Path(path), whole)
-    description = _read_json(files, DATASET_JSON)
-    classes = _read_json(files, CLASSES_JSON)
-    if description.get("format") != FORMAT:
-        cause = f"has format {description.get('format')}, this version reads {FORMAT}"
+        files = LocalShards(Path(path), whole)
+
+    # 2. The two small files that describe the dataset.
+    description = _read_description(files)
+    classes = _read_classes(files)
+
+    # 3. Whether it is the wanted dataset. A run that continued with other images would not fail,
+    #    it would only get worse; so the difference must stop it here.
+    if fingerprint is not None and description.fingerprint != fingerprint:
         raise DataError(
-            cause,
+            f"is a different dataset (fingerprint: {description.fingerprint}, "
+            f"expected {fingerprint})",
             place=files.place,
-            remedy="prepare it again: the same command with --stage prepare --force",
-        )
-    if fingerprint is not None and description.get("fingerprint") != fingerprint:
-        raise DataError(
-            f"is another dataset: fingerprint {description.get('fingerprint')}, expected {fingerprint}",
-            place=files.place,
-            remedy="go on with the dataset the run was started with, or start a new run",
+            remedy="resume with the dataset that the run was started with, or start a new run",
         )
     return PreparedDataset(Path(path), files, description, classes)
 
 
-def _allow_open_files(more: int) -> None:
-    """Maps keep their files open, and the usual limit is 1024: it is raised by so many, as far as the system lets us."""
+def _raise_open_files_limit(files: int) -> None:
+    """Raise this process's limit of open files by ``files``, as far as the system allows.
+
+    Maps keep their files open, and the usual limit of 1024 is too low for a large dataset.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:
-        limit = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + files
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    remedy = (
-        "raise the limit of open files (ulimit -n): two a shard"
-        if error.errno == errno.EMFILE
-        else AGAIN
-    )
-    return DataError(f"cannot be read: {error.strerror}", place=str(path), remedy=remedy)
-
-
-def _read_json(files: Files, name: str) -> Any:
+def _read_description(files: DatasetFiles) -> DatasetDescription:
     try:
-        return json.loads(files.read(name))
-    except FileNotFoundError:
+        return DatasetDescription.parse(_read(files, DATASET_JSON))
+    except UnsupportedFormat as error:
+        again = command("run", "JOB", "--stage", "prepare", "--force")
         raise DataError(
-            f"no prepared dataset here ({name} is missing)", place=files.place, remedy=AGAIN
+            str(error), place=files.place, remedy=f"prepare it again: {again}"
         ) from None
     except ValueError as error:
+        raise _damaged(files, DATASET_JSON, str(error)) from None
+
+
+def _read_classes(files: DatasetFiles) -> list[ClassEntry]:
+    """The classes in index order."""
+    try:
+        entries = json.loads(_read(files, CLASSES_JSON))
+        return [ClassEntry(id=entry["id"], name=entry["name"]) for entry in entries]
+    except (KeyError, TypeError):
+        raise _damaged(files, CLASSES_JSON, "an entry lacks its id or name") from None
+    except ValueError as error:
+        raise _damaged(files, CLASSES_JSON, str(error)) from None
+
+
+def _read(files: DatasetFiles, name: str) -> bytes:
+    try:
+        return files.read(name)
+    except FileNotFoundError:
         raise DataError(
-            f"is damaged: {error}", place=f"{files.place}/{name}", remedy=AGAIN
+            f"no prepared dataset here ({name} is missing)",
+            place=files.place,
+            remedy=PREPARE_AGAIN,
         ) from None
 
 
-class Folder:
-    """A dataset's files in a local directory."""
-
-    def __init__(self, path: Path, whole: bool) -> None:
-        self.path, self.place, self.whole = path, str(path), whole
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    def open(
-        self, shards: Sequence[dict[str, Any]]
-    ) -> tuple[list[Content], list[NDArray[np.int64]]]:
-        return [self._content(shard) for shard in shards], [
-            _read_index(self.path, shard) for shard in shards
-        ]
-
-    def _content(self, shard: dict[str, Any]) -> Content:
-        try:
-            return _map_shard(self.path, shard)
-        except DataError as error:
-            if self.whole:
-                raise
-            return _Damaged(error)
-
-    def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
-        """Nothing to do: they are mapped."""
-
-
-class _Damaged:
-    """Content of a shard that is missing or cut: told by whoever reads one of its images."""
-
-    def __init__(self, error: DataError) -> None:
-        self.error = error
-
-    def __getitem__(self, span: slice, /) -> memoryview:
-        raise self.error
-
-
-class _Mapped:
-    """Content of a mapped shard. Its size is asked for at each slice, which costs less than a microsecond: the kernel ends a
-    process (SIGBUS) that touches a page of which a cut has taken the file away."""
-
-    def __init__(self, path: Path, content: mmap.mmap) -> None:
-        self.path, self.content, self.view = path, content, memoryview(content)
-
-    def __getitem__(self, span: slice, /) -> memoryview:
-        if (size := self.content.size()) < span.stop:
-            raise _cut(self.path, size, len(self.view))
-        return self.view[span]
-
-
-def _cut(path: Path, size: int, expected: int) -> DataError:
-    return DataError(f"has {size} bytes instead of {expected}", place=str(path), remedy=AGAIN)
-
-
-def _map_shard(directory: Path, shard: dict[str, Any]) -> _Mapped:
-    path = directory / shard["file"]
-    try:
-        with open(path, "rb") as file:
-            if (size := file.seek(0, 2)) != shard["bytes"]:
-                raise _cut(path, size, shard["bytes"])
-            return _Mapped(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_index(directory: Path, shard: dict[str, Any]) -> NDArray[np.int64]:
-    path = index_path(directory / shard["file"])
-    try:
-        matches = file_digest(path) == shard["index_digest"]
-        index: NDArray[np.int64] = (
-            np.load(path, mmap_mode="r", allow_pickle=False)
-            if matches
-            else np.zeros((0, 0), np.int64)
-        )
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if not matches or index.shape != (INDEX_ROWS, shard["rows"]):
-        raise DataError(
-            "does not belong to this dataset (its digest differs)", place=str(path), remedy=AGAIN
-        )
-    return index
+def _damaged(files: DatasetFiles, name: str, cause: str) -> DataError:
+    return DataError(f"is damaged: {cause}", place=f"{files.place}/{name}", remedy=PREPARE_AGAIN)

@@ -1,21 +1,28 @@
-"""``dataset.json``: the one place that writes and reads the description of a prepared dataset."""
+"""``dataset.json``: the only module that writes and reads the description of a prepared dataset."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar, get_origin, get_type_hints
 
 from pipeline.data.shards import FORMAT, ShardInfo
 from pipeline.files import write_json
 from pipeline.layout import DATASET_JSON
 
+Record = TypeVar("Record")
+
+
+class UnsupportedFormat(ValueError):
+    """The dataset was written by a version with a different ``FORMAT``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SplitDescription:
-    """One split: number of images, images of each class, and its shards in order."""
+    """One split: number of images, images per class in index order, and its shards in order."""
 
     images: int
     images_by_class: list[int]
@@ -26,7 +33,8 @@ class SplitDescription:
 class DatasetDescription:
     """The content of ``dataset.json``.
 
-    ``fingerprint``: digest of everything that the shards' bytes depend on. ``rejected``, ``duplicates``, ``changed``:
+    ``fingerprint``: digest of everything that the shards' bytes depend on. ``layout``: layout of
+    the source. ``classes``: number of classes. ``rejected``, ``duplicates``, ``changed``: number of
     images by reason. ``mean``, ``std``: per channel, of the training images (RGB in [0, 1]).
     """
 
@@ -42,38 +50,88 @@ class DatasetDescription:
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     images_by_short_side: dict[str, int] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str | bytes) -> DatasetDescription:
-        """Raises ValueError if the text is not a description, or of another format than ``FORMAT``."""
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            found = values.get("format") if isinstance(values, dict) else None
-            raise ValueError(f"has format {found}, this version reads {FORMAT}")
-        try:
-            splits = {
-                name: SplitDescription(
-                    images=split["images"],
-                    images_by_class=split["images_by_class"],
-                    shards=[ShardInfo(**shard) for shard in split["shards"]],
-                )
-                for name, split in values.pop("splits").items()
-            }
-            return cls(splits=splits, **values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"is incomplete: {error}") from None
+        """Read a description from the text of ``dataset.json``.
+
+        Raises:
+            UnsupportedFormat: the description has a format other than ``FORMAT``.
+            ValueError: the text is not JSON, or a field is missing or of the wrong type.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("the file holds no JSON object")
+        # Compared before anything else: other formats may have other fields.
+        if content.get("format") != FORMAT:
+            raise UnsupportedFormat(
+                f"has format {content.get('format')}, this version reads {FORMAT}"
+            )
+        # From the inside out: each level is checked before the next one uses its fields.
+        splits = {}
+        for name, split in _object(content.get("splits"), "splits").items():
+            values = _object(split, f"splits.{name}")
+            shards = values.get("shards")
+            if not isinstance(shards, list):
+                raise ValueError(f"splits.{name}.shards is not a list")
+            records = [
+                _record(ShardInfo, shard, f"splits.{name}.shards.{number}")
+                for number, shard in enumerate(shards)
+            ]
+            splits[name] = _record(SplitDescription, values | {"shards": records}, f"splits.{name}")
+        return _record(cls, content | {"splits": splits}, "")
 
     @classmethod
     def read(cls, directory: Path) -> DatasetDescription:
-        """Raises FileNotFoundError if there is none, ValueError if it cannot be used."""
+        """Read ``dataset.json`` of a directory.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it cannot be used, see `parse`.
+        """
         return cls.parse((directory / DATASET_JSON).read_bytes())
 
     def write(self, directory: Path) -> None:
+        """Write ``dataset.json`` atomically. Raises OSError."""
         write_json(directory / DATASET_JSON, asdict(self))
 
     def shards(self) -> Iterator[ShardInfo]:
         """The shards of every split."""
         for split in self.splits.values():
             yield from split.shards
+
+
+def _object(value: object, path: str) -> dict[str, object]:
+    """``value`` if it is a JSON object. Raises ValueError otherwise, and names its ``path``."""
+    if value is None:
+        raise ValueError(f"{path} is missing")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not an object")
+    return value
+
+
+def _record(kind: type[Record], value: object, path: str) -> Record:
+    """A dataclass ``kind`` from a JSON object.
+
+    Checks the outermost type of each field: ``list[int]`` must be a list. Ignores unknown keys, so
+    that a later version may add some.
+
+    Raises:
+        ValueError: a field is missing or has the wrong type; names it, with ``path`` as prefix.
+    """
+    values = _object(value, path)
+    hints = get_type_hints(kind)
+    known: dict[str, object] = {}
+    for entry in dataclasses.fields(kind):  # type: ignore[arg-type]  # every kind is a dataclass
+        field_path = f"{path}.{entry.name}" if path else entry.name
+        if entry.name in values:
+            # list[int] -> list, int -> int: isinstance cannot look inside a container.
+            expected = get_origin(hints[entry.name]) or hints[entry.name]
+            if not isinstance(values[entry.name], expected):
+                raise ValueError(f"{field_path} is not of type {expected.__name__}")
+            known[entry.name] = values[entry.name]
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{field_path} is missing")
+    return kind(**known)

@@ -1,7 +1,18 @@
-"""Loaders: threads decode and augment straight into a ring of preallocated uint8 batches.
+"""Loaders of training and evaluation batches: threads decode and augment into preallocated memory.
 
-Decoders and OpenCV release the GIL, so threads do what other loaders need processes for: no pickling, no copies, one map of
-the shards. What a batch holds is a function of (seed, epoch, position) alone; threads only decide when.
+Decoders and OpenCV release the GIL, so threads do the work for which other loaders need processes:
+there is no pickling, no copying between processes, and each shard is mapped once.
+
+The content of a batch is a function of (seed, epoch, position); the number of ranks, threads and
+micro-batches does not change it. Worked example: 100 samples, global_batch = 24, 2 ranks,
+micro_batch = 6. An epoch has 100 // 24 = 4 steps; the last 4 positions are dropped. Step 5 is batch
+1 of epoch 1, its positions are 24 to 47:
+
+    rank 0   positions 24-29, then 30-35      (two micro-batches)
+    rank 1   positions 36-41, then 42-47
+
+With one rank and micro_batch = 24, one micro-batch holds the positions 24 to 47, with the same
+images at the same positions.
 """
 
 from __future__ import annotations
@@ -13,7 +24,6 @@ from types import TracebackType
 from typing import Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.augment import EvalTransform, TrainTransform
@@ -21,36 +31,43 @@ from pipeline.data.bad_samples import BAD_SAMPLE, BadSampleReplacement, explain
 from pipeline.data.dataset import Split
 from pipeline.data.decode import Image
 from pipeline.data.order import GlobalOrder, Order
-from pipeline.data.prefetch import PREFETCH_BYTES, Batch, BatchPlan, PrefetchQueue, Write
+from pipeline.data.prefetch import (
+    PREFETCH_BYTES,
+    Batch,
+    BatchPlan,
+    Int64,
+    PrefetchQueue,
+    WriteImage,
+)
 from pipeline.errors import ConfigError, DataError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
 
 
 class _Loader:
-    """What the two loaders share: a ring that is closed in the end."""
+    """Common part of both loaders: a queue of prefetched batches, closed at the end."""
 
-    _ring: PrefetchQueue
+    _queue: PrefetchQueue
 
     @property
     def data_wait(self) -> float:
-        """Seconds that the consumer has waited for images so far."""
-        return self._ring.data_wait
+        """Seconds that the consumer has waited for batches so far."""
+        return self._queue.data_wait
 
     @property
     def replaced_samples(self) -> int:
-        """Images of this rank's batches so far that stand in for ones that cannot be read."""
-        return self._ring.replaced
+        """Number of samples in this rank's batches so far that replace unreadable ones."""
+        return self._queue.replaced
 
     def new_reasons(self) -> list[str]:
-        """File, row and cause of a few of those replaced since it was last asked."""
-        reasons = list(self._ring.reasons)
-        self._ring.reasons.clear()
+        """File, row and cause of the newest replaced samples since the last call (a few)."""
+        reasons = list(self._queue.reasons)
+        self._queue.reasons.clear()
         return reasons
 
     def close(self) -> None:
-        """End the threads; the loader is of no use afterwards."""
-        self._ring.close()
+        """End the threads. The loader cannot be used afterwards."""
+        self._queue.close()
 
     def __enter__(self) -> Self:
         return self
@@ -65,20 +82,26 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """Endless training batches, epoch after epoch, from any step on.
+    """Endless training batches from any optimizer step on, epoch after epoch.
 
-    Global batch b of an epoch is the positions [b * global_batch, (b + 1) * global_batch) of its order, whatever the number
-    of ranks; each rank takes its contiguous share of it, as consecutive micro batches. The last partial batch is dropped.
+    Global batch b of an epoch holds the positions [b * global_batch, (b + 1) * global_batch) of its
+    order. Each rank takes its contiguous share of them as consecutive micro-batches. The incomplete
+    last batch of an epoch is dropped.
 
     Args:
-        image_size: side of the square images (pixels). global_batch, micro_batch: images.
-        start_step: global optimizer step to begin with.
-        order: of the split's samples; by default a permutation of all of them. prefetch_bytes: of batches in memory.
-        on_bad_sample: what happens where an image cannot be read: 'stop' raises, 'replace' takes another one (`BadSampleReplacement`),
-            augmented with the same random numbers; its place's sample and label are then those of the other one.
+        image_size: side of the square images, in pixels.
+        global_batch: images per optimizer step, of all ranks.
+        micro_batch: images per batch of this loader.
+        start_step: global optimizer step to start with.
+        order: order of the split's samples; by default a permutation of all of them.
+        on_bad_sample: if an image cannot be read, "stop" raises the error. "replace" uses another
+            sample (`BadSampleReplacement`) with the same augmentation draws; the batch then holds
+            the sample number and label of that one.
+        prefetch_bytes: memory limit for batches; at least two are always prefetched.
     Raises:
-        ConfigError: the global batch cannot be divided so. DataError: fewer images than one global batch; or, while
-        iterating, an image that cannot be read.
+        ConfigError: the global batch is not divisible by ranks and micro-batches.
+        DataError: there are fewer images than one global batch; or, during iteration, an image
+            cannot be read.
     """
 
     def __init__(
@@ -98,101 +121,129 @@ class TrainLoader(_Loader):
         on_bad_sample: Literal["stop", "replace"] = "stop",
         prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
+        length = len(split) if order is None else order.length
         if global_batch % (world_size * micro_batch):
             raise ConfigError(
-                f"a global batch of {global_batch} images is no multiple of {world_size} processes x {micro_batch} images",
+                f"a global batch of {global_batch} images is no multiple of {world_size} processes "
+                f"x {micro_batch} images",
                 remedy="change global_batch or micro_batch",
             )
-        length = len(split) if order is None else order.length
         if length < global_batch:
             raise DataError(
                 f"{length} training images are fewer than one global batch of {global_batch}",
                 place=str(split.directory),
                 remedy="lower global_batch, or add images",
             )
-        self.global_batch, self.micro_batch, self.rank, self.world_size = (
-            global_batch,
-            micro_batch,
-            rank,
-            world_size,
-        )
+        self._order = order if order is not None else GlobalOrder(length, seed)
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world_size = world_size
         self.steps_per_epoch = length // global_batch
-        self._order = GlobalOrder(length, seed) if order is None else order
-        self._split, self._transform = split, TrainTransform(image_size, augment, seed)
-        self._stand_ins = (
-            BadSampleReplacement(self._order, seed, global_batch)
-            if on_bad_sample == "replace"
-            else None
+        self._split = split
+        self._transform = TrainTransform(image_size, augment, seed)
+        self._replacement: BadSampleReplacement | None = None
+        if on_bad_sample == "replace":
+            self._replacement = BadSampleReplacement(self._order, seed, global_batch)
+        self._queue = PrefetchQueue(
+            split,
+            batch=micro_batch,
+            image_size=image_size,
+            threads=threads,
+            prefetch_bytes=prefetch_bytes,
         )
-        self._ring = PrefetchQueue(split, micro_batch, image_size, threads, prefetch_bytes)
-        self._batches = self._ring.run(self._plans(start_step))
+        self._batches = self._queue.run(self._plans(start_step))
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
 
     def rewind(self, step: int) -> Iterator[Batch]:
-        """Begin anew at a global optimizer step; the iteration that was under way is over."""
-        self._batches = self._ring.run(self._plans(step))
+        """Restart at a global optimizer step; ends the current iteration."""
+        self._batches = self._queue.run(self._plans(step))
         return self._batches
 
     def _plans(self, start_step: int) -> Iterator[BatchPlan]:
-        share = self.global_batch // self.world_size
+        """The micro-batches of this rank, from a global optimizer step on."""
+        images_per_rank = self.global_batch // self.world_size
         announced: list[int] = []
         for step in count(start_step):
+            # 1. Where the step is: step 5 of 4 steps per epoch is batch 1 of epoch 1, and its
+            #    first position is 1 * 24.
             epoch, batch = divmod(step, self.steps_per_epoch)
-            shards = self._order.shards_near(epoch, batch * self.global_batch)
+            batch_start = batch * self.global_batch
+
+            # 2. Announce the shards that are needed from here on, whenever they change: a remote
+            #    split downloads them while earlier batches are trained.
+            shards = self._order.shards_near(epoch, batch_start)
             if shards != announced:
                 self._split.ahead(shards)
                 announced = shards
-            first = batch * self.global_batch + self.rank * share
-            for start in range(first, first + share, self.micro_batch):
-                views = self._order.indices(epoch, start, start + self.micro_batch)
-                positions = np.arange(start, start + self.micro_batch, dtype=np.int64)
-                replaced: list[str] = []
-                samples = views % self._order.num_samples
-                write = self._writer(epoch, samples, views, start, replaced)
-                yield BatchPlan(samples, views, positions, epoch, step, write, replaced)
 
-    def _writer(
-        self,
-        epoch: int,
-        samples: NDArray[np.int64],
-        views: NDArray[np.int64],
-        start: int,
-        replaced: list[str],
-    ) -> Write:
-        draws = self._transform.draws(epoch, views)
-        images, transform, numbers, stand_ins = (
-            self._split.image,
-            self._transform,
-            samples.tolist(),
-            self._stand_ins,
+            # 3. The contiguous share of this rank: rank 1 of 2 starts at 24 + 1 * 12.
+            first = batch_start + self.rank * images_per_rank
+            for start in range(first, first + images_per_rank, self.micro_batch):
+                yield self._plan(epoch, step, start)
+
+    def _plan(self, epoch: int, step: int, start: int) -> BatchPlan:
+        """The micro-batch of the positions from ``start`` on."""
+        stop = start + self.micro_batch
+        views = self._order.indices(epoch, start, stop)
+        samples = views % self._order.num_samples
+        replaced: list[str] = []
+        return BatchPlan(
+            samples=samples,
+            views=views,
+            positions=np.arange(start, stop, dtype=np.int64),
+            epoch=epoch,
+            step=step,
+            write=self._writer(epoch, start, views, samples, replaced),
+            replaced=replaced,
         )
 
+    def _writer(
+        self, epoch: int, start: int, views: Int64, samples: Int64, replaced: list[str]
+    ) -> WriteImage:
+        """A function that writes one image of a micro-batch; called by several threads at once."""
+        # Keyed by view and not by sample: a replacement is augmented with the draws of the image
+        # that it replaces, and two repeats of a sample with different draws.
+        draws = self._transform.draws(epoch, views)
+        # The samples of the order. `write` changes the array where it replaces one.
+        planned = samples.tolist()
+
         def write(i: int, out: Image) -> None:
+            def write_sample(sample: int) -> None:
+                self._transform(self._split.image(sample), draws[i], out)
+
+            # Each thread writes other elements of `samples`, and appending to a list is atomic, so
+            # no lock is needed. The consumer reads both only after the whole batch is finished.
             try:
-                transform(images(numbers[i]), draws[i], out)
+                write_sample(planned[i])
             except BAD_SAMPLE as cause:
-                if stand_ins is None:
+                if self._replacement is None:
                     raise
-                bad = explain(cause, self._split, numbers[i])
-                samples[i] = stand_ins.write(
-                    epoch, start + i, bad, lambda other: transform(images(other), draws[i], out)
-                )
+                bad = explain(cause, self._split, planned[i])
+                samples[i] = self._replacement.write(epoch, start + i, bad, write_sample)
                 replaced.append(f"{bad.place}: {bad.cause}")
 
         return write
 
 
 class EvalLoader(_Loader):
-    """One pass over a split: every image exactly once over all ranks, no padding; the last batch may be smaller.
+    """One pass over a split: every image exactly once over all ranks, without padding.
 
-    ``num_batches`` is this rank's number of batches, ``max_batches`` the largest of all ranks' (they differ by at most one):
-    where every forward is a collective, a rank that has fewer joins in with an empty one.
+    The last batch of a rank may be smaller. ``num_images`` and ``num_batches``: of this rank.
+    ``max_batches``: the largest number of batches of any rank (they differ by at most one). If
+    every forward pass is a collective, a rank with fewer batches joins in with a blank one.
+
+    Example: 53 images, 2 ranks, batch = 8. Rank 0 has the images 0 to 25 in 4 batches (the last one
+    with 2 images), rank 1 the images 26 to 52 in 4 batches (the last one with 3).
 
     Args:
-        image_size: side of the square images (pixels). resize: short side before the crop, as a factor of image_size.
-        batch: images of a batch. threads: that decode.
+        image_size: side of the square images, in pixels.
+        resize: short side before the centre crop, as a multiple of image_size.
+        batch: images per batch.
+        threads: number of threads that decode.
+        prefetch_bytes: memory limit for batches; at least two are always prefetched.
     """
 
     def __init__(
@@ -207,29 +258,45 @@ class EvalLoader(_Loader):
         threads: int = 1,
         prefetch_bytes: int = PREFETCH_BYTES,
     ) -> None:
+        # Rank r has the images [bounds[r], bounds[r + 1]). The shares differ by at most one image:
+        # 53 images and 2 ranks give the bounds [0, 26, 53].
         bounds = [len(split) * r // world_size for r in range(world_size + 1)]
-        self._split, self._batch, self._bounds = split, batch, (bounds[rank], bounds[rank + 1])
+        batches = [math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size)]
         self.num_images = bounds[rank + 1] - bounds[rank]
-        self.num_batches = math.ceil(self.num_images / batch)
-        self.max_batches = max(
-            math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size)
-        )
+        self.num_batches = batches[rank]
+        self.max_batches = max(batches)
+        self._split = split
+        self._batch = batch
+        self._first = bounds[rank]
+        self._last = bounds[rank + 1]
         self._transform = EvalTransform(image_size, resize)
-        self._ring = PrefetchQueue(split, batch, image_size, threads, prefetch_bytes)
+        self._queue = PrefetchQueue(
+            split,
+            batch=batch,
+            image_size=image_size,
+            threads=threads,
+            prefetch_bytes=prefetch_bytes,
+        )
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._ring.run(self._plans())
+        return self._queue.run(self._plans())
 
     def _plans(self) -> Iterator[BatchPlan]:
-        first, last = self._bounds
-        for step, start in enumerate(range(first, last, self._batch)):
-            samples = np.arange(start, min(start + self._batch, last), dtype=np.int64)
-            yield BatchPlan(samples, samples, samples, 0, step, self._writer(start))
+        for step, start in enumerate(range(self._first, self._last, self._batch)):
+            samples = np.arange(start, min(start + self._batch, self._last), dtype=np.int64)
+            yield BatchPlan(
+                samples=samples,
+                views=samples,
+                positions=samples,
+                epoch=0,
+                step=step,
+                write=self._writer(start),
+            )
 
-    def _writer(self, first: int) -> Write:
+    def _writer(self, first: int) -> WriteImage:
         def write(i: int, out: Image) -> None:
             self._transform(self._split.image(first + i), out)
 

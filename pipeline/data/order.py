@@ -322,7 +322,7 @@ def order_of(config: TrainConfig, data: PreparedDataset, seed: int) -> Order:
     if config.balance > 0:
         order = BalancedOrder(split.labels, seed, config.balance)
     elif config.order == "windowed":
-        rows = [int(shard["rows"]) for shard in data.description["splits"]["train"]["shards"]]
+        rows = [shard.rows for shard in data.description.splits["train"].shards]
         order = WindowedOrder(rows, seed, config.window_shards)
     else:
         order = GlobalOrder(len(split), seed)

@@ -1,4 +1,28 @@
-"""Worker threads that fill a ring of preallocated batches, in the order in which the batches are planned."""
+"""Threads that fill preallocated batches ahead of the consumer, in the order of their plans.
+
+The memory of a batch is a *slot*. There are `CONSUMER_BATCHES` (2) slots for the consumer, plus the
+prefetched ones. A slot goes through three states::
+
+    free --submit--> pending --yield--> in use --two batches later--> free
+                     (threads fill it)  (the consumer's)
+
+Worked example with four slots (two of them prefetched) and the batches b0, b1, b2, ...; the state
+while the consumer works with the batch that it just received:
+
+    consumer has   pending     in use   free   what happened in between
+    (start)        -           -        4
+    b0             b1 b2 b3    b0       0      b0 to b3 submitted, waited for b0
+    b1             b2 b3       b0 b1    0      waited for b1
+    b2             b3 b4       b1 b2    0      the slot of b0 reused for b4
+    b3             b4 b5       b2 b3    0      the slot of b1 reused for b5
+
+So a batch stays valid while the consumer works with the next one: a copy to the device may still be
+under way. It is overwritten when the consumer asks for the batch after the next.
+
+Batches are yielded in the order of the plans, although threads finish them in any order: the
+consumer waits for the oldest pending slot. Threads decide only *when* a batch is filled, its plan
+decides *what* it holds.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +42,26 @@ from pipeline.data.bad_samples import BAD_SAMPLE, explain
 from pipeline.data.dataset import Split
 from pipeline.data.decode import Image
 
-PREFETCH_BYTES = 512 << 20
-AHEAD = (2, 8)  # batches, at least and at most
-LENT = 2  # batches that are the consumer's
-REASONS = 5  # that are kept
-Write = Callable[
-    [int, Image], None
-]  # decodes and augments the i-th image of a batch into its place
+Int64 = NDArray[np.int64]
+
+PREFETCH_BYTES = 512 << 20  # default memory limit per process
+MIN_PREFETCH = 2  # batches
+MAX_PREFETCH = 8  # batches
+CONSUMER_BATCHES = 2  # batches that the consumer may use at the same time
+MAX_CHUNK = 16  # images per task of a thread
+MAX_REASONS = 5  # reasons of replaced samples that are kept until somebody asks
+
+WriteImage = Callable[[int, Image], None]  # decodes and augments image i of a batch into an array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro batch.
+    """One micro-batch of n images.
 
-    images: uint8 (n, H, W, 3), RGB; its memory is used again for the batch after the next one, so copy what is kept longer.
-    labels, samples (dataset indices), views (what augmentation is keyed by), positions (places in the epoch): int64 (n,).
-    epoch, step: numbers of the epoch and of the global optimizer step, from 0.
+    ``images``: uint8, shape (n, H, W, 3), RGB. Its memory is reused for the batch after the next
+    one, so copy what is needed for longer. ``labels``, ``samples`` (rows of the split), ``views``
+    (sample and repeat, the key of the augmentation) and ``positions`` (in the epoch): int64, shape
+    (n,). ``epoch`` and ``step`` (global optimizer step) count from 0.
     """
 
     images: torch.Tensor
@@ -45,115 +73,133 @@ class Batch:
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """A batch before its pixels: where it is in the epoch, and how to write its images.
+    """A batch before it is filled: which samples it holds, and how to write its images.
 
-    ``write`` may put another sample into ``samples``, and then says in ``replaced`` why.
+    ``write`` may replace a sample that cannot be read: it then changes the element of ``samples``
+    and adds the reason to ``replaced``.
     """
 
-    samples: NDArray[np.int64]
-    views: NDArray[np.int64]
-    positions: NDArray[np.int64]
+    samples: Int64
+    views: Int64
+    positions: Int64
     epoch: int
     step: int
-    write: Write
+    write: WriteImage
     replaced: list[str] = field(default_factory=list)
 
 
 class _Slot:
-    """A place in the ring: the pixels of one batch on their way."""
+    """Memory for the images of one batch, and the progress of filling it."""
 
     def __init__(self, batch: int, image_size: int, pin: bool) -> None:
-        self.images = torch.empty(
-            (batch, image_size, image_size, 3), dtype=torch.uint8, pin_memory=pin
-        )
-        self.pixels: Image = self.images.numpy()
+        shape = (batch, image_size, image_size, 3)
+        self.images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        self.pixels: Image = self.images.numpy()  # the same memory
         self.done = threading.Event()
-        self.lock = threading.Lock()
-        self.missing = 0
         self.error: BaseException | None = None
-        self.free_after: torch.cuda.Event | None = None  # the device may still be copying from it
+        self.copied: torch.cuda.Event | None = None  # the device has copied the last batch
+        self._missing = 0  # images that are not written yet
+        self._lock = threading.Lock()
+
+    def begin(self, images: int) -> None:
+        """Prepare the slot for a new batch."""
+        if self.copied is not None:
+            # A copy from pinned memory runs in the background. Overwriting the images before it is
+            # finished would mix two batches.
+            self.copied.synchronize()
+        self.done.clear()
+        self._missing = images
+        self.error = None
 
     def finish(self, images: int, error: BaseException | None) -> None:
-        with self.lock:
-            self.missing -= images
+        """Count written images; keeps the first error."""
+        with self._lock:
+            self._missing -= images
             self.error = self.error or error
-            if self.missing == 0:
+            if self._missing == 0:
                 self.done.set()
+
+    def release(self) -> None:
+        """Remember the copies to the device that the consumer has started."""
+        if self.images.is_pinned():
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """Images [start, stop) of a batch."""
+
+    plan: BatchPlan
+    slot: _Slot
+    start: int
+    stop: int
 
 
 class PrefetchQueue:
-    """Worker threads and the slots that they fill, in the order of the plans.
+    """Threads and slots that turn plans into batches.
 
-    Its batches, those that are the consumer's included, take at most ``prefetch_bytes`` of memory, or what `AHEAD` asks for
-    at least. ``data_wait``: seconds that the consumer waited. ``replaced``: the samples replaced in the batches that it has
-    had; ``reasons``: which and why, of the newest of them.
+    All slots together take at most ``prefetch_bytes``, but there are never fewer than
+    `CONSUMER_BATCHES` + `MIN_PREFETCH` of them.
+
+    ``data_wait``: seconds that the consumer waited for batches so far. ``replaced``: number of
+    replaced samples in the batches yielded so far. ``reasons``: the newest reasons of these.
     """
 
     def __init__(
-        self, split: Split, batch: int, image_size: int, threads: int, prefetch_bytes: int
+        self, split: Split, *, batch: int, image_size: int, threads: int, prefetch_bytes: int
     ) -> None:
-        cv2.setNumThreads(1)  # our threads are the parallelism
+        cv2.setNumThreads(1)  # the threads of this queue are the parallelism
+        self.split = split
+        self.data_wait = 0.0
+        self.replaced = 0
+        self.reasons: deque[str] = deque(maxlen=MAX_REASONS)
+        # At least two tasks per thread and batch, so that the threads finish a batch together.
+        self._chunk = max(1, min(MAX_CHUNK, batch // (2 * threads)))
+        slots = CONSUMER_BATCHES + prefetch_batches(3 * batch * image_size**2, prefetch_bytes)
         pin = torch.cuda.is_available()
-        self.split, self.data_wait, self.replaced = split, 0.0, 0
-        self.reasons: deque[str] = deque(maxlen=REASONS)
-        self._chunk = max(1, min(16, batch // (2 * threads)))
-        slots = LENT + batches_ahead(3 * batch * image_size**2, prefetch_bytes)
         self._free = [_Slot(batch, image_size, pin) for _ in range(slots)]
-        self._filling: deque[tuple[BatchPlan, _Slot]] = deque()
-        self._lent: deque[_Slot] = deque()
-        self._tasks: queue.SimpleQueue[tuple[BatchPlan, _Slot, int, int] | None] = (
-            queue.SimpleQueue()
-        )
+        self._pending: deque[tuple[BatchPlan, _Slot]] = deque()
+        self._in_use: deque[_Slot] = deque()
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"loader-{i}", daemon=True)
+            threading.Thread(target=self._run_tasks, name=f"loader-{i}", daemon=True)
             for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
     def run(self, plans: Iterator[BatchPlan]) -> Iterator[Batch]:
-        """The batches of ``plans``, prefetched; `LENT` of them are the consumer's at any time.
+        """Yield the batches of ``plans`` in their order. A new call ends the iteration before.
 
         Raises:
             DataError: an image cannot be read.
         """
-        self._forget_unread()
+        self._discard_pending()
         while not self._closed:
-            while len(self._lent) >= LENT:
-                self._release(self._lent.popleft())
+            while len(self._in_use) >= CONSUMER_BATCHES:
+                self._release(self._in_use.popleft())
             while self._free and (plan := next(plans, None)) is not None:
                 self._submit(plan, self._free.pop())
-            if not self._filling:
+            if not self._pending:
                 return
-            plan, slot = self._filling.popleft()
+            plan, slot = self._pending.popleft()
             began = time.perf_counter()
             slot.done.wait()
             self.data_wait += time.perf_counter() - began
             if slot.error is not None:
                 self._free.append(slot)
                 raise slot.error
-            self._lent.append(slot)
+            self._in_use.append(slot)
             self.replaced += len(plan.replaced)
             self.reasons.extend(plan.replaced)
-            samples, views, positions = map(
-                torch.from_numpy, (plan.samples, plan.views, plan.positions)
-            )
-            labels = torch.from_numpy(self.split.labels[plan.samples])
-            yield Batch(
-                slot.images[: len(samples)],
-                labels,
-                samples,
-                views,
-                positions,
-                plan.epoch,
-                plan.step,
-            )
+            yield self._batch(plan, slot)
 
     def close(self) -> None:
-        """End the threads; images that are being decoded are finished first."""
+        """End the threads. Images that are being decoded are finished first."""
         self._closed = True
         while True:
             try:
@@ -166,45 +212,61 @@ class PrefetchQueue:
             thread.join()
         self._threads = []
 
-    def _forget_unread(self) -> None:
-        while self._filling:  # of an iteration that was broken off
-            _, slot = self._filling.popleft()
-            slot.done.wait()
+    def _discard_pending(self) -> None:
+        """Wait for the batches of an abandoned iteration, and free their slots."""
+        while self._pending:
+            _, slot = self._pending.popleft()
+            slot.done.wait()  # the threads must not write into a slot that is used again
             self._free.append(slot)
 
     def _submit(self, plan: BatchPlan, slot: _Slot) -> None:
-        if slot.free_after is not None:
-            slot.free_after.synchronize()
-        slot.done.clear()
-        slot.missing, slot.error = len(plan.samples), None
-        self._filling.append((plan, slot))
-        for start in range(0, len(plan.samples), self._chunk):
-            self._tasks.put((plan, slot, start, min(start + self._chunk, len(plan.samples))))
+        images = len(plan.samples)
+        slot.begin(images)
+        self._pending.append((plan, slot))
+        for start in range(0, images, self._chunk):
+            stop = min(start + self._chunk, images)
+            self._tasks.put(_Task(plan=plan, slot=slot, start=start, stop=stop))
 
     def _release(self, slot: _Slot) -> None:
-        if slot.images.is_pinned():
-            slot.free_after = torch.cuda.Event()
-            slot.free_after.record()
+        slot.release()
         self._free.append(slot)
 
-    def _work(self) -> None:
+    def _batch(self, plan: BatchPlan, slot: _Slot) -> Batch:
+        # Only now: while the slot was pending, `write` may have replaced samples.
+        return Batch(
+            images=slot.images[: len(plan.samples)],
+            labels=torch.from_numpy(self.split.labels[plan.samples]),
+            samples=torch.from_numpy(plan.samples),
+            views=torch.from_numpy(plan.views),
+            positions=torch.from_numpy(plan.positions),
+            epoch=plan.epoch,
+            step=plan.step,
+        )
+
+    def _run_tasks(self) -> None:
+        """Body of a thread: run tasks until `close` sends None."""
         while (task := self._tasks.get()) is not None:
-            plan, slot, start, stop = task
-            error: BaseException | None = None
-            for i in range(start, stop):
-                try:
-                    plan.write(i, slot.pixels[i])
-                except Exception as cause:
-                    error = (
-                        explain(cause, self.split, int(plan.samples[i]))
-                        if isinstance(cause, BAD_SAMPLE)
-                        else cause
-                    )
-                    break
-            slot.finish(stop - start, error)
+            # An error is not raised here, where nobody would see it, but in `run`. The remaining
+            # images of the task are not written; they count as finished, or `run` would wait.
+            task.slot.finish(task.stop - task.start, self._write(task))
+
+    def _write(self, task: _Task) -> BaseException | None:
+        """Write the images of a task; the error that ended it, if any."""
+        for i in range(task.start, task.stop):
+            try:
+                task.plan.write(i, task.slot.pixels[i])
+            except BAD_SAMPLE as error:
+                return explain(error, self.split, int(task.plan.samples[i]))
+            except Exception as error:
+                return error
+        return None
 
 
-def batches_ahead(batch_bytes: int, prefetch_bytes: int) -> int:
-    """How many batches of ``batch_bytes`` are prepared while the consumer has its own."""
-    least, most = AHEAD
-    return max(least, min(most, prefetch_bytes // batch_bytes - LENT))
+def prefetch_batches(batch_bytes: int, prefetch_bytes: int) -> int:
+    """Number of batches to prefetch besides the consumer's.
+
+    Example: a limit of 700 bytes holds 7 batches of 100 bytes. The consumer has 2 of them, so 5 are
+    prefetched.
+    """
+    fitting = prefetch_bytes // batch_bytes - CONSUMER_BATCHES
+    return max(MIN_PREFETCH, min(MAX_PREFETCH, fitting))

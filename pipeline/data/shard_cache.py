@@ -1,48 +1,67 @@
-"""Remote shards on a node: fetched whole, checked, kept in a directory of bounded size that all its processes share.
+"""A bounded cache on a host for the files of remote datasets, shared by all its processes.
 
-A file is named by its digest, and is there complete and checked or not at all. What is being read, and what is being
-fetched, is locked (flock: a lock ends with its holder); room is made by removing what was least recently read and is not
-locked. Two processes that want the same shard fetch it once.
+The cache is one directory::
+
+    3f0c...a1          a complete, verified file; its name is its digest (xxh3-128)
+    77be...09.tmp      a file that somebody is downloading
+    .lock-00 ... -63   fetch locks: files are distributed over them by digest
+    .lock-capacity     the capacity lock
+
+All locks are `flock` locks: the kernel releases them when their holder ends, so a killed process
+never blocks others. Who holds which lock when:
+
+1. A reader opens ``<digest>`` and takes a *shared* lock on that file. It holds the lock until it
+   closes the descriptor. If the file exists, this is all.
+2. Otherwise it takes the *fetch lock* of the digest and looks again: two processes that want the
+   same shard download it once, because the second one waits here and then finds the file.
+3. It takes the *capacity lock*, deletes files until ``size`` bytes are free (least recently read
+   first, and only those that nobody has locked), creates ``<digest>.tmp`` with its final size and
+   an *exclusive* lock, and releases the capacity lock. From now on the reserved bytes count, and
+   nobody deletes the file.
+4. It downloads into the temporary file, with the fetch lock but without the capacity lock: other
+   files are downloaded at the same time.
+5. If the digest is right, it renames the file to ``<digest>`` under the capacity lock. Whoever
+   counts bytes holds that lock and lists the directory first, then asks for the sizes. A rename in
+   between would let it see a file under both names, or look up a name that is gone.
+6. It turns its exclusive lock into a shared one, releases the fetch lock and reads.
+
+A fetch lock is always taken before the capacity lock, and nobody waits for any lock while it holds
+the capacity lock (files are locked without blocking there). So there is no deadlock.
+
+Worked example: max_bytes = 100. The cache holds A (40 bytes, last read 2 s ago) and B (40 bytes,
+opened 5 s ago and still being read), and C (40 bytes) is wanted. 20 bytes are free. B is the least
+recently read file, but locked; so A is deleted, 60 bytes are free, and C is reserved. If A were
+locked too, the process would poll until one of them is released.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import mmap
 import os
-import re
-import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from pipeline.data.shards import INDEX_ROWS
+from pipeline.command import command
 from pipeline.errors import DataError, StageError
 from pipeline.files import fsync_dir
-from pipeline.sources.remote import BLOCK, Storage, Unreachable, open_storage
+from pipeline.sources.remote import BLOCK, Storage, Unreachable
 
-FETCHES = 3  # of a file whose digest is wrong
-DOWNLOADS = 4  # at once, in the background of a process
-LOCKS = 64
-POLL, PATIENCE = (
-    0.05,
-    200,
-)  # seconds; times that there may be no room while nothing is being fetched
-TOUCH = 1.0  # seconds for which a file counts as read just now
+MAX_DOWNLOADS = 3  # of one file, if its digest is wrong each time
+FETCH_LOCKS = 64
+CAPACITY_LOCK = "capacity"
+POLL_SECONDS = 0.05  # between two attempts to free space
+MAX_IDLE_POLLS = 200  # attempts without space while nobody is downloading, then give up
+TOUCH_SECONDS = 1.0  # a file's time of last use is updated at most this often
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RemoteFile:
-    """``bytes``: where they are known beforehand. ``digest``: xxh3-128 in hexadecimal."""
+    """A file in a store. ``digest``: xxh3-128 in hexadecimal. ``bytes``: its size, if known."""
 
     storage: Storage
     path: str
@@ -51,136 +70,181 @@ class RemoteFile:
 
 
 class ShardCache:
-    """A directory of at most ``max_bytes`` for files of remote datasets; safe for any number of processes and threads."""
+    """A directory of at most ``max_bytes`` bytes; safe for any number of processes and threads.
+
+    Raises:
+        StageError: the directory cannot be created or written.
+    """
 
     def __init__(self, directory: Path, max_bytes: int = 256 << 30) -> None:
-        self.directory, self.max_bytes = directory, max_bytes
-        self._touched: dict[str, float] = {}
-        with self._writing():
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._last_touch: dict[str, float] = {}  # digest -> time.monotonic()
+        with self._storage_errors():
             directory.mkdir(parents=True, exist_ok=True)
-            with self._locked("room"):
-                self._make_room(0)  # clears away what killed processes left
+            with self._locked(CAPACITY_LOCK):
+                self._free_space(0)  # deletes the temporary files of killed processes
 
     def open(self, file: RemoteFile) -> int:
-        """A descriptor of the whole, checked file, which stays in the cache until it is closed.
+        """Return a descriptor of the complete, verified file; download the file if necessary.
+
+        The file stays in the cache until the descriptor is closed.
 
         Raises:
-            DataError: it is missing, or is not what its digest says however often it is fetched.
-            StageError: the store does not answer, or there is no room: no fault of the data, nothing may stand in for it.
+            DataError: the file does not exist, or its digest is wrong after MAX_DOWNLOADS attempts.
+            StageError: the store does not answer, or the cache is too small. The data is not at
+                fault, so no other image may replace this one.
         """
-        with self._writing():
-            found = self._present(file)
-            return found if found is not None else self._fetch(file)
+        with self._storage_errors():
+            descriptor = self._open_present(file)
+            return descriptor if descriptor is not None else self._fetch(file)
 
     def fetch(self, file: RemoteFile) -> None:
-        """See that the file is here, or is being fetched by somebody. Raises as `open`."""
-        if not (self.directory / file.digest).exists():
-            with contextlib.suppress(BlockingIOError), self._writing():
-                os.close(self._fetch(file, wait=False))
+        """Download the file unless it is present or somebody else is downloading it.
 
-    def _present(self, file: RemoteFile) -> int | None:
+        Raises:
+            DataError, StageError: as `open`.
+        """
+        if (self.directory / file.digest).exists():
+            return
+        with contextlib.suppress(BlockingIOError), self._storage_errors():
+            os.close(self._fetch(file, wait=False))
+
+    def _open_present(self, file: RemoteFile) -> int | None:
+        """Step 1: a descriptor with a shared lock; None if the file is missing or incomplete."""
+        path = self.directory / file.digest
         try:
-            found = os.open(self.directory / file.digest, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(found, fcntl.LOCK_SH)
-        if file.bytes not in (None, os.fstat(found).st_size):  # the disk has lost a part
-            os.close(found)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # A crash of the host may have cost the end of the file: then download it again.
+        if file.bytes not in (None, os.fstat(descriptor).st_size):
+            os.close(descriptor)
             return None
+        self._touch(file.digest, descriptor)
+        return descriptor
+
+    def _touch(self, digest: str, descriptor: int) -> None:
+        """Set the modification time, by which the least recently read file is found."""
+        # A loader opens a shard for every image. One update per second keeps the order nearly as
+        # exact, and saves a write to the file system for each image.
         now = time.monotonic()
-        if now - self._touched.get(file.digest, -TOUCH) >= TOUCH:
-            self._touched[file.digest] = now
-            os.utime(found)
-        return found
+        if now - self._last_touch.get(digest, -TOUCH_SECONDS) >= TOUCH_SECONDS:
+            self._last_touch[digest] = now
+            os.utime(descriptor)
 
     def _fetch(self, file: RemoteFile, wait: bool = True) -> int:
-        with self._locked(f"{int(file.digest[:2], 16) % LOCKS:02d}", wait):
-            found = self._present(file)  # another process may have been faster
-            if found is not None:
-                return found
-            for _ in range(FETCHES):
-                found, digest = self._download(file)
-                if digest == file.digest:
-                    return found
+        """Steps 2 to 6: a descriptor of the downloaded file, with a shared lock.
+
+        Raises:
+            BlockingIOError: ``wait`` is false and somebody else has the fetch lock.
+        """
+        number = int(file.digest[:2], 16) % FETCH_LOCKS
+        with self._locked(f"{number:02d}", wait):
+            descriptor = self._open_present(file)
+            if descriptor is not None:  # another process downloaded it while this one waited
+                return descriptor
+            digest = ""
+            for _ in range(MAX_DOWNLOADS):
+                descriptor, digest = self._download(file)
+                if descriptor is not None:
+                    return descriptor
             raise DataError(
-                f"is not what was written: its digest is {digest}, dataset.json has {file.digest}",
+                f"checksum mismatch: its digest is {digest}, dataset.json has {file.digest}",
                 place=file.storage.shown(file.path),
-                remedy="copy the dataset there again; `data verify` tells whether the original is whole",
+                remedy="copy the dataset there again; to check the original, run "
+                + command("verify", "PATH"),
             )
 
-    def _download(self, file: RemoteFile) -> tuple[int, str]:
-        """Descriptor and digest of what came; it is in its place only if the digest is right."""
-        temporary, state = self.directory / f"{file.digest}.tmp", xxhash.xxh3_128()
-        whole = file.storage.read(file.path) if file.bytes is None else b""
-        descriptor = self._reserve(temporary, len(whole) or file.bytes or 0)
+    def _download(self, file: RemoteFile) -> tuple[int | None, str]:
+        """Steps 3 to 6, once: the descriptor (None if the digest is wrong), and the digest."""
+        temporary = self.directory / f"{file.digest}.tmp"
+        # Space is reserved before the download. Without a known size (indexes, which are small),
+        # read the file into memory first.
+        content = file.storage.read(file.path) if file.bytes is None else None
+        size = len(content) if content is not None else file.bytes or 0
+        descriptor = self._reserve(temporary, size)
         try:
-            with os.fdopen(os.dup(descriptor), "wb") as out:
-                for block in [whole] if whole else _blocks(file):
-                    out.write(block)
-                    state.update(block)
-            right = state.hexdigest() == file.digest
-            if right:
+            digest = _copy([content] if content is not None else _blocks(file), descriptor)
+            if digest == file.digest:
                 os.fsync(descriptor)
         except BaseException:
-            self._drop(temporary, descriptor)
+            self._discard(temporary, descriptor)
             raise
-        if not right:
-            self._drop(temporary, descriptor)
-            return -1, state.hexdigest()
-        with self._locked(
-            "room"
-        ):  # names change under this lock only: who counts bytes sees each file once
+        if digest != file.digest:
+            self._discard(temporary, descriptor)
+            return None, digest
+        with self._locked(CAPACITY_LOCK):  # why the lock: see step 5
             os.replace(temporary, self.directory / file.digest)
         fsync_dir(self.directory)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return descriptor, file.digest
+        return descriptor, digest
 
-    def _drop(self, temporary: Path, descriptor: int) -> None:
-        with self._locked("room"):
+    def _discard(self, temporary: Path, descriptor: int) -> None:
+        # Names change under the capacity lock only. Close the descriptor last: as long as the file
+        # is locked, nobody else takes it for the leftover of a killed process.
+        with self._locked(CAPACITY_LOCK):
             temporary.unlink(missing_ok=True)
         os.close(descriptor)
 
     def _reserve(self, temporary: Path, size: int) -> int:
-        """A new, locked file of this size, for which there is room."""
-        idle = 0
-        while size <= self.max_bytes and idle < PATIENCE:
-            with self._locked("room"):
-                free, fetching = self._make_room(size)
+        """Step 3: create the temporary file with its final size and an exclusive lock.
+
+        Raises:
+            StageError: there is no space, and nobody releases any.
+        """
+        idle_polls = 0
+        while size <= self.max_bytes and idle_polls < MAX_IDLE_POLLS:
+            with self._locked(CAPACITY_LOCK):
+                free, downloading = self._free_space(size)
                 if free >= size:
                     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     os.ftruncate(descriptor, size)
                     return descriptor
-            idle += not fetching  # what others fetch can be removed when they have read it
-            time.sleep(POLL)
+            # While others download, wait without a limit: once they have read their files, those
+            # can be deleted. Without downloads, all files are being read, which takes moments.
+            if not downloading:
+                idle_polls += 1
+            time.sleep(POLL_SECONDS)
         raise StageError(
-            f"no room for a shard of {size} bytes: the cache may hold {self.max_bytes}, and the rest of it is in use",
+            f"no room for a shard of {size} bytes: the cache may hold {self.max_bytes}, and the "
+            "rest of it is in use",
             place=str(self.directory),
-            remedy="let the cache be larger (max_bytes): several shards a process, and all indexes",
+            remedy="raise the size of the cache (max_bytes): it must hold all indexes and several "
+            "shards per process",
         )
 
-    def _make_room(self, size: int) -> tuple[int, bool]:
-        """Bytes that are free now, and whether somebody is fetching; the lock "room" is held."""
+    def _free_space(self, size: int) -> tuple[int, bool]:
+        """Delete files until ``size`` bytes are free, if possible. Needs the capacity lock.
+
+        Returns:
+            The number of free bytes, and whether somebody is downloading.
+        """
         entries = [entry for entry in os.scandir(self.directory) if not entry.name.startswith(".")]
-        kept = {entry.name: entry.stat() for entry in entries}
-        fetching = False
-        for name in [name for name in kept if name.endswith(".tmp")]:
-            if _remove_unused(self.directory / name):  # of a process that was killed
-                del kept[name]
+        files = {entry.name: entry.stat() for entry in entries}
+        downloading = False
+        for name in [name for name in files if name.endswith(".tmp")]:
+            if _delete_unlocked(self.directory / name):  # its process was killed
+                del files[name]
             else:
-                fetching = True
-        free = self.max_bytes - sum(stat.st_size for stat in kept.values())
-        for name in sorted(kept, key=lambda name: kept[name].st_mtime_ns):
+                downloading = True
+        free = self.max_bytes - sum(status.st_size for status in files.values())
+        for name in sorted(files, key=lambda name: files[name].st_mtime_ns):
             if free >= size:
                 break
-            if not name.endswith(".tmp") and _remove_unused(self.directory / name):
-                free += kept[name].st_size
-        return free, fetching
+            if not name.endswith(".tmp") and _delete_unlocked(self.directory / name):
+                free += files[name].st_size
+        return free, downloading
 
     @contextlib.contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[None]:
-        """Raises BlockingIOError if somebody else has the lock and ``wait`` is false."""
-        descriptor = os.open(self.directory / f".lock-{name}", os.O_RDWR | os.O_CREAT, 0o644)
+        """Hold the lock ``name``. Raises BlockingIOError if it is taken and ``wait`` is false."""
+        path = self.directory / f".lock-{name}"
+        # A new descriptor each time: flock locks belong to the open file, so that threads of one
+        # process exclude each other as well.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
@@ -188,7 +252,8 @@ class ShardCache:
             os.close(descriptor)
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _storage_errors(self) -> Iterator[None]:
+        """Turn faults of the store or the directory into StageError: the data is not at fault."""
         try:
             yield
         except Unreachable as error:
@@ -196,19 +261,33 @@ class ShardCache:
         except BlockingIOError:
             raise
         except OSError as error:
-            remedy = "a directory of this user's, on a disk with room for max_bytes"
             raise StageError(
-                f"cannot be written: {error.strerror}", place=str(self.directory), remedy=remedy
+                f"cannot be written: {error.strerror}",
+                place=str(self.directory),
+                remedy="choose a directory that this user may write, on a disk with at least "
+                "max_bytes free",
             ) from error
 
 
 def _blocks(file: RemoteFile) -> Iterator[bytes]:
+    """The content of a file of known size, one request per block."""
     size = file.bytes or 0
     for first in range(0, size, BLOCK):
         yield file.storage.read(file.path, first, min(first + BLOCK, size))
 
 
-def _remove_unused(path: Path) -> bool:
+def _copy(blocks: Iterable[bytes], descriptor: int) -> str:
+    """Write the blocks to the descriptor and return their digest (xxh3-128). Leaves it open."""
+    state = xxhash.xxh3_128()
+    with os.fdopen(os.dup(descriptor), "wb") as out:
+        for block in blocks:
+            out.write(block)
+            state.update(block)
+    return state.hexdigest()
+
+
+def _delete_unlocked(path: Path) -> bool:
+    """Delete the file if nobody has locked it; whether it is gone."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -221,107 +300,3 @@ def _remove_unused(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-@dataclass(frozen=True)
-class CachedContent:
-    """The bytes of a remote shard, to be sliced like a mapped one's; the shard comes when it is needed, and may go again."""
-
-    cache: ShardCache
-    file: RemoteFile
-
-    def __getitem__(self, span: slice, /) -> memoryview:
-        descriptor = self.cache.open(self.file)
-        try:
-            return memoryview(os.pread(descriptor, span.stop - span.start, span.start))
-        finally:
-            os.close(descriptor)
-
-
-class CachedShards:
-    """The files of a dataset behind a URL (see `pipeline.data.dataset.Files`)."""
-
-    def __init__(self, url: str, cache: ShardCache) -> None:
-        self._storage, self.root = open_storage(url)
-        self.place = self._storage.shown(self.root)
-        self._cache = cache
-        self._announced: deque[RemoteFile] = deque()
-        self._rest: deque[RemoteFile] = deque()
-        self._waiting = threading.Condition()
-        self._threads: list[threading.Thread] = []
-
-    def read(self, name: str) -> bytes:
-        if self._storage.info(f"{self.root}/{name}") is None:
-            raise FileNotFoundError(name)
-        return self._storage.read(f"{self.root}/{name}")
-
-    def open(
-        self, shards: Sequence[dict[str, Any]]
-    ) -> tuple[list[CachedContent], list[NDArray[np.int64]]]:
-        contents = [CachedContent(self._cache, self._file(shard)) for shard in shards]
-        with ThreadPoolExecutor(2 * DOWNLOADS) as pool:
-            indexes = list(pool.map(self._index, shards))
-        if sum(shard["bytes"] for shard in shards) <= self._cache.max_bytes:
-            self._begin(self._rest, shards)
-        return contents, indexes
-
-    def ahead(self, shards: Iterable[dict[str, Any]]) -> None:
-        """Fetch these in the background, and no longer what was announced before; no more than fit."""
-        with self._waiting:
-            self._announced.clear()
-        self._begin(self._announced, shards)
-
-    def _begin(self, wanted: deque[RemoteFile], shards: Iterable[dict[str, Any]]) -> None:
-        with self._waiting:
-            wanted.extend(self._file(shard) for shard in shards)
-            self._waiting.notify_all()
-        if not self._threads:
-            self._threads = [
-                threading.Thread(target=self._work, name=f"shards-{i}", daemon=True)
-                for i in range(DOWNLOADS)
-            ]
-            for thread in self._threads:
-                thread.start()
-
-    def _work(self) -> None:
-        while True:
-            with self._waiting:
-                self._waiting.wait_for(lambda: self._announced or self._rest)
-                file = (self._announced or self._rest).popleft()
-            with contextlib.suppress(DataError, StageError):  # raised again where the shard is read
-                self._cache.fetch(file)
-
-    def _file(self, shard: dict[str, Any]) -> RemoteFile:
-        return RemoteFile(
-            self._storage,
-            f"{self.root}/{shard['file']}",
-            self._checked(shard["digest"]),
-            shard["bytes"],
-        )
-
-    def _index(self, shard: dict[str, Any]) -> NDArray[np.int64]:
-        """The index, mapped; its file stays in the cache as long as the map."""
-        path = f"{self.root}/{Path(shard['file']).with_suffix('.idx')}"
-        descriptor = self._cache.open(
-            RemoteFile(self._storage, path, self._checked(shard["index_digest"]))
-        )
-        try:
-            content = mmap.mmap(
-                descriptor, 0, access=mmap.ACCESS_READ
-            )  # has a descriptor of its own, and so the lock
-        finally:
-            os.close(descriptor)
-        values = INDEX_ROWS * int(shard["rows"])
-        numbers = np.frombuffer(
-            content, dtype="<i8", count=values, offset=len(content) - 8 * values
-        )
-        return numbers.reshape(INDEX_ROWS, shard["rows"])
-
-    def _checked(self, digest: str) -> str:
-        if not re.fullmatch(r"[0-9a-f]{32}", digest):
-            raise DataError(
-                f"is damaged: {digest!r} is no digest",
-                place=f"{self.place}/dataset.json",
-                remedy="copy it again",
-            )
-        return digest

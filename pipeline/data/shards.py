@@ -1,19 +1,36 @@
-"""One shard: an ordinary Parquet file whose images lie uncompressed in it, and an index of where each one is.
+"""Shard format: a standard Parquet file with uncompressed images, and an index of their offsets.
 
-Columns: key, label, width, height, hash (of the image's bytes), and image, which is a struct of bytes and path, as Hugging
-Face `datasets` keeps pictures: with the metadata entry ``huggingface`` it decodes and shows them. ``path`` is empty
-(the key is the name). PLAIN encoding without compression, dictionary or statistics, one data page for the images of a row
-group: so an image is a contiguous stretch of the file, which a reader can map and slice without copying. The index
-(``.idx``, NumPy format) is int64 of shape (4, rows): offset, length, label, xxh3-64 of the image.
+Standard readers (pyarrow, DuckDB, Ray Data, Hugging Face `datasets`) read a shard like any other
+Parquet file. The loader does not parse Parquet at all: it maps the file and slices each image out
+of it without a copy, with the offsets of the index.
+
+Columns: key, label, width, height, hash (of the image's bytes) and image. The image is a struct of
+bytes and path, the form in which `datasets` stores images; with the metadata entry ``huggingface``
+it decodes and shows them. ``path`` is always null, because the key is the name.
+
+Why an image is one contiguous range of the file: the column ``image.bytes`` has PLAIN encoding, no
+compression, no dictionary, no statistics, and one data page per row group. Example: one row group
+of two images, b"abc" and b"hello". The column chunk of ``image.bytes`` covers bytes 213 to 253::
+
+    offset  bytes
+       213  19      page header
+       232   6      definition levels (no value is null), run-length encoded
+       238   4      length of image 0: 3, little-endian
+       242   3      abc
+       245   4      length of image 1: 5
+       249   5      hello
+       254          end of the column chunk
+
+The index (``.idx``, NumPy format) is int64 of shape (4, rows): offset, length, label and xxh3-64 of
+each image. Here its first two rows are [242, 249] and [3, 5].
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,18 +41,24 @@ from numpy.typing import NDArray
 from pipeline.errors import DataError
 from pipeline.files import atomic, file_digest, write_with
 
-FORMAT = 2  # of a dataset's files
-GROUP_ROWS = 256
-INDEX_ROWS = 4
-# What `datasets` takes for a picture: both this type, nullable as it stands here, and the name in the metadata.
-PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+Int64 = NDArray[np.int64]
+Index = NDArray[np.int64]  # shape (INDEX_ROWS, rows), see above
+
+FORMAT = 2  # version of a dataset's files
+GROUP_ROWS = 256  # rows per row group, at most
+INDEX_ROWS = 4  # offset, length, label, hash
+LENGTH_BYTES = 4  # a PLAIN byte array starts with its length as uint32
+PAGE_BYTES = 1 << 30  # larger than any row group: its images stay in one data page
+
+# `datasets` recognises images by both: this type, nullable as it is here, and the metadata entry.
+IMAGE_STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _FEATURES = json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})
-_BYTES = "image.bytes"
+_IMAGE_BYTES = "image.bytes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One labelled image. ``hash``: xxh3-128 of ``image``, in hexadecimal; sizes in pixels."""
+    """One labelled image. ``width`` and ``height`` in pixels; ``hash``: xxh3-128 of ``image``."""
 
     key: str
     label: int
@@ -45,9 +68,9 @@ class Row:
     image: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """What dataset.json says of a shard; sizes in bytes, digests xxh3-128 of the whole files."""
+    """A shard as ``dataset.json`` lists it: name, rows, size in bytes, digests of both files."""
 
     file: str
     rows: int
@@ -55,140 +78,165 @@ class ShardInfo:
     digest: str
     index_digest: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, str | int]:
+        """The JSON form."""
         return asdict(self)
 
 
 def index_path(shard: Path) -> Path:
+    """The index of a shard: ``train-00000.parquet`` -> ``train-00000.idx``."""
     return shard.with_suffix(".idx")
 
 
 def schema() -> pa.Schema:
-    fields = [("key", pa.string()), ("label", pa.int32()), ("width", pa.int32())]
-    fields += [("height", pa.int32()), ("hash", pa.string())]
-    return pa.schema(
-        [
-            *(pa.field(name, kind, nullable=False) for name, kind in fields),
-            pa.field("image", PICTURE),
-        ]
-    )
+    """Arrow schema of a shard."""
+    columns = [
+        ("key", pa.string()),
+        ("label", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("hash", pa.string()),
+    ]
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns]
+    return pa.schema([*fields, pa.field("image", IMAGE_STRUCT)])
+
+
+@dataclass
+class _Written:
+    """Length, label and xxh3-64 of each image, collected while the rows are written."""
+
+    lengths: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self.lengths.extend(len(row.image) for row in rows)
+        self.labels.extend(row.label for row in rows)
+        self.hashes.extend(xxhash.xxh3_64_intdigest(row.image) for row in rows)
 
 
 def write_shard(path: Path, groups: Iterable[Sequence[Row]], fingerprint: str) -> ShardInfo:
-    """Write a shard and its index, both complete or not at all; the same rows give the same bytes.
+    """Write a shard and its index, each complete or not at all; the same rows give the same bytes.
 
     Args:
-        groups: the rows in their order, in groups of at most GROUP_ROWS, one group in memory at a time.
-        fingerprint: of the dataset; kept in the file's metadata.
+        groups: the rows in order, in groups of at most GROUP_ROWS; one is in memory at a time.
+        fingerprint: fingerprint of the dataset, stored in the file's metadata.
     Raises:
-        DataError: the file does not read back as written (a disk or library fault).
+        DataError: the file does not read back as written (a fault of the disk or of a library).
+        OSError: a file cannot be written.
     """
-    lengths: list[int] = []
-    labels: list[int] = []
-    digests: list[int] = []
-
-    def write(temporary: Path) -> None:
-        layout = schema()
-        encodings = dict.fromkeys([*layout.names[:-1], _BYTES, "image.path"], "PLAIN")
-        with pq.ParquetWriter(
-            temporary,
-            layout,
-            compression="NONE",
-            use_dictionary=False,
-            column_encoding=encodings,
-            write_statistics=False,
-            data_page_size=1 << 30,
-            data_page_version="1.0",
-            store_schema=False,
-        ) as writer:
-            writer.add_key_value_metadata({"fingerprint": fingerprint, "huggingface": _FEATURES})
-            for rows in groups:
-                writer.write_table(_table(rows, layout), row_group_size=GROUP_ROWS)
-                lengths.extend(len(row.image) for row in rows)
-                labels.extend(row.label for row in rows)
-                digests.extend(xxhash.xxh3_64_intdigest(row.image) for row in rows)
-
-    write_with(path, write)
-    hashed = np.array(digests, dtype=np.uint64).view(np.int64)
-    index = np.array([_offsets(path, lengths), lengths, labels, hashed], dtype=np.int64).reshape(
-        INDEX_ROWS, len(lengths)
-    )
+    written = _Written()
+    write_with(path, lambda temporary: _write_parquet(temporary, groups, fingerprint, written))
+    # The offsets are read from the finished file: pyarrow does not report them while writing.
+    offsets = _offsets(path, written.lengths)
+    hashes = np.array(written.hashes, dtype=np.uint64).view(np.int64)
+    rows = len(written.lengths)
+    index = np.array([offsets, written.lengths, written.labels, hashes], dtype=np.int64)
     with atomic(index_path(path)) as file:
-        np.save(file, index)
+        np.save(file, index.reshape(INDEX_ROWS, rows))
     return ShardInfo(
-        path.name,
-        len(lengths),
-        path.stat().st_size,
-        file_digest(path),
-        file_digest(index_path(path)),
+        file=path.name,
+        rows=rows,
+        bytes=path.stat().st_size,
+        digest=file_digest(path),
+        index_digest=file_digest(index_path(path)),
     )
+
+
+def _write_parquet(
+    path: Path, groups: Iterable[Sequence[Row]], fingerprint: str, written: _Written
+) -> None:
+    layout = schema()
+    # Every option that affects where an image's bytes lie is set here: the defaults of Parquet
+    # (compression, dictionaries, pages of about 1 MiB) would transform or split them.
+    with pq.ParquetWriter(
+        path,
+        layout,
+        compression="NONE",
+        use_dictionary=False,
+        column_encoding=dict.fromkeys([*layout.names[:-1], _IMAGE_BYTES, "image.path"], "PLAIN"),
+        write_statistics=False,
+        data_page_size=PAGE_BYTES,
+        data_page_version="1.0",
+        store_schema=False,
+    ) as writer:
+        writer.add_key_value_metadata({"fingerprint": fingerprint, "huggingface": _FEATURES})
+        for rows in groups:
+            writer.write_table(_table(rows, layout), row_group_size=GROUP_ROWS)
+            written.add(rows)
 
 
 def _table(rows: Sequence[Row], layout: pa.Schema) -> pa.Table:
     columns = [
-        pa.array([getattr(row, field.name) for row in rows], type=field.type)
-        for field in list(layout)[:-1]
+        pa.array([getattr(row, column.name) for row in rows], type=column.type)
+        for column in list(layout)[:-1]
     ]
-    images = pa.array([row.image for row in rows], type=pa.binary())
-    pictures = pa.StructArray.from_arrays(
-        [images, pa.nulls(len(rows), pa.string())], fields=list(PICTURE)
-    )
-    return pa.table([*columns, pictures], schema=layout)
+    contents = pa.array([row.image for row in rows], type=pa.binary())
+    paths = pa.nulls(len(rows), pa.string())
+    images = pa.StructArray.from_arrays([contents, paths], fields=list(IMAGE_STRUCT))
+    return pa.table([*columns, images], schema=layout)
 
 
-def _offsets(path: Path, lengths: Sequence[int]) -> NDArray[np.int64]:
-    """Where each image's bytes begin in the file: int64 (rows,).
+def _offsets(path: Path, lengths: Sequence[int]) -> Int64:
+    """Offset of each image's bytes in the file: int64, shape (rows,).
 
-    A PLAIN page of byte arrays is, for each value, its length in 4 little-endian bytes and its bytes; what comes before it
-    in the column chunk is the page's header and a few bytes that say that no value is missing. Every length is checked in
-    the file, the contents of the first and the last image of each end against what pyarrow reads.
+    Computed backwards from the end of each column chunk, where the page header, whose size varies,
+    does not matter. In the example of the module: the chunk ends at 254 and the values take 3 + 4
+    and 5 + 4 bytes, so value 1 starts at 254 - 9 = 245 and value 0 at 254 - 16 = 238; the images
+    start 4 bytes later, at 249 and 242.
+
+    Every length is compared with the length stored in the file. The content is compared with
+    pyarrow's reading for the first and last image of the first and last row group.
+
+    Raises:
+        DataError: a comparison fails.
     """
     metadata = pq.read_metadata(path)
-    column = next(
-        i for i in range(metadata.num_columns) if metadata.schema.column(i).path == _BYTES
-    )
+    columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    column = columns.index(_IMAGE_BYTES)
     sizes = np.asarray(lengths, dtype=np.int64)
     offsets = np.zeros(len(sizes), dtype=np.int64)
     content = np.memmap(path, dtype=np.uint8, mode="r")
     first = 0
     for group in range(metadata.num_row_groups):
-        chunk = metadata.row_group(group).column(column)
+        # Rows [first, last) of the shard are this row group; `end` is 254 in the example.
         last = first + metadata.row_group(group).num_rows
-        taken = sizes[first:last] + 4
+        chunk = metadata.row_group(group).column(column)
         end = chunk.data_page_offset + chunk.total_compressed_size
-        offsets[first:last] = end - np.cumsum(taken[::-1])[::-1] + 4
-        prefixes = (
-            content[(offsets[first:last, None] + np.arange(-4, 0))]
-            .reshape(-1, 4)
-            .copy()
-            .view("<u4")[:, 0]
-        )
-        if not np.array_equal(prefixes, sizes[first:last]):
-            raise _unreadable(path, f"row group {group}")
+        stored_bytes = sizes[first:last] + LENGTH_BYTES  # [7, 9]
+        bytes_to_end = np.cumsum(stored_bytes[::-1])[::-1]  # [16, 9]: each value and those after it
+        offsets[first:last] = end - bytes_to_end + LENGTH_BYTES
+        if not np.array_equal(_stored_lengths(content, offsets[first:last]), sizes[first:last]):
+            raise _does_not_read_back(path, f"row group {group}")
         first = last
     for group in {0, metadata.num_row_groups - 1} if len(sizes) else set():
         _compare(path, group, offsets, sizes, content)
     return offsets
 
 
+def _stored_lengths(content: NDArray[np.uint8], offsets: Int64) -> NDArray[np.uint32]:
+    """The lengths stored in front of the images at ``offsets``: uint32, shape (rows,)."""
+    prefixes = content[offsets[:, None] + np.arange(-LENGTH_BYTES, 0)]
+    values: NDArray[np.uint32] = prefixes.reshape(-1, LENGTH_BYTES).copy().view("<u4")[:, 0]
+    return values
+
+
 def _compare(
-    path: Path,
-    group: int,
-    offsets: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    content: np.memmap[Any, Any],
+    path: Path, group: int, offsets: Int64, sizes: Int64, content: NDArray[np.uint8]
 ) -> None:
-    images = pq.ParquetFile(path).read_row_group(group, columns=[_BYTES])["image"]
-    start = 0 if group == 0 else len(sizes) - len(images)
+    """Compare the first and last image of a row group with pyarrow's reading. Raises DataError."""
+    images = pq.ParquetFile(path).read_row_group(group, columns=[_IMAGE_BYTES])["image"]
+    start = 0 if group == 0 else len(sizes) - len(images)  # group is the first or the last one
     for row in (0, len(images) - 1):
-        offset, size = int(offsets[start + row]), int(sizes[start + row])
+        offset = int(offsets[start + row])
+        size = int(sizes[start + row])
         if images[row]["bytes"].as_py() != content[offset : offset + size].tobytes():
-            raise _unreadable(path, f"row {start + row}")
+            raise _does_not_read_back(path, f"row {start + row}")
 
 
-def _unreadable(path: Path, where: str) -> DataError:
+def _does_not_read_back(path: Path, where: str) -> DataError:
     return DataError(
-        f"{where} does not read back as it was written",
+        f"{where} does not read back as written",
         place=str(path),
-        remedy="check the disk, then prepare the data again",
+        remedy="check the disk, then run the prepare stage again",
     )

@@ -1,4 +1,4 @@
-"""Accuracy over a validation split: every image exactly once, for any number of processes."""
+"""Metrics over a validation split: every image exactly once, for any number of processes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from torch.nn import functional
 
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader
+from pipeline.evaluate.metrics import METRICS
 from pipeline.model import Output
 
 SAMPLES = 8  # inputs that are shown with their reconstructions: one row of the grid
 
 
 @dataclass(kw_only=True)
-class Accuracy:
-    """The result over all ranks: number of images, shares of correct answers, mean loss.
+class Evaluation:
+    """The result over all ranks: number of images, and the mean of every metric by name.
 
     ``samples``: the first inputs of this rank, then their reconstructions at each position; each
     (up to SAMPLES, 3, H, W) in [0, 1].
     """
 
     images: int
-    top1: float
-    top5: float
-    loss: float
+    metrics: dict[str, float]
     samples: list[Tensor]
 
 
@@ -39,13 +38,13 @@ def validate(
     normalise: DeviceAugment,
     device: torch.device,
     image_size: int,
-) -> Accuracy:
+) -> Evaluation:
     """Evaluate ``network`` on all images of ``loader``. Collective.
 
     Args:
         image_size: pixels, for blank images.
     """
-    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)
     samples: list[Tensor] = []
     batches = iter(loader)
     # Every rank must call the network equally often, because ZeRO-3 gathers parameters inside it.
@@ -65,30 +64,26 @@ def validate(
         prepared = normalise(images, labels, labels, labels, 0)
         out = network(prepared.images)
         if batch is not None:
-            counts += _count(out.logits[-1].float(), labels)
+            sums += _sums(out.logits[-1].float(), labels)
         if not samples:
             samples = [
                 prepared.image01[:SAMPLES].float(),
                 *(torch.sigmoid(logits[:SAMPLES].float()) for logits in out.reconstructions),
             ]
-    dist.all_reduce(counts)
-    total, top1, top5, loss = counts.tolist()
+    dist.all_reduce(sums)
+    total, *metric_sums = sums.tolist()
     images_seen = max(total, 1.0)  # an empty split has accuracy 0
-    return Accuracy(
-        images=int(total),
-        top1=top1 / images_seen,
-        top5=top5 / images_seen,
-        loss=loss / images_seen,
-        samples=samples,
-    )
+    metrics = {
+        name: metric_sum / images_seen
+        for name, metric_sum in zip(METRICS, metric_sums, strict=True)
+    }
+    return Evaluation(images=int(total), metrics=metrics, samples=samples)
 
 
-def _count(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sums over a batch: (images, correct, correct among the best five, loss)."""
-    correct = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch: number of images, then each metric."""
     images = torch.full((), float(len(labels)), device=logits.device, dtype=torch.float64)
-    loss = functional.cross_entropy(logits, labels).double() * images
-    return torch.stack([images, correct[:, 0].sum().double(), correct.any(1).sum().double(), loss])
+    return torch.stack([images, *(metric(logits, labels).double() for metric in METRICS.values())])
 
 
 def image_grid(samples: list[Tensor]) -> Tensor:

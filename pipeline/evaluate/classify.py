@@ -1,4 +1,4 @@
-"""The evaluate stage: top-1 and top-5 accuracy of a stage's weights."""
+"""The evaluate stage: accuracy and loss of a stage's weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
     """Evaluate on every validation image exactly once, for any number of processes.
 
     Returns:
-        ``top1``, ``top5`` (shares), ``loss`` and ``images`` of the whole validation split.
+        Every metric of ``evaluate/metrics.py`` over the whole validation split, and ``images``.
     """
     stage = job.stages.evaluate
     if stage is None:
@@ -48,10 +48,5 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
             ) as loader,
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
-            accuracy = validate(network, loader, normalise, device, image_size)
-    return {
-        "top1": accuracy.top1,
-        "top5": accuracy.top5,
-        "loss": accuracy.loss,
-        "images": float(accuracy.images),
-    }
+            evaluation = validate(network, loader, normalise, device, image_size)
+    return {**evaluation.metrics, "images": float(evaluation.images)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.blocks import registry
 from pipeline.errors import CheckpointError
-from pipeline.model import NetworkSpec
+from pipeline.model import Network, NetworkSpec
 
 # (our pattern, published name). The first pattern that matches the start of a name applies; the
 # rest of the name stays. Example:
@@ -52,10 +52,13 @@ def has_published_names(spec: NetworkSpec) -> bool:
     return all(registry.facts()[name].published_names for name in spec.blocks)
 
 
-def published_name(name: str, *, supervised: bool, simple_decoder: bool) -> str:
+def published_name(
+    name: str, *, blocks: Sequence[str], supervised: bool, simple_decoder: bool
+) -> str:
     """The published name of our parameter ``name``.
 
     Args:
+        blocks: block kind of each of the four levels.
         supervised: the network has several classifiers, which the published code names otherwise.
         simple_decoder: the decoders have a norm before their projection.
 
@@ -74,29 +77,41 @@ def published_name(name: str, *, supervised: bool, simple_decoder: bool) -> str:
     for pattern, replacement in rules:
         renamed, count = re.subn("^" + pattern, replacement, name)
         if count:
-            # Inside a block, the registry has the published names.
-            if ".blocks." in renamed or ".normal_layers." in renamed:
-                for ours, published in registry.facts()["convnext"].published_names.items():
-                    renamed = renamed.replace(ours, published)
-            return renamed
+            return _rename_inside_block(name, renamed, blocks)
     raise CheckpointError(
         f"parameter {name!r} has no published name",
         remedy="export without revcol.pth: only published architectures have these names",
     )
 
 
-def names(model: nn.Module) -> dict[str, str]:
+def _rename_inside_block(name: str, renamed: str, blocks: Sequence[str]) -> str:
+    """Give the parts of a block their published names, which the registry has for its kind."""
+    level = re.match(r"columns\.\d+\.levels\.(\d)\.blocks\.", name)
+    if level is not None:
+        kind = blocks[int(level[1])]
+    elif re.match(r"decoders\.\d\.stages\.\d\.block\.", name):
+        kind = "convnext"  # decoders have ConvNeXt blocks, whatever the columns have
+    else:
+        return renamed
+    for ours, published in registry.facts()[kind].published_names.items():
+        renamed = renamed.replace(ours, published)
+    return renamed
+
+
+def names(model: Network) -> dict[str, str]:
     """Our name -> published name, for every parameter of ``model``."""
     parameters = dict(model.named_parameters())
     supervised = any(name.startswith("classifiers.1.") for name in parameters)
     simple = any(re.match(r"decoders\.\d\.norm\.", name) for name in parameters)
     return {
-        name: published_name(name, supervised=supervised, simple_decoder=simple)
+        name: published_name(
+            name, blocks=model.spec.blocks, supervised=supervised, simple_decoder=simple
+        )
         for name in parameters
     }
 
 
-def to_published(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def to_published(model: Network, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """``model``'s parameters (or ``state``, by our names) under the published names and shapes."""
     state = dict(model.named_parameters()) if state is None else state
     converted = {}
@@ -110,7 +125,7 @@ def to_published(model: nn.Module, state: Mapping[str, Tensor] | None = None) ->
     return converted
 
 
-def from_published(model: nn.Module, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_published(model: Network, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names and shapes.
 
     Raises:
@@ -140,6 +155,6 @@ def from_published(model: nn.Module, published: Mapping[str, Tensor]) -> dict[st
     return converted
 
 
-def load(model: nn.Module, published: Mapping[str, Tensor]) -> None:
+def load(model: Network, published: Mapping[str, Tensor]) -> None:
     """Load a published state dict into ``model``. Raises CheckpointError as ``from_published``."""
     model.load_state_dict(from_published(model, published), strict=True)

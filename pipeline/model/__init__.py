@@ -1,4 +1,4 @@
-"""Reversible column networks. Imports nothing but torch."""
+"""Reversible column networks. Imports only torch and the block kinds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def build(
     depths: Sequence[int],
     columns: int,
     num_classes: int,
+    *,
     huge: bool = False,
     supervised: bool = False,
     block: str | Sequence[str] = "convnext",
@@ -27,23 +28,22 @@ def build(
     fused: Fused = "auto",
     fraction_bits: int = 18,
 ) -> Network:
-    """A network from plain numbers; see ``NetworkSpec`` for their meaning."""
+    """Build a network from plain numbers. See ``NetworkSpec`` for the arguments and errors."""
     kinds = block if isinstance(block, str) else cast(tuple[str, str, str, str], tuple(block))
-    return Network(
-        NetworkSpec(
-            cast(Four, tuple(channels)),
-            cast(Four, tuple(depths)),
-            columns,
-            num_classes,
-            huge,
-            supervised,
-            kinds,
-            activations,
-            drop_path,
-            head_init_scale,
-            stored_columns,
-            compile,
-            fused,
-            fraction_bits,
-        )
+    spec = NetworkSpec(
+        channels=cast(Four, tuple(channels)),
+        depths=cast(Four, tuple(depths)),
+        columns=columns,
+        num_classes=num_classes,
+        huge=huge,
+        supervised=supervised,
+        block=kinds,
+        activations=activations,
+        drop_path=drop_path,
+        head_init_scale=head_init_scale,
+        stored_columns=stored_columns,
+        compile=compile,
+        fused=fused,
+        fraction_bits=fraction_bits,
     )
+    return Network(spec)

@@ -1,4 +1,17 @@
-"""How many columns may keep their graphs: as many as fit the memory that a step leaves free."""
+"""Activation budget (``stored_columns: auto``): how many columns can store their activations.
+
+A column with stored activations needs no recompute. So as many columns as fit the free memory are
+stored, and only the others are inverted.
+
+Worked example on a CPU, network of 16 columns:
+
+    1st step   stores one column and measures its saved tensors: 100 MB
+    2nd step   650 MB are available, of which 80% may be used: 520 MB
+               2 * 100 MB are reserved for the recompute of an inverted column: 320 MB remain
+               320 / 100 -> 3 further columns: 4 columns are stored from now on
+
+Another shape of the images starts again from the first step.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +23,74 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SHARE = 0.8  # of the free memory that stored columns may take
+USABLE_SHARE = 0.8  # of the free memory
 
 
 class ActivationBudget:
-    """Decides once for an input shape: the first step stores one column and measures it, the next ones store what fits."""
+    """Decides the number of stored columns once per shape of the images.
+
+    Attributes:
+        shape: shape of the images that the numbers below belong to.
+        saved_bytes: size of each storage that the measured column saved, by its address.
+        stored_columns: the decision, None until it is made.
+    """
 
     def __init__(self) -> None:
         self.shape: torch.Size | None = None
-        self.kept: dict[
-            int, int
-        ] = {}  # bytes of each storage that the measured column's graph keeps
-        self.chosen: int | None = None
+        self.saved_bytes: dict[int, int] = {}
+        self.stored_columns: int | None = None
 
-    def of(self, images: Tensor, columns: int) -> int:
-        """Columns that keep their graphs in this step, the same on every rank (their recompute gathers parameters)."""
+    def columns_to_store(self, images: Tensor, columns: int) -> int:
+        """Return how many of the network's columns store their activations in this step.
+
+        The number is the same on every rank, because under ZeRO-3 a recompute is collective: it
+        gathers parameters.
+        """
         if images.shape != self.shape:
-            self.shape, self.kept, self.chosen = images.shape, {}, None
-        if self.chosen is None and self.kept:
-            column = sum(self.kept.values())
-            working = (
-                0 if images.device.type == "cuda" else 2 * column
-            )  # of the recompute; on CUDA the peak contains it
-            fits = 1 + max(0, int((SHARE * free_memory(images.device) - working) / column))
-            self.chosen, self.kept = _smallest_over_ranks(min(columns, fits), images.device), {}
-        return 1 if self.chosen is None else self.chosen
+            self.shape = images.shape
+            self.saved_bytes = {}
+            self.stored_columns = None
+        if self.stored_columns is None and self.saved_bytes:
+            per_column = sum(self.saved_bytes.values())
+            # An inverted column needs memory during its recompute. On CUDA the measured peak of
+            # the first step already contains it.
+            recompute = 0 if images.device.type == "cuda" else 2 * per_column
+            usable = USABLE_SHARE * free_memory(images.device) - recompute
+            affordable = 1 + max(0, int(usable / per_column))
+            self.stored_columns = _smallest_over_ranks(min(columns, affordable), images.device)
+            self.saved_bytes = {}
+        return 1 if self.stored_columns is None else self.stored_columns
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Until decided: count what autograd keeps of the stored column that runs inside (parameters aside)."""
-        if self.chosen is not None:
+    def measuring(self) -> Iterator[None]:
+        """Measure what autograd saves for the column that runs inside, until the decision is made.
+
+        Parameters are not counted: they exist anyway.
+        """
+        if self.stored_columns is not None:
             yield
             return
 
-        def pack(kept: Tensor) -> Tensor:
-            if not isinstance(kept, torch.nn.Parameter) and not isinstance(
-                kept._base, torch.nn.Parameter
-            ):
-                storage = kept.untyped_storage()
-                self.kept[storage.data_ptr()] = storage.nbytes()
-            return kept
+        def pack(tensor: Tensor) -> Tensor:
+            # _base: the tensor that a view was taken of. A transposed weight is still a parameter.
+            is_parameter = isinstance(tensor, torch.nn.Parameter) or isinstance(
+                tensor._base, torch.nn.Parameter
+            )
+            if not is_parameter:
+                # By address: several saved tensors may be views of one storage.
+                storage = tensor.untyped_storage()
+                self.saved_bytes[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes: on CUDA what the largest step so far left of the device, on a CPU the memory available now."""
+    """Return the free bytes: on CUDA those that the largest step left, on a CPU those available."""
     if device.type == "cuda":
+        # PyTorch's caching allocator keeps reserved memory. Reserved memory beyond the peak of the
+        # live tensors is free too.
         free, _ = torch.cuda.mem_get_info(device)
         return float(
             free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
@@ -67,7 +100,7 @@ def free_memory(device: torch.device) -> float:
         return 1024.0 * next(
             int(line.split()[1]) for line in lines if line.startswith("MemAvailable")
         )
-    except (OSError, StopIteration):
+    except (OSError, StopIteration):  # not Linux
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

@@ -1,6 +1,17 @@
-"""One level of one column: fusion of its two inputs, blocks, and the scaled residual that makes columns reversible.
+"""One level of one column: the fusion of its inputs, its blocks, and the scaled residual.
 
-c[t][l] = F[t][l](lower, upper) + alpha[t][l] * c[t-1][l]      (paper, equation 2; no second term in column 0)
+    c[t][l] = F[t][l](lower, upper) + alpha[t][l] * c[t-1][l]
+
+(paper, equation 2; column 0 has no second term). In code, ``t`` is the column and ``i`` the level.
+The inputs of F, for a network with four levels (0 is the finest):
+
+    lower   c[t][i-1], the finer map of the same column; for level 0 the stem's output
+    upper   c[t-1][i+1], the coarser map of the previous column; None for level 3 and column 0
+    top     c[t-1][3], for level 0 with the huge wiring only
+
+The residual makes columns invertible: given all maps of column t, level 3 of column t-1 follows
+from c[t][3], F (which reads c[t][2] only) and alpha. Then level 2 follows, whose F reads c[t-1][3],
+and so on down to level 0.
 """
 
 from __future__ import annotations
@@ -8,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +31,56 @@ from pipeline.model.spec import NetworkSpec
 
 
 class Residual(Protocol):
-    """How a level's F and alpha become its output. An object, so that ZeRO's hooks do not walk the tensors it holds."""
+    """Computes a level's output from F and alpha.
+
+    Implementations are objects, not tuples of tensors: ZeRO's module hooks walk through tuples and
+    lists of arguments, and must not touch the tensors that a residual holds.
+    """
 
     def __call__(self, f: Tensor, alpha: Tensor) -> Tensor: ...
 
 
+class LevelInputs(NamedTuple):
+    """Inputs of F of one level, each (N, H, W, C). See the top of this module."""
+
+    lower: Tensor
+    upper: Tensor | None
+    top: Tensor | None
+
+
 def add_upsampled(x: Tensor, coarse: Tensor) -> Tensor:
-    """``x`` (N, H, W, C) plus ``coarse`` (N, h, w, C) enlarged to its size (nearest); by broadcasting where sizes divide."""
+    """Return ``x`` (N, H, W, C) plus ``coarse`` (N, h, w, C), upsampled to its size (nearest)."""
     n, height, width, channels = x.shape
     h, w = coarse.shape[1:3]
     if height % h == 0 and width % w == 0:
-        tiles = x.view(n, h, height // h, w, width // w, channels) + coarse.view(
-            n, h, 1, w, 1, channels
-        )
+        # Broadcast instead of materialising the upsampled map. Example: an 8x8 map seen as 4x2x4x2
+        # plus a 4x4 map seen as 4x1x4x1.
+        tiles = x.view((n, h, height // h, w, width // w, channels))
+        tiles = tiles + coarse.view((n, h, 1, w, 1, channels))
         return tiles.view(n, height, width, channels)
-    enlarged = functional.interpolate(
+    upsampled = functional.interpolate(
         coarse.permute(0, 3, 1, 2), size=(height, width), mode="nearest"
     )
-    return x + enlarged.permute(0, 2, 3, 1)
+    return x + upsampled.permute(0, 2, 3, 1)
 
 
 class Level(nn.Module):
-    """Level ``level`` of column ``column``. Called in the forward pass and again by the reversible backward pass."""
+    """Level ``level`` of column ``column``. The reversible backward pass calls it a second time."""
 
     def __init__(self, spec: NetworkSpec, column: int, level: int) -> None:
         super().__init__()
-        width, first, kind = spec.channels[level], column == 0, registry.kind(spec.blocks[level])
+        channels = spec.channels
+        kind = registry.kind(spec.blocks[level])
+        has_upper = column > 0 and level < 3
+        has_top = column > 0 and level == 0 and spec.huge
         self.cast = CastTo()
-        self.down = kind.down(spec.channels[level - 1], width) if level > 0 else None
-        self.up = kind.up(spec.channels[level + 1], width) if level < 3 and not first else None
-        self.up_top = (
-            kind.up(spec.channels[3], width) if spec.huge and level == 0 and not first else None
-        )
-        self.blocks = nn.ModuleList(kind.block(width) for _ in range(spec.depths[level]))
-        self.alpha = nn.Parameter(torch.full((width,), 0.5))
+        self.down = kind.down(channels[level - 1], channels[level]) if level > 0 else None
+        self.up = kind.up(channels[level + 1], channels[level]) if has_upper else None
+        self.up_top = kind.up(channels[3], channels[level]) if has_top else None
+        self.blocks = nn.ModuleList(kind.block(channels[level]) for _ in range(spec.depths[level]))
+        # Also in column 0, where it has no effect: all columns then have the same parameters, as in
+        # the published code.
+        self.alpha = nn.Parameter(torch.full((channels[level],), 0.5))
         self.compiled = torch.compile(self.branch, dynamic=False) if spec.compile else None
 
     def forward(
@@ -61,28 +88,32 @@ class Level(nn.Module):
         lower: Tensor,
         upper: Tensor | None,
         top: Tensor | None,
-        keep: Tensor | None,
+        drop_path_scale: Tensor | None,
         residual: Residual,
     ) -> Tensor:
-        """
+        """Return the level's output (N, H, W, C): ``residual`` of F and alpha.
+
         Args:
-            lower: finer map of the same column (or the stem's output), (N, H', W', C').
-            upper: coarser map of the previous column, or None.
-            top: level 3 of the previous column (huge wiring, level 0 only), or None.
-            keep: (blocks of this level, N) stochastic-depth factors, or None.
-            residual: what to make of F and alpha.
+            lower, upper, top: inputs of F; see the top of this module.
+            drop_path_scale: (blocks of this level, N) stochastic-depth factors, or None.
+            residual: computes the output from F and alpha.
         """
-        # Without gradients (other shapes, once in a while) a graph of its own is not worth its compilation.
-        branch = (
-            self.compiled if self.compiled is not None and torch.is_grad_enabled() else self.branch
-        )
-        f = branch(lower, upper, top, keep)
+        # Evaluation (without gradients) is rare and has other shapes, so it is not worth another
+        # compilation.
+        compiled = self.compiled if torch.is_grad_enabled() else None
+        branch = self.branch if compiled is None else compiled
+        f = branch(lower, upper, top, drop_path_scale)
+        # Under autocast F is narrower than the maps. Widen it before it is quantised or added.
         return residual(f.to(lower.dtype) if f.dtype != lower.dtype else f, self.alpha)
 
     def branch(
-        self, lower: Tensor, upper: Tensor | None, top: Tensor | None, keep: Tensor | None
+        self,
+        lower: Tensor,
+        upper: Tensor | None,
+        top: Tensor | None,
+        drop_path_scale: Tensor | None,
     ) -> Tensor:
-        """F: the fused inputs through the blocks, (N, H, W, C)."""
+        """Compute F, (N, H, W, C): fuse the inputs, then run the blocks."""
         h: Tensor = self.cast(lower)
         if self.down is not None:
             h = self.down(h)
@@ -93,47 +124,53 @@ class Level(nn.Module):
             assert top is not None
             h = add_upsampled(h, self.up_top(self.cast(top)))
         for i, block in enumerate(self.blocks):
-            h = block(h, None if keep is None else keep[i])
+            h = block(h, None if drop_path_scale is None else drop_path_scale[i])
         return h
 
 
-def leaf(value: Tensor) -> Tensor:
-    """The value as an input of a graph of its own."""
+def as_leaf(value: Tensor) -> Tensor:
+    """Return the value as a leaf: the input of a graph of its own, with a gradient."""
     return value.detach().requires_grad_()
 
 
 @contextmanager
 def buffers_restored(*modules: nn.Module) -> Iterator[None]:
-    """Buffers (BatchNorm's running statistics) are afterwards what they were before: for a recompute, which runs the same
-    kernels as the forward pass but must not count the batch again."""
-    before = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    """Restore all buffers of ``modules`` on exit.
+
+    For a recompute: it runs the same kernels as the forward pass, but BatchNorm must not count the
+    batch a second time in its running statistics.
+    """
+    saved = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
     try:
         yield
     finally:
-        for buffer, value in before:
+        for buffer, value in saved:
             buffer.data.copy_(value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The columns of one network and the inputs of one pass through them besides the stem's output. Opaque to ZeRO's hooks."""
+    """The columns of one network and the settings of one pass through them.
+
+    An object and not a tuple, so that ZeRO's hooks do not walk through the modules and tensors.
+    """
 
     levels: list[list[Level]]  # [column][level]
     huge: bool
     taps: tuple[int, ...]  # columns whose level 3 is returned, besides the last column's four maps
-    keep: Tensor | None  # (columns, blocks of a column, N) stochastic-depth factors
-    leaves: bool = False  # give every level inputs that are leaves of a graph of its own
+    drop_path_scales: Tensor | None  # (columns, blocks of a column, N)
+    leaf_inputs: bool = False  # give every level inputs that are leaves: a graph per level
 
     @property
     def count(self) -> int:
         return len(self.levels)
 
-    def keep_of(self, t: int, i: int) -> Tensor | None:
-        """(blocks, N) factors of one level."""
-        if self.keep is None:
+    def drop_path_scale(self, t: int, i: int) -> Tensor | None:
+        """Return the (blocks, N) factors of one level, or None without stochastic depth."""
+        if self.drop_path_scales is None:
             return None
         begin = sum(len(level.blocks) for level in self.levels[t][:i])
-        return self.keep[t, begin : begin + len(self.levels[t][i].blocks)]
+        return self.drop_path_scales[t, begin : begin + len(self.levels[t][i].blocks)]
 
     def inputs_of(
         self,
@@ -142,18 +179,26 @@ class Columns:
         x: Tensor,
         maps: Sequence[Tensor | None],
         previous: Sequence[Tensor | None],
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(lower, upper, top) of a level: ``x`` the stem's output, ``maps`` of its column, ``previous`` column's maps."""
+    ) -> LevelInputs:
+        """Return the inputs of F of a level.
+
+        Args:
+            t, i: column and level.
+            x: the stem's output.
+            maps: the maps of column ``t``; level ``i - 1`` must be there.
+            previous: the maps of column ``t - 1``; level ``i + 1`` (and 3) must be there.
+        """
         lower = maps[i - 1] if i else x
         upper = previous[i + 1] if t > 0 and i < 3 else None
         top = previous[3] if t > 0 and i == 0 and self.huge else None
         assert lower is not None
-        if not self.leaves:
-            return lower, upper, top
-        return (
-            leaf(lower),
-            None if upper is None else leaf(upper),
-            None if top is None else leaf(top),
+        if not self.leaf_inputs:
+            return LevelInputs(lower, upper, top)
+        # Gradients stop at a leaf. The caller reads them there and decides the order of the sums.
+        return LevelInputs(
+            as_leaf(lower),
+            None if upper is None else as_leaf(upper),
+            None if top is None else as_leaf(top),
         )
 
     def run_column(
@@ -163,10 +208,9 @@ class Columns:
         previous: Sequence[Tensor],
         residual: Callable[[int, int], Residual],
     ) -> list[Tensor]:
-        """The four maps of column ``t``; ``residual``: (column, level) -> what makes the output of F and alpha."""
+        """Return the four maps of column ``t``. ``residual``: (column, level) -> its residual."""
         maps: list[Tensor] = []
         for i, level in enumerate(self.levels[t]):
-            maps.append(
-                level(*self.inputs_of(t, i, x, maps, previous), self.keep_of(t, i), residual(t, i))
-            )
+            inputs = self.inputs_of(t, i, x, maps, previous)
+            maps.append(level(*inputs, self.drop_path_scale(t, i), residual(t, i)))
         return maps

@@ -1,4 +1,4 @@
-"""Classifiers and reconstruction decoders that read level 3 of a column (paper, section 3.3 and appendix)."""
+"""Classifiers and reconstruction decoders, which read level 3 of a column (paper, section 3.3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pipeline.blocks.kinds.convnext import ConvNeXtBlock
 from pipeline.blocks.layers import CastTo, LayerNorm, Linear
 from pipeline.model.spec import Four
 
-SIMPLE_DECODER_ABOVE = 1000  # classes
+# Above this number of classes the published models use the simple decoder.
+SIMPLE_DECODER_ABOVE = 1000
 
 
 class Classifier(nn.Module):
@@ -24,17 +25,18 @@ class Classifier(nn.Module):
         self.linear = Linear(channels, num_classes, init_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Pool in the precision of the map, before the cast to that of the weights.
         return cast(Tensor, self.linear(self.norm(self.cast(x.mean((1, 2))))))
 
 
 class DecoderStage(nn.Module):
-    """(N, H, W, C) -> (N, 2H, 2W, C'): linear, norm, GELU, bilinear upsampling, one ConvNeXt block of expansion 1."""
+    """(N, H, W, C) -> (N, 2H, 2W, C'): linear, norm, GELU, bilinear upsampling, ConvNeXt block."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.linear = Linear(inputs, outputs)
         self.norm = LayerNorm(outputs)
-        self.block = ConvNeXtBlock(outputs, expansion=1)
+        self.block = ConvNeXtBlock(outputs, expansion=1)  # always ConvNeXt, as published
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.gelu(self.norm(self.linear(x))).permute(0, 3, 1, 2)
@@ -43,13 +45,16 @@ class DecoderStage(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Reconstruction (N, 3, 32H, 32W) from level 3 (N, H, W, C3) for up to 1000 classes: three stages, pixel shuffle 4."""
+    """Level 3 (N, H, W, C3) -> reconstruction (N, 3, 32H, 32W): three stages, pixel shuffle by 4.
+
+    For models with up to 1000 classes.
+    """
 
     def __init__(self, channels: Four) -> None:
         super().__init__()
         self.cast = CastTo()
         self.stages = nn.ModuleList(DecoderStage(channels[i], channels[i - 1]) for i in (3, 2, 1))
-        self.project = Linear(channels[0], 3 * 4 * 4)
+        self.project = Linear(channels[0], 3 * 4 * 4)  # stages reach stride 4: 4x4 pixels of RGB
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
@@ -59,7 +64,10 @@ class Decoder(nn.Module):
 
 
 class SimpleDecoder(nn.Module):
-    """Reconstruction (N, 3, 32H, 32W) from level 3 for more than 1000 classes: norm, linear, pixel shuffle 32."""
+    """Level 3 (N, H, W, C3) -> reconstruction (N, 3, 32H, 32W): norm, linear, pixel shuffle by 32.
+
+    For models with more than 1000 classes.
+    """
 
     def __init__(self, channels: Four) -> None:
         super().__init__()
@@ -68,11 +76,10 @@ class SimpleDecoder(nn.Module):
         self.project = Linear(channels[3], 3 * 32 * 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.pixel_shuffle(
-            self.project(self.norm(self.cast(x))).permute(0, 3, 1, 2), 32
-        )
+        pixels = self.project(self.norm(self.cast(x))).permute(0, 3, 1, 2)
+        return functional.pixel_shuffle(pixels, 32)
 
 
 def make_decoder(channels: Four, num_classes: int) -> nn.Module:
-    """The decoder that the published models use for this number of classes."""
+    """Make the decoder that the published models use for this number of classes."""
     return SimpleDecoder(channels) if num_classes > SIMPLE_DECODER_ABOVE else Decoder(channels)

@@ -1,8 +1,34 @@
-"""Exactly reversible columns: one function over all of them that keeps the last column and the packed remainders.
+"""Exactly reversible columns: one autograd function that recovers its activations.
 
-Its backward pass makes parameter gradients by a nested ``backward`` per level, so that DeepSpeed's hooks fire level by
-level (returning them as the function's outputs breaks ZeRO-3 and holds all of them under ZeRO-2), and each level's graph is
-freed as it goes.
+The forward pass saves the stem's output, the last column's integer maps and the packed remainders
+(one bit per element of every column at the initial alpha = 0.5). The backward pass recovers the
+columns from the last to the first, and in each column the levels from the coarsest to the finest.
+Steps for level i of column t:
+
+1. Take the inputs of F: ``lower`` from column t, ``upper`` and ``top`` from column t - 1. All are
+   known, because coarser levels of column t - 1 were recovered first.
+2. Recompute F under autograd. The level ends in ``_recover``, which
+   a. subtracts quantize(F) from the stream and divides by alpha: the stream's level i is now that
+      of column t - 1, exactly (column 0 has no previous column: its stream must equal quantize(F));
+   b. compares the checksum of the recovered map with that of the forward pass;
+   c. computes the gradients of alpha and of the previous map, which need the recovered map.
+3. Run a nested backward through the level. It accumulates the parameters' gradients and frees the
+   level's graph.
+4. Add the gradients of the inputs to those of the maps that they came from.
+
+Example with four levels: c3' stands for level 3 of column t - 1.
+
+    level   F reads    stream before         recovered   stream afterwards
+    3       c2         c0 c1 c2 c3           c3'         c0  c1  c2  c3'
+    2       c1 c3'     c0 c1 c2 c3'          c2'         c0  c1  c2' c3'
+    1       c0 c2'     c0 c1 c2' c3'         c1'         c0  c1' c2' c3'
+    0       x  c1'     c0 c1' c2' c3'        c0'         c0' c1' c2' c3'   (huge: F reads c3' too)
+
+Why a nested backward per level instead of returning the parameters' gradients: DeepSpeed's hooks
+then fire level by level. Returned gradients break ZeRO-3 and would all be alive at once under
+ZeRO-2.
+
+All sums of gradients have the order of plain autograd, so that they round the same way.
 """
 
 from __future__ import annotations
@@ -10,219 +36,306 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from pipeline.model import fixed_point
-from pipeline.model.column import Columns, Residual, buffers_restored, leaf
-from pipeline.model.fixed_point_columns import Exactness, Stream, alpha_gradient, fixed_column
-from pipeline.model.float_columns import AlphaGradient, run
+from pipeline.model.column import Columns, LevelInputs, Residual, as_leaf, buffers_restored
+from pipeline.model.consistency import DROP_PATH_SCALES
+from pipeline.model.fixed_point_columns import (
+    ExactContext,
+    FixedPointStream,
+    alpha_gradient,
+    fixed_point_column,
+)
+from pipeline.model.float_columns import AlphaGradient, run_columns
 
 
-def exact_columns(columns: Columns, x: Tensor, exact: Exactness, stored: int) -> tuple[Tensor, ...]:
-    """(level 3 at each tap ..., the last column's four maps); the last ``stored`` columns keep their graphs."""
-    trained = any(
+def exact_columns(
+    columns: Columns, x: Tensor, exact: ExactContext, stored: int
+) -> tuple[Tensor, ...]:
+    """Run all columns on the fixed-point stream. The last ``stored`` columns store activations.
+
+    Returns:
+        Level 3 of each tap, then the last column's four maps.
+    """
+    trainable = any(
         p.requires_grad for levels in columns.levels for level in levels for p in level.parameters()
     )
-    tail = Stream(exact, keeping=False)
-    if not torch.is_grad_enabled() or not (x.requires_grad or trained):
+    tail = FixedPointStream(exact=exact, invertible=False)
+    if not torch.is_grad_enabled() or not (x.requires_grad or trainable):
         with torch.no_grad():
-            outputs = run(columns, partial(fixed_column, columns, x, tail))
-        tail.note(0)
+            outputs = run_columns(columns, partial(fixed_point_column, columns, x, tail))
+        tail.record_consistency(0)
         return outputs
-    x, first = (
-        x if x.requires_grad else leaf(x),
-        columns.count - stored,
-    )  # x is a leaf where the stem is frozen
+
+    # Columns before ``first_stored`` are inverted, the others run under plain autograd.
+    first_stored = columns.count - stored
+    if not x.requires_grad:  # the stem is frozen
+        x = as_leaf(x)
     head: tuple[Tensor, ...] = ()
-    if first:
-        taps = tuple(t for t in columns.taps if t < first)
-        inverted = replace(columns, levels=columns.levels[:first], taps=taps, leaves=exact.compiled)
-        passed = x, inverted, exact, tail if stored else None
-        head = cast(tuple[Tensor, ...], ExactColumns.apply(*passed))  # type: ignore[no-untyped-call]
+    if first_stored:
+        inverted = replace(
+            columns,
+            levels=columns.levels[:first_stored],
+            taps=tuple(t for t in columns.taps if t < first_stored),
+            leaf_inputs=exact.compiled,
+        )
+        head = cast(
+            tuple[Tensor, ...],
+            ExactColumns.apply(x, inverted, exact, tail if stored else None),  # type: ignore[no-untyped-call]
+        )
     if not stored:
         return head
-    outputs = run(columns, partial(fixed_column, columns, x, tail), head[-4:], first)
-    tail.note(first)
+    column_fn = partial(fixed_point_column, columns, x, tail)
+    outputs = run_columns(columns, column_fn, head[-4:], first_stored)
+    tail.record_consistency(first_stored)
     return (*head[:-4], *outputs)
 
 
 def autocast_of(device_type: str, state: tuple[bool, torch.dtype]) -> torch.autocast:
-    """Autocast (on, dtype) without its cache: a level uses a weight once, and the cache would hold copies of them all."""
+    """Return an autocast context (enabled, dtype) without the weight cache.
+
+    A level uses each weight once, so the cache would only keep copies of all weights alive.
+    """
     return torch.autocast(device_type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
-class ExactColumns(torch.autograd.Function):
-    """The columns as one function. Kept: the stem's output, the last column of the stream, the packed remainders."""
+class ExactColumnsContext(FunctionCtx):
+    """What ``ExactColumns`` saves for its backward pass."""
 
+    saved_tensors: tuple[Tensor, ...]  # stem output, four integer maps, remainders
+    columns: Columns
+    exact: ExactContext
+    autocast: tuple[bool, torch.dtype]
+    widths: list[int]  # bits of each remainder
+    shapes: list[torch.Size]  # of the four maps, (N, H, W, C)
+    checksums: Tensor  # (columns, 4) of the stream
+    input_checksums: Tensor  # of the stem's output and, if there are any, the drop path scales
+
+
+class ExactColumns(torch.autograd.Function):
+    """All inverted columns as one function. See the top of this module."""
+
+    # Reading ctx.saved_tensors drops the context's references, so that the inversion can free each
+    # remainder after its use.
     clear_saved_tensors_on_access = True
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, columns: Columns, exact: Exactness, tail: Stream | None
+        ctx: ExactColumnsContext,
+        x: Tensor,
+        columns: Columns,
+        exact: ExactContext,
+        tail: FixedPointStream | None,
     ) -> tuple[Tensor, ...]:
-        """``tail``: a stream that is to go on from the last column."""
+        """``tail``: the stream that continues after the last column of ``columns``, if any."""
         ctx.set_materialize_grads(False)
-        through, device = Stream(exact, keeping=True), x.device.type
+        stream = FixedPointStream(exact=exact, invertible=True)
+        device = x.device.type
 
-        def column(t: int, previous: Sequence[Tensor]) -> list[Tensor]:
+        def column_fn(t: int, previous: Sequence[Tensor]) -> list[Tensor]:
             def residual(t: int, i: int) -> Residual:
-                return partial(through.advance, t, i)
+                return partial(stream.advance, t, i)
 
             return columns.run_column(t, x, previous, residual)
 
-        ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # Compiled code differs with and without gradients, so a compiled level must run with
+        # gradients on here, too: the recompute then runs the same graph, with the same bits.
+        ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         with autocast_of(device, ctx.autocast), torch.set_grad_enabled(exact.compiled):
-            outputs = run(columns, column)
-        through.note(0)
+            outputs = run_columns(columns, column_fn)
+        stream.record_consistency(0)
         if tail is not None:
-            tail.maps = [current.clone() for current in through.maps]
-        ctx.columns, ctx.exact, ctx.widths = columns, exact, through.widths
+            tail.maps = [current.clone() for current in stream.maps]
+        ctx.columns = columns
+        ctx.exact = exact
+        ctx.widths = stream.widths
         ctx.shapes = [value.shape for value in outputs[-4:]]
-        ctx.fingerprints = torch.stack(through.fingerprints).view(-1, 4)
-        ctx.kept_fingerprints = torch.stack(
-            [fixed_point.fingerprint(v) for v in (x, columns.keep) if v is not None]
+        ctx.checksums = torch.stack(stream.checksums).view(-1, 4)
+        inputs = (x, columns.drop_path_scales)
+        ctx.input_checksums = torch.stack(
+            [fixed_point.checksum(tensor) for tensor in inputs if tensor is not None]
         )
-        ctx.save_for_backward(x, *through.maps, *through.remainders)
+        ctx.save_for_backward(x, *stream.maps, *stream.remainders)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        x, *kept = ctx.saved_tensors
-        columns: Columns = replace(ctx.columns, leaves=True)
+    def backward(
+        ctx: ExactColumnsContext, *gradients: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None]:
+        x, *saved = ctx.saved_tensors
+        columns = replace(ctx.columns, leaf_inputs=True)
         inversion = Inversion(
-            columns,
-            x.detach(),
-            ctx.exact,
-            kept[:4],
-            kept[4:],
-            ctx.widths,
-            ctx.shapes,
-            ctx.fingerprints,
+            columns=columns,
+            x=x.detach(),
+            exact=ctx.exact,
+            stream=saved[:4],
+            remainders=saved[4:],
+            widths=ctx.widths,
+            shapes=ctx.shapes,
+            checksums=ctx.checksums,
         )
-        del kept
-        inversion.begin(ctx.kept_fingerprints)
-        outgoing = list(gradients[len(columns.taps) :])
-        tapped = dict(zip(columns.taps, gradients, strict=False))
-        if columns.count - 1 in tapped:
-            outgoing[3] = _add(tapped[columns.count - 1], outgoing[3])
+        del saved  # the lists of the inversion hold the only references now
+        inversion.begin(ctx.input_checksums)
+        # The outputs were the taps' level 3, then the last column's maps.
+        map_gradients = list(gradients[len(columns.taps) :])
+        tap_gradients = dict(zip(columns.taps, gradients, strict=False))
+        last = columns.count - 1
+        if last in tap_gradients:
+            map_gradients[3] = _add(tap_gradients[last], map_gradients[3])
         with autocast_of(x.device.type, ctx.autocast):
             for t in reversed(range(columns.count)):
-                outgoing = inversion.column(t, outgoing, tapped.get(t - 1))
+                map_gradients = inversion.invert_column(t, map_gradients, tap_gradients.get(t - 1))
         return inversion.x_gradient, None, None, None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Inversion:
-    """The way back through the columns. Sums are made in the order of plain autograd, so that rounding is the same."""
+    """State of the backward pass through the columns."""
 
     columns: Columns
-    x: Tensor
-    exact: Exactness
-    maps: list[Tensor]  # the stream, moved back in place
-    remainders: list[Tensor]
-    widths: list[int]
+    x: Tensor  # the stem's output
+    exact: ExactContext
+    stream: list[Tensor]  # four int32 maps (positions, channels), moved back in place
+    remainders: list[Tensor]  # packed; used up from the end
+    widths: list[int]  # bits of each remainder; used up from the end
     shapes: list[torch.Size]  # of the four maps, (N, H, W, C)
-    fingerprints: Tensor  # (columns, 4), of the forward pass
+    checksums: Tensor  # (columns, 4) of the stream in the forward pass
+
     x_gradient: Tensor | None = None
+    # Float maps of the column that is being inverted. Dropped when no longer needed.
+    maps: list[Tensor | None] = field(default_factory=list)
+    # Float maps of the column before it, as far as they are recovered.
+    previous: list[Tensor | None] = field(default_factory=list)
+    # Gradient that reaches the map just recovered through alpha * c_prev.
+    shortcut_gradient: Tensor | None = None
 
-    values: list[Tensor | None] = field(
-        default_factory=list
-    )  # of the column being inverted, until no longer needed
-    before: list[Tensor | None] = field(
-        default_factory=list
-    )  # of the column before it, as far as recovered
-    share: Tensor | None = None  # of the upstream gradient that goes to the recovered map
+    def begin(self, input_checksums: Tensor) -> None:
+        """Check the saved tensors and compute the last column's float maps."""
+        saved = (*self.stream, self.x)
+        expected = torch.cat([self.checksums[-1], input_checksums[:1]])
+        changed = torch.stack([fixed_point.checksum(tensor) for tensor in saved]) != expected
+        counts = self.exact.consistency.saved_tensor_changed
+        counts[: len(saved)] += changed
+        scales = self.columns.drop_path_scales
+        if scales is not None:
+            counts[DROP_PATH_SCALES] += fixed_point.checksum(scales) != input_checksums[1]
+        # No level reads level 3 of its own column, so its float map is not needed. The step is a
+        # power of two: only the cast rounds, as in the forward pass.
+        step = self.exact.resolution.step
+        self.maps = [
+            current.to(self.x.dtype).mul_(step).view(shape)
+            for current, shape in zip(self.stream[:3], self.shapes, strict=False)
+        ]
+        self.maps.append(None)
+        self.previous = [None] * 4
 
-    def begin(self, kept_fingerprints: Tensor) -> None:
-        """Count what changed since the forward pass, and make the last column's values (level 3's is not needed)."""
-        health, keep, step = self.exact.consistency, self.columns.keep, self.exact.units[1]
-        found = [fixed_point.fingerprint(kept) for kept in (*self.maps, self.x)]
-        health.saved_tensor_changed[:5] += torch.stack(found) != torch.cat(
-            [self.fingerprints[-1], kept_fingerprints[:1]]
-        )
-        if keep is not None:
-            health.saved_tensor_changed[6] += fixed_point.fingerprint(keep) != kept_fingerprints[1]
-        pairs = zip(self.maps[:3], self.shapes, strict=False)
-        floats = [
-            m.to(self.x.dtype).mul_(step).view(shape) for m, shape in pairs
-        ]  # a power of two: rounded once, too
-        self.values, self.before = [*floats, None], [None] * 4
-
-    def column(
-        self, t: int, outgoing: list[Tensor | None], tapped: Tensor | None
+    def invert_column(
+        self, t: int, gradients: list[Tensor | None], tap_gradient: Tensor | None
     ) -> list[Tensor | None]:
-        """Invert column ``t`` and send ``outgoing`` through it -> the gradients of column t - 1. ``tapped``: its tap's."""
-        incoming: list[Tensor | None] = [None, None, None, tapped]
-        for i in (3, 2, 1, 0):
-            level, upstream = self.columns.levels[t][i], outgoing[i]
-            outgoing[i] = None
-            if upstream is None:
-                upstream = self.x.new_zeros(self.shapes[i])
-            lower, upper, top = self.columns.inputs_of(t, i, self.x, self.values, self.before)
-            self.values[i] = None
-            upstream = upstream.contiguous()
-            with buffers_restored(level):
-                with torch.enable_grad():
-                    keep, recover = (
-                        self.columns.keep_of(t, i),
-                        partial(self.recover, t, i, upstream),
-                    )
-                    output = level(lower, upper, top, keep, recover)
-                if t == i == 0:
-                    upstream = upstream + self.exact.consistency.nonfinite_flag(
-                        self.exact.skip_on_mismatch
-                    ).to(upstream.dtype)
-                torch.autograd.backward(output, upstream)
-            del output, upstream, recover
-            incoming[i], self.share = _add(incoming[i], self.share), None
-            if i:
-                outgoing[i - 1] = _add(
-                    outgoing[i - 1], lower.grad, owned=t < self.columns.count - 1
-                )
-            else:
-                self.x_gradient = _add(self.x_gradient, lower.grad, owned=True)
-            if upper is not None:
-                incoming[i + 1] = _add(incoming[i + 1], upper.grad, owned=True)
-            if top is not None:
-                incoming[3] = _add(incoming[3], top.grad, owned=True)
-        self.values, self.before = self.before, [None] * 4
-        return incoming
+        """Invert column ``t`` and run its backward pass.
 
-    def recover(self, t: int, i: int, upstream: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-        """The residual of the way back: level ``i`` of the stream to column t - 1, and F with a gradient for alpha."""
-        passes, flat, current = self.exact.passes, f.detach().flatten(0, -2), self.maps[i]
+        Args:
+            t: the column.
+            gradients: gradients of its four maps. Entries are set to None as they are used.
+            tap_gradient: gradient of the tap on level 3 of column ``t - 1``, if there is one.
+
+        Returns:
+            The gradients of the four maps of column ``t - 1``.
+        """
+        previous_gradients: list[Tensor | None] = [None, None, None, tap_gradient]
+        for i in (3, 2, 1, 0):
+            gradient = gradients[i]
+            gradients[i] = None
+            if gradient is None:
+                gradient = self.x.new_zeros(self.shapes[i])
+            inputs = self.columns.inputs_of(t, i, self.x, self.maps, self.previous)
+            self.maps[i] = None
+            gradient = gradient.contiguous()
+            self._backward_through_level(t, i, inputs, gradient)
+            del gradient  # free it before the sums below
+            # In the order of plain autograd: the shortcut first, then the inputs of F.
+            previous_gradients[i] = _add(previous_gradients[i], self.shortcut_gradient)
+            self.shortcut_gradient = None
+            if i:
+                # The last column's gradients belong to autograd: do not change them in place.
+                owned = t < self.columns.count - 1
+                gradients[i - 1] = _add(gradients[i - 1], inputs.lower.grad, in_place=owned)
+            else:
+                self.x_gradient = _add(self.x_gradient, inputs.lower.grad, in_place=True)
+            if inputs.upper is not None:
+                previous_gradients[i + 1] = _add(
+                    previous_gradients[i + 1], inputs.upper.grad, in_place=True
+                )
+            if inputs.top is not None:
+                previous_gradients[3] = _add(previous_gradients[3], inputs.top.grad, in_place=True)
+        self.maps = self.previous
+        self.previous = [None] * 4
+        return previous_gradients
+
+    def _backward_through_level(
+        self, t: int, i: int, inputs: LevelInputs, gradient: Tensor
+    ) -> None:
+        """Recompute level ``i`` of column ``t``, recover c[t-1][i], and run the nested backward."""
+        level = self.columns.levels[t][i]
+        with buffers_restored(level):
+            with torch.enable_grad():
+                scale = self.columns.drop_path_scale(t, i)
+                output = level(*inputs, scale, partial(self._recover, t, i, gradient))
+            if t == i == 0:
+                # The last level of the inversion: all checks are done. A non-finite gradient here
+                # reaches the stem's parameters, and the engine skips the step on all ranks.
+                consistency = self.exact.consistency
+                flag = consistency.nonfinite_flag(self.exact.skip_on_mismatch)
+                gradient = gradient + flag.to(gradient.dtype)
+            torch.autograd.backward(output, gradient)
+
+    def _recover(self, t: int, i: int, gradient: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
+        """Residual of the recompute: move level ``i`` of the stream back to column ``t - 1``.
+
+        ``gradient``: of the level's output. Returns F with a gradient for alpha.
+        """
+        flat = f.detach().flatten(0, -2)
         with torch.no_grad():
             if t == 0:
-                wrong, gradient = (
-                    passes.check(flat, current, self.exact.units[0]).count_nonzero(),
-                    torch.zeros_like(alpha),
+                mismatch = self.exact.kernels.check_start(
+                    flat, self.stream[i], self.exact.resolution
                 )
+                mismatched = mismatch.count_nonzero()
+                for_alpha = torch.zeros_like(alpha)
             else:
-                remainder = fixed_point.unpack(
-                    self.remainders.pop(), self.widths.pop(), current.shape
-                )
-                value, share, differs = passes.decode(
-                    flat,
-                    current,
-                    remainder,
-                    *fixed_point.split_alpha(alpha),
-                    upstream.flatten(0, -2),
-                    *self.exact.units,
-                )
-                wrong = differs.count_nonzero() + (
-                    fixed_point.fingerprint(current) != self.fingerprints[t - 1, i]
-                )
-                self.before[i], self.share = value.view(f.shape), share.view(f.shape)
-                gradient = alpha_gradient(upstream, value.view(f.shape)).to(alpha.dtype)
-            self.exact.consistency.mismatched[t, i] += wrong
-        return cast(Tensor, AlphaGradient.apply(f, alpha, gradient))  # type: ignore[no-untyped-call]
+                mismatched, for_alpha = self._decode(t, i, gradient, flat, alpha)
+            self.exact.consistency.mismatched[t, i] += mismatched
+        return cast(Tensor, AlphaGradient.apply(f, alpha, for_alpha))  # type: ignore[no-untyped-call]
+
+    def _decode(
+        self, t: int, i: int, gradient: Tensor, flat: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Recover c[t-1][i] -> (number of mismatched elements, gradient of alpha)."""
+        current = self.stream[i]
+        shape = self.shapes[i]
+        value, shortcut_gradient, mismatch = self.exact.kernels.decode(
+            flat,
+            current,
+            remainder=fixed_point.unpack(self.remainders.pop(), self.widths.pop(), current.shape),
+            gradient=gradient.flatten(0, -2),
+            alpha=fixed_point.grid_alpha(alpha),
+            resolution=self.exact.resolution,
+        )
+        recovered = value.view(shape)
+        self.previous[i] = recovered
+        self.shortcut_gradient = shortcut_gradient.view(shape)
+        changed = fixed_point.checksum(current) != self.checksums[t - 1, i]
+        for_alpha = alpha_gradient(gradient, recovered).to(alpha.dtype)
+        return mismatch.count_nonzero() + changed, for_alpha
 
 
-def _add(a: Tensor | None, b: Tensor | None, owned: bool = False) -> Tensor | None:
-    """a + b, either of which may be missing; in place where ``a`` was made here."""
+def _add(a: Tensor | None, b: Tensor | None, in_place: bool = False) -> Tensor | None:
+    """Return a + b, where None counts as zero. ``in_place``: ``a`` was computed here, reuse it."""
     if a is None or b is None:
         return a if b is None else b
-    return a.add_(b) if owned else a + b
+    return a.add_(b) if in_place else a + b

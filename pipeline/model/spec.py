@@ -1,8 +1,8 @@
-"""What a reversible column network looks like, as plain numbers."""
+"""Description of a reversible column network in plain numbers."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any, Literal, cast
 
 from pipeline.blocks import registry
@@ -15,32 +15,42 @@ Fused = Literal["auto", "compiled", "eager"]
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """One RevCol (Cai et al., ICLR 2023, section 3) and how it computes.
+    """Architecture of one RevCol (Cai et al., ICLR 2023, section 3) and its way of computing.
 
-    ``channels`` and ``depths`` are those of the four levels, finest (stride 4) first; ``block`` names their kind of blocks,
-    one for all or one a level. ``supervised`` puts a classifier on four columns and a reconstruction decoder on the first
-    three of them; otherwise one classifier reads the last column.
-
-    The rest changes nothing in the parameters. ``activations``: 'stored' (plain autograd, plain floating point),
-    'checkpointed' (the same, a column at a time recomputed), 'exact' (fixed-point stream, inverted in the backward pass);
-    'exact' can keep the graphs of the last ``stored_columns``, 'auto' those that fit the device's memory. ``compile``:
-    torch.compile of each level's function (not under ZeRO-3). ``fused``: the stream's element-wise passes as compiled ones.
-    ``fraction_bits``: resolution 2**-bits and range 2**(31 - bits) of the stream.
+    Raises:
+        ValueError: the values do not describe a network.
     """
 
+    # Architecture: these decide the parameters' names and shapes.
+    # Widths and numbers of blocks of the four levels, finest (stride 4) first.
     channels: Four
     depths: Four
     columns: int
     num_classes: int
+    # Wiring of RevCol-H: level 0 also takes level 3 of the previous column.
     huge: bool = False
+    _: KW_ONLY
+    # Intermediate supervision: four columns get a classifier, and the first three of them a
+    # reconstruction decoder. Otherwise one classifier reads the last column.
     supervised: bool = False
+    # Block kind, one for all levels or one per level.
     block: str | FourNames = "convnext"
+
+    # Computation: these do not change the parameters.
+    # stored: plain autograd in floating point. checkpointed: the same, but each column is
+    # recomputed in the backward pass. exact: fixed-point stream, inverted in the backward pass.
     activations: Activations = "exact"
+    # Stochastic-depth rate of the last block of a column. The first block has rate 0.
     drop_path: float = 0.0
+    # Factor of the classifiers' initial weights.
     head_init_scale: float = 1.0
+    # With exact: this many last columns store their activations. auto: as many as fit the memory.
     stored_columns: int | Literal["auto"] = 0
+    # torch.compile of each level's function (not with ZeRO-3).
     compile: bool = False
+    # Whether the stream's element-wise kernels are compiled.
     fused: Fused = "auto"
+    # Of the stream: resolution 2**-bits, range 2**(31 - bits).
     fraction_bits: int = 18
 
     def __post_init__(self) -> None:
@@ -52,33 +62,40 @@ class NetworkSpec:
             raise ValueError(
                 f"intermediate supervision needs at least 4 columns, got {self.columns}"
             )
+        self._check_blocks()
+        if self.stored_columns and self.activations != "exact":
+            raise ValueError(
+                f"stored_columns needs activations 'exact', but activations is {self.activations!r}"
+            )
+        if not 8 <= self.fraction_bits <= 24:
+            raise ValueError(f"fraction_bits must be from 8 to 24, got {self.fraction_bits}")
+
+    def _check_blocks(self) -> None:
         kinds = registry.facts()
         unknown = [name for name in self.blocks if name not in kinds]
         if unknown or len(self.blocks) != 4:
             raise ValueError(
-                f"block must be one of {sorted(kinds)}, or four of them (one a level), got {self.block!r}"
+                f"block must be one of {sorted(kinds)}, or four of them (one per level), "
+                f"got {self.block!r}"
             )
         if self.drop_path and not all(kinds[name].shortcut for name in self.blocks):
             raise ValueError(
                 f"drop_path needs blocks with a shortcut, and {self.block!r} has none: set it to 0"
             )
-        if self.stored_columns and self.activations != "exact":
-            raise ValueError(
-                f"stored_columns belongs to activations 'exact', not {self.activations!r}"
-            )
-        if not 8 <= self.fraction_bits <= 24:
-            raise ValueError(f"fraction_bits must be from 8 to 24, got {self.fraction_bits}")
 
     @property
     def blocks(self) -> FourNames:
-        """Kind of blocks of each level."""
+        """Block kind of each level."""
         return cast(
             FourNames, (self.block,) * 4 if isinstance(self.block, str) else tuple(self.block)
         )
 
     @property
     def supervised_columns(self) -> tuple[int, ...]:
-        """Columns (0-based) whose level 3 is read by a classifier, the last one being the model's."""
+        """Columns (0-based) whose level 3 a classifier reads. The last classifier is the model's.
+
+        Example: 10 columns with intermediate supervision: every 10 // 4 = 2 columns: (1, 3, 5, 7).
+        """
         if not self.supervised:
             return (self.columns - 1,)
         interval = self.columns // 4
@@ -86,6 +103,6 @@ class NetworkSpec:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """What decides the parameters' names and shapes (what a checkpoint must agree with)."""
+        """Attributes that decide the parameters' names and shapes. A checkpoint must match them."""
         names = ("channels", "depths", "columns", "num_classes", "huge", "supervised", "block")
         return {name: value for name, value in asdict(self).items() if name in names}

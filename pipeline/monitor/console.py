@@ -1,7 +1,7 @@
-"""Progress for people: a live display on a terminal, plain lines at intervals in a pipe or log file.
+"""Shows progress: a live bar on a terminal, plain lines at intervals in a pipe or a log file.
 
-Nothing is sent to it: it follows the event log that rank 0 writes, so the driver of a group of processes and a process
-that trains alone show the same.
+The display reads the event log that rank 0 writes. No metric travels through Ray, so the driver of
+a process group and a process that trains alone show the same.
 """
 
 from __future__ import annotations
@@ -19,65 +19,83 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.monitor import tags
 from pipeline.monitor.events import Event, Follower
 
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
 
 
-@dataclass
-class Figures:
-    """The newest of what the display shows."""
+@dataclass(kw_only=True)
+class LatestMetrics:
+    """The newest value of each metric that the display shows."""
 
-    step: int = 0
-    total: int = 0
+    total: int = 0  # steps of the stage
     epoch: int = 0
-    rate: float = 0.0  # images a second
+    images_per_s: float = 0.0
     loss: float | None = None
-    accuracy: float | None = None  # share of the validation split
+    accuracy: float | None = None  # top-1 on the validation split, 0 to 1
 
-    def take(self, event: Event) -> None:
-        self.step = event.step
+    def update(self, event: Event) -> None:
+        """Take the values from ``event``; a metric that it lacks keeps its value."""
         self.total = event.total or self.total
         self.epoch = event.epoch or self.epoch
-        self.rate = event.scalars.get("throughput/images_per_s", self.rate)
-        self.loss = event.scalars.get("loss/total", self.loss)
-        self.accuracy = event.scalars.get("accuracy/top1", self.accuracy)
+        self.images_per_s = event.scalars.get(tags.IMAGES_PER_S, self.images_per_s)
+        self.loss = event.scalars.get(tags.LOSS, self.loss)
+        self.accuracy = event.scalars.get(tags.TOP1, self.accuracy)
 
     def __str__(self) -> str:
-        parts = [f"{self.rate:,.1f} images/s"] if self.rate else []
-        parts += [f"loss {self.loss:.4f}"] if self.loss is not None else []
-        parts += [f"top-1 {self.accuracy:.1%}"] if self.accuracy is not None else []
+        parts = []
+        if self.images_per_s:
+            parts.append(f"{self.images_per_s:,.1f} images/s")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.accuracy is not None:
+            parts.append(f"top-1 {self.accuracy:.1%}")
         return "  ".join(parts)
+
+
+@dataclass(frozen=True)
+class TaskStart:
+    """Where the current task started: the basis of the estimate of the time left."""
+
+    done: int
+    time: float  # of the display's clock
 
 
 class Display:
     """Shows one stage at a time.
 
     Args:
-        console: where to; a live bar if it is a terminal.
-        log: a file that gets the plain lines too, with the time in front.
-        interval: seconds between plain lines.
+        console: output; shows a live bar if it is a terminal.
+        log_file: receives every line too, with the time in front.
+        interval: seconds between two plain progress lines.
+        clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         console: Console,
-        log: TextIO | None = None,
+        log_file: TextIO | None = None,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console, self._log, self._interval, self._clock = console, log, interval, clock
-        self._name = ""
-        self._what: str | None = None  # the piece of work that is under way
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
+        self.console = console
+        self._log_file = log_file
+        self._interval = interval
+        self._clock = clock
+        self._stage = ""
+        self._task: str | None = None
+        self._task_start = TaskStart(done=0, time=0.0)
         self._last_line = -interval
-        self._begun = (0, 0.0)  # count and time at which the present piece of work began
+        self._bar: Progress | None = None
+        self._bar_task: TaskID | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """While open, ``progress`` and ``Follow.poll`` report under ``name``."""
-        self._name, self._last_line, self._what = name, -self._interval, None
+        """Report progress under ``name`` while the context is open."""
+        self._stage = name
+        self._task = None
+        self._last_line = -self._interval
         if not self.console.is_terminal:
             yield
             return
@@ -89,68 +107,80 @@ class Display:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._task = self._bar.add_task(name, total=0, detail="")
+            self._bar_task = self._bar.add_task(name, total=0, detail="")
             try:
                 yield
             finally:
-                self._bar = self._task = None
+                self._bar = None
+                self._bar_task = None
 
     def progress(self, task: str, done: int, total: int, detail: str = "") -> None:
-        """``done`` of ``total`` pieces of ``task`` are finished."""
+        """Report that ``done`` of ``total`` units of ``task`` are finished."""
         now = self._clock()
-        if task != self._what or done < self._begun[0]:
-            self._what, self._begun = task, (done, now)
-            if self._bar is not None and self._task is not None:
-                self._bar.reset(self._task)
-        if self._bar is not None and self._task is not None:
-            label = escape(f"{self._name}: {task}" if task else self._name)
+        # A count that falls is a new attempt at the same task: after a restart of the processes, or
+        # when training resumes from a checkpoint. The old speed says nothing about it.
+        if task != self._task or done < self._task_start.done:
+            self._task = task
+            self._task_start = TaskStart(done=done, time=now)
+            if self._bar is not None and self._bar_task is not None:
+                self._bar.reset(self._bar_task)
+        label = f"{self._stage}: {task}" if task else self._stage
+        if self._bar is not None and self._bar_task is not None:
             self._bar.update(
-                self._task, description=label, completed=done, total=total, detail=detail
+                self._bar_task,
+                description=escape(label),
+                completed=done,
+                total=total,
+                detail=detail,
             )
+        # Plain lines are rare, or they would fill log files. The last one of a task always appears.
         if now - self._last_line >= self._interval or done == total:
             self._last_line = now
-            label = f"{self._name}: {task}" if task else self._name
-            left = self._left(done, total, now)
-            line = "  ".join(part for part in (f"{label} {done}/{total}", detail, left) if part)
-            self._print(line, on_screen=self._bar is None)
+            parts = (f"{label} {done}/{total}", detail, self._time_left(done, total, now))
+            # With a live bar, the plain line goes to the log file only.
+            self._print("  ".join(part for part in parts if part), on_screen=self._bar is None)
 
     def log(self, text: str, level: str = "info") -> None:
-        """A sentence that stays on the screen."""
+        """Print a message that stays on the screen; ``level`` is info, warning or error."""
         prefix = "" if level == "info" else f"{level}: "
         self._print(prefix + text, LEVEL_STYLES.get(level, ""))
 
-    def _left(self, done: int, total: int, now: float) -> str:
-        begun, since = self._begun
-        if done <= begun or done >= total:
+    def _time_left(self, done: int, total: int, now: float) -> str:
+        """Estimate from the speed since the task started, or '' while there is none.
+
+        Example: 10 of 40 steps in the first 10 s -> (10 s / 10 steps) * 30 steps = "0:00:30 left".
+        """
+        start = self._task_start
+        if done <= start.done or done >= total:
             return ""
-        seconds = round((now - since) * (total - done) / (done - begun))
+        seconds = round((now - start.time) * (total - done) / (done - start.done))
         return f"{timedelta(seconds=seconds)} left"
 
     def _print(self, text: str, style: str = "", *, on_screen: bool = True) -> None:
         if on_screen:
+            # markup=False: class names and paths may contain square brackets.
             self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-        if self._log is not None:
+        if self._log_file is not None:
             now = time.strftime("%Y-%m-%d %H:%M:%S ")
-            self._log.writelines(f"{now}{line}\n" for line in text.splitlines())
-            self._log.flush()
+            self._log_file.writelines(f"{now}{line}\n" for line in text.splitlines())
+            self._log_file.flush()
 
 
-class Follow:
-    """Feeds a display from a stage's event log; ``poll`` is called as often as one likes.
+class DisplayFeed:
+    """Feeds a display with the events that a stage appends to its event log.
 
-    ``highest`` is the largest step seen: whether a restarted group of processes got any further.
+    ``highest_step`` is the largest step seen. The supervisor compares it before and after a restart
+    to tell whether the processes make progress.
     """
 
-    def __init__(self, path: Path, display: Display) -> None:
-        self._follower, self._display, self._figures = (
-            Follower(path, from_end=True),
-            display,
-            Figures(),
-        )
-        self.highest = 0
+    def __init__(self, events: Path, display: Display) -> None:
+        self._follower = Follower(events, from_end=True)  # events of earlier attempts are history
+        self._display = display
+        self._metrics = LatestMetrics()
+        self.highest_step = 0
 
     def poll(self) -> None:
-        """Show what was written since the last call."""
+        """Show the events written since the last call."""
         for event in self._follower.poll():
             self._show(event)
 
@@ -158,27 +188,27 @@ class Follow:
         if event.kind == "message":
             self._display.log(event.text, event.level)
         elif event.kind == "evaluation":
-            self._figures.take(event)
+            self._metrics.update(event)
             values = "  ".join(
-                f"{name.removeprefix('accuracy/')} {value:.4g}"
-                for name, value in event.scalars.items()
+                f"{tag.removeprefix('accuracy/')} {value:.4g}"
+                for tag, value in event.scalars.items()
             )
             self._display.log(f"evaluation after step {event.step}: {values}")
         elif event.kind == "step":
-            self._figures.take(event)
-            self.highest = max(self.highest, event.step)
-            epoch = f"epoch {self._figures.epoch + 1}"
-            self._display.progress("", event.step, self._figures.total, f"{epoch}  {self._figures}")
+            self._metrics.update(event)
+            self.highest_step = max(self.highest_step, event.step)
+            detail = f"epoch {self._metrics.epoch + 1}  {self._metrics}"
+            self._display.progress("", event.step, self._metrics.total, detail)
 
 
 @contextlib.contextmanager
-def following(follow: Follow, interval: float = 0.5) -> Iterator[None]:
+def polled_in_background(feed: DisplayFeed, interval: float = 0.5) -> Iterator[None]:
     """Poll in a thread, for a process whose main thread trains."""
     done = threading.Event()
 
     def loop() -> None:
         while not done.wait(interval):
-            follow.poll()
+            feed.poll()
 
     thread = threading.Thread(target=loop, name="display", daemon=True)
     thread.start()
@@ -187,4 +217,4 @@ def following(follow: Follow, interval: float = 0.5) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        follow.poll()
+        feed.poll()  # events written after the thread's last poll

@@ -1,7 +1,9 @@
-"""The event log of a stage: one JSON object a line, appended and flushed, readable while it grows.
+"""Writes and reads the event log of a stage: one JSON object per line, readable while it grows.
 
-A writer can be killed at any byte and a resumed one goes on from a checkpoint that lies before the last event; readers
-therefore skip what is not a whole line and drop, at each ``start``, the earlier events of later steps.
+A writer can be killed at any byte, and a resumed writer repeats the steps after its checkpoint.
+Readers therefore skip incomplete lines, and at each ``start`` event they drop the earlier events of
+later steps. Example: "start 0, steps 1 2 3 4, start 2, steps 3 4" reads as steps 1 2 3 4, where 3
+and 4 are those of the resumed writer.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+_REQUIRED = ("kind", "step", "time")  # written even if they are zero
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Event:
     """One line: ``kind`` is start, step, evaluation, message or hparams."""
 
@@ -29,12 +32,14 @@ class Event:
 
 
 class EventWriter:
-    """Appends events to a file; a half-written last line of a killed predecessor is closed off first."""
+    """Appends events to a file."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._clock = clock
         self._file = open(path, "ab")  # noqa: SIM115 (lives as long as the writer)
+        # A killed predecessor may have left half a line. Close it, or the first new event would
+        # become part of it and be lost with it.
         if not _ends_with_newline(path):
             self._file.write(b"\n")
 
@@ -49,13 +54,24 @@ class EventWriter:
         text: str = "",
         level: str = "",
     ) -> None:
-        """Append one event; fields that say nothing are left out. Values that are not finite are written as JSON's
-        extension ``NaN``/``Infinity``, which Python reads back."""
-        event = asdict(Event(kind, step, self._clock(), total, epoch, scalars or {}, text, level))
-        line = {
-            key: value for key, value in event.items() if key in ("kind", "step", "time") or value
-        }
+        """Append one event; empty fields are left out.
+
+        Values that are not finite are written as ``NaN`` and ``Infinity``: an extension of JSON
+        that Python reads back.
+        """
+        event = Event(
+            kind=kind,
+            step=step,
+            time=self._clock(),
+            total=total,
+            epoch=epoch,
+            scalars=scalars or {},
+            text=text,
+            level=level,
+        )
+        line = {key: value for key, value in asdict(event).items() if key in _REQUIRED or value}
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        # Flush to the kernel, so that a killed process loses nothing and the display keeps up.
         self._file.flush()
 
     def close(self) -> None:
@@ -63,27 +79,28 @@ class EventWriter:
 
 
 class Follower:
-    """Reads a growing event file piece by piece, like ``tail -f``; the file may not exist yet."""
+    """Reads a growing event file piece by piece, like ``tail -f``. The file need not exist yet."""
 
     def __init__(self, path: Path, *, from_end: bool = False) -> None:
         self._path = path
         self._offset = path.stat().st_size if from_end and path.exists() else 0
 
     def poll(self) -> list[Event]:
-        """Events completed since the last call."""
+        """Return the events completed since the last call."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
             return []
+        # Leave a line that is still being written for the next call.
         complete = data.rfind(b"\n") + 1
         self._offset += complete
         return list(_parse(data[:complete]))
 
 
 def read_events(path: Path) -> list[Event]:
-    """All events that count: those of steps that a later resume repeated are left out."""
+    """Read the valid events: those of steps that a resumed writer repeated are left out."""
     events: list[Event] = []
     for event in Follower(path).poll():
         if event.kind == "start":
@@ -95,9 +112,8 @@ def read_events(path: Path) -> list[Event]:
 def _parse(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         try:
-            value: Any = json.loads(line)
-            yield Event(**value)
-        except (ValueError, TypeError):  # half a line, or one of another version
+            yield Event(**json.loads(line))
+        except (ValueError, TypeError):  # half a line, or a line of another version
             continue
 
 

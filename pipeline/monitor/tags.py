@@ -9,7 +9,6 @@ LOSS = "loss/total"
 VALIDATION_LOSS = "loss/validation"
 TRAIN_TOP1 = "accuracy/train_top1"
 TOP1 = "accuracy/top1"
-TOP5 = "accuracy/top5"
 LEARNING_RATE = "optim/lr"
 GRAD_NORM = "optim/grad_norm"
 SKIPPED_STEPS = "optim/skipped_steps"
@@ -21,6 +20,11 @@ DEVICE_MIB = "memory/device_mib"
 MISMATCHED_ELEMENTS = "reversible/mismatched_elements"
 RETRIED_STEPS = "reversible/retried_steps"
 MAX_ABS = "reversible/max_abs"
+
+
+def accuracy(metric: str) -> str:
+    """A metric of an evaluation, such as top1."""
+    return f"accuracy/{metric}"
 
 
 def classification_loss(position: int) -> str:

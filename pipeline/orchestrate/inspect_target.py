@@ -1,4 +1,4 @@
-"""What a command about prepared data is about: by a job file, a run's name or directory, or a dataset's directory."""
+"""Finds the prepared dataset that a command inspects: from a job, a run, or the dataset itself."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pipeline.config.schema import AugmentConfig, Job, TrainConfig
 from pipeline.data.contact_sheet import Settings
 from pipeline.errors import ConfigError, DataError
 from pipeline.layout import DATASET_JSON, RunDir
+from pipeline.orchestrate.job_files import find_job_file, shipped_jobs
 
 DEFAULTS = Settings(TrainConfig.model_fields["image_size"].default, AugmentConfig(), 0)
 
 
 @dataclass(frozen=True)
 class InspectTarget:
-    """A prepared dataset and how a stage trains on it; ``stage`` is '' where no job tells."""
+    """A prepared dataset and how a stage trains on it; ``stage`` is '' if no job is known."""
 
     dataset: Path
     stage: str
@@ -25,58 +26,75 @@ class InspectTarget:
 
 
 def find(what: Path, runs: Path, stage: str = "") -> InspectTarget:
-    """The dataset that ``what`` names, with the settings of ``stage`` (default: the first one that trains on it).
+    """The dataset that ``what`` names, with the settings of ``stage``.
+
+    Args:
+        what: path of a job file, a run directory or a dataset; name of a run or a shipped job.
+        runs: folder of the runs.
+        stage: a training stage; default: the first one that trains on the dataset.
 
     Raises:
-        ConfigError: the job has no such stage. DataError: nothing of this kind is there.
+        ConfigError: the job has no such stage.
+        DataError: ``what`` names nothing of this kind.
     """
-    place = next((path for path in (what, runs / what) if path.exists()), what)
-    if place.is_file():
-        job = load_job(place, []).job
+    # A path wins over the name of a run, and that over the name of a shipped job: the run directory
+    # has the settings that were really used.
+    path = next((path for path in (what, runs / what) if path.exists()), what)
+    if not path.exists() and str(what) in shipped_jobs():
+        path = find_job_file(str(what))
+    # 1. A job file: the dataset lies in the run directory of its name.
+    if path.is_file():
+        job = load_job(path, []).job
         return _of_job(job, RunDir(runs / job.name), stage)
-    run_dir = RunDir(place)
+    # 2. A run directory.
+    run_dir = RunDir(path)
     if run_dir.run_yaml.is_file():
-        return _of_job(load_job(run_dir.run_yaml, []).job, run_dir, stage)
-    if (place / DATASET_JSON).is_file():
-        return _of_dataset(place.absolute(), stage)
+        return _of_job(load_job(run_dir.run_yaml, [], migrate=True).job, run_dir, stage)
+    # 3. A prepared dataset, perhaps inside a run directory.
+    if (path / DATASET_JSON).is_file():
+        return _of_dataset(path.absolute(), stage)
     known = sorted(path.name for path in runs.glob("*") if RunDir(path).run_yaml.is_file())
-    remedy = f"a job file, a run or a prepared dataset; runs here: {', '.join(known) or 'none'}"
-    raise DataError("is no job file, run or prepared dataset", place=str(what), remedy=remedy)
+    raise DataError(
+        "is no job file, run or prepared dataset",
+        place=str(what),
+        remedy=f"runs here: {', '.join(known) or 'none'}; "
+        f"shipped jobs: {', '.join(shipped_jobs())}",
+    )
 
 
 def _of_dataset(dataset: Path, stage: str) -> InspectTarget:
-    """A dataset inside a run's directory is shown as that run trains on it."""
-    run_dir = RunDir(dataset.parent.parent.parent)
+    """A dataset inside a run directory has the settings with which this run trains on it."""
+    run_dir = RunDir(dataset.parent.parent.parent)  # <run>/stages/prepare/<dataset>
     if run_dir.run_yaml.is_file() and dataset == run_dir.dataset(dataset.name):
-        job = load_job(run_dir.run_yaml, []).job
-        if not stage:
-            stage = next(
-                (
-                    one
-                    for one in _training(job)
-                    if job_queries.dataset_name(job, one) == dataset.name
-                ),
-                "",
-            )
+        job = load_job(run_dir.run_yaml, [], migrate=True).job
+        stage = stage or _stage_that_trains_on(job, dataset.name)
         if stage:
             return InspectTarget(dataset, stage, _settings(job, stage))
     if stage:
-        cause = f"no job here tells of a stage '{stage}'"
-        raise ConfigError(cause, place=str(dataset), remedy="name the job file or the run instead")
+        raise ConfigError(
+            f"no job is known that has the stage '{stage}'",
+            place=str(dataset),
+            remedy="name the job file or the run instead",
+        )
     return InspectTarget(dataset, "", DEFAULTS)
 
 
 def _of_job(job: Job, run_dir: RunDir, stage: str) -> InspectTarget:
-    stage = stage or next(iter(_training(job)), "")
-    if stage:
-        return InspectTarget(
-            run_dir.dataset(job_queries.dataset_name(job, stage)), stage, _settings(job, stage)
-        )
-    return InspectTarget(run_dir.dataset(next(iter(job.data))), "", DEFAULTS)
+    stage = stage or next(iter(_training_stages(job)), "")
+    if not stage:
+        return InspectTarget(run_dir.dataset(next(iter(job.data))), "", DEFAULTS)
+    dataset = run_dir.dataset(job_queries.dataset_name(job, stage))
+    return InspectTarget(dataset, stage, _settings(job, stage))
 
 
-def _training(job: Job) -> list[str]:
+def _training_stages(job: Job) -> list[str]:
     return [name for name in job_queries.stage_names(job) if name in job_queries.TRAINING]
+
+
+def _stage_that_trains_on(job: Job, dataset: str) -> str:
+    """The first training stage that uses the dataset, or ''."""
+    stages = _training_stages(job)
+    return next((name for name in stages if job_queries.dataset_name(job, name) == dataset), "")
 
 
 def _settings(job: Job, stage: str) -> Settings:

@@ -1,12 +1,11 @@
-"""A run: the stages of a job, one after the other, each only if it has to."""
+"""Runs the stages of a job in order, each one only if it is needed."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from rich.console import Console
 
@@ -18,25 +17,24 @@ from pipeline.config.schema import Job
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.files import write_text
 from pipeline.layout import RunDir
-from pipeline.monitor.console import Display, Follow
+from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, resume_policy
 from pipeline.orchestrate.ray_session import ray_session
 from pipeline.orchestrate.ray_tasks import map_tasks
 from pipeline.orchestrate.run_state import RunState, run_lock
 from pipeline.orchestrate.signals import StopRequest
-from pipeline.orchestrate.supervisor import Placement, run_supervised
-from pipeline.orchestrate.worker import Entry
+from pipeline.orchestrate.stage_functions import placement, stage_fn
+from pipeline.orchestrate.supervisor import run_supervised
 from pipeline.prepare.stage import prepare_stage
-from pipeline.runtime.dist_env import DistEnv
 
 
-@dataclass
+@dataclass(kw_only=True)
 class JobRunner:
-    """A job on its way through its stages. The caller holds the run's lock."""
+    """A job whose stages are being run. The caller holds the lock of the run."""
 
     loaded: LoadedJob
     run_dir: RunDir
-    ledger: RunState
+    run_state: RunState
     display: Display
     stop: StopRequest
     ran: list[str] = field(default_factory=list)  # stages that were not skipped
@@ -51,97 +49,111 @@ class JobRunner:
 
 @contextlib.contextmanager
 def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[JobRunner]:
-    """Check the job, take the run's lock, write down what the job resolves to, and take the signals over.
+    """Check the job, lock the run, install the signal handlers, write run.yaml.
 
     Raises:
-        ConfigError: the job cannot work, or another process works on the run.
+        ConfigError: the job cannot work, or another process is working on the run.
     """
     job = loaded.job
     check(job, machine.world_size(job.cluster), loaded.origins, run_dir)
     with run_lock(run_dir):
         run_dir.logs.mkdir(exist_ok=True)
-        with open(run_dir.run_log, "a", encoding="utf-8") as log:
-            display = Display(console, log)
+        with open(run_dir.run_log, "a", encoding="utf-8") as log_file:
+            display = Display(console, log_file)
             stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()
+            # run.yaml is for people and for `data show`; resuming compares the settings that each
+            # stage keeps for itself.
             write_text(run_dir.run_yaml, render.job_file(loaded))
-            ledger = RunState(run_dir, job.name)
-            ledger.declare(job_queries.stage_names(job))
-            yield JobRunner(loaded, run_dir, ledger, display, stop)
+            run_state = RunState(run_dir, job.name)
+            run_state.declare(job_queries.stage_names(job))
+            yield JobRunner(
+                loaded=loaded, run_dir=run_dir, run_state=run_state, display=display, stop=stop
+            )
 
 
 def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False) -> None:
-    """Bring every stage (or those in ``only``) to ``done``.
+    """Run every stage of the job, or those in ``only``, until it is done.
 
     Raises:
-        Interrupted: stopped on request; the same command goes on.
-        PipelineError: a stage failed, or may not go on with changed settings.
+        Interrupted: stopped on request; the same command resumes.
+        PipelineError: a stage failed, or cannot resume with changed settings.
     """
+    # Report a misspelled stage before the first one runs for days.
     for stage in only:
-        job_queries.stage_config(run.job, stage)  # raises where there is none
-    with contextlib.ExitStack() as engine:
+        job_queries.stage_config(run.job, stage)  # raises if the job has no such stage
+    with contextlib.ExitStack() as ray:
         for stage in only or job_queries.stage_names(run.job):
             run.stop.check()
+            # 1. Find out what has changed since the stage was started.
             inputs = artifacts.inputs(run.job, stage, run.run_dir)
             artifacts.require(run.job, stage, inputs)
-            record, begun_with = (
-                run.ledger.stage(stage),
-                resume_policy.settings_of(run.run_dir, stage),
-            )
             resolved = run.loaded.resolved()
             decision = resume_policy.decide(
-                stage, record, begun_with, resolved, inputs, run.run_dir, force=force
+                stage,
+                run.run_state.stage(stage),
+                started_with=resume_policy.settings_of(run.run_dir, stage),
+                resolved=resolved,
+                inputs=inputs,
+                run_dir=run.run_dir,
+                force=force,
             )
             run.log(f"{stage}: {decision.reason}")
             if decision.action == "skip":
                 continue
-            if decision.action == "anew":
-                _clear(run, stage, keep_what_fits=not force)
+            # 2. Make room for new results.
+            restart = decision.action == "restart"
+            if restart:
+                _clear(run, stage, keep_valid_datasets=not force)
+            # 3. Run it. Ray starts with the first stage that needs it.
             if not run.ran:
-                engine.enter_context(_ray(run))
+                ray.enter_context(_ray(run))
             resume_policy.keep_settings(run.run_dir, stage, resolved)
-            run.ledger.begin(stage, inputs, anew=decision.action == "anew")
+            run.run_state.start(stage, inputs, from_scratch=restart)
             run.ran.append(stage)
             _run_stage(run, stage)
 
 
-def _clear(run: JobRunner, stage: str, *, keep_what_fits: bool) -> None:
-    """Move earlier results aside. Preparation knows itself, dataset by dataset, what still fits."""
-    if stage == "prepare" and keep_what_fits:
+def _clear(run: JobRunner, stage: str, *, keep_valid_datasets: bool) -> None:
+    # Preparation compares fingerprints itself, dataset by dataset, and replaces only those that
+    # no longer match.
+    if stage == "prepare" and keep_valid_datasets:
         return
     moved = resume_policy.move_aside(run.run_dir, stage)
     if moved is not None:
-        run.log(f"{stage}: its earlier results are now in {moved}", "warning")
+        run.log(f"{stage}: moved its earlier results to {moved}", "warning")
 
 
 def _ray(run: JobRunner) -> contextlib.AbstractContextManager[None]:
     cluster = run.job.cluster
     gpus = machine.gpus() if machine.device(cluster) == "cuda" else 0
-    return ray_session(
-        max(machine.cores(), machine.world_size(cluster)), gpus, started=run.stop.install
-    )
+    # Each training process takes one CPU of Ray, also on a machine with fewer cores than processes.
+    cpus = max(machine.cores(), machine.world_size(cluster))
+    return ray_session(cpus, gpus, started=run.stop.install)
 
 
 def _run_stage(run: JobRunner, stage: str) -> None:
-    began = time.monotonic()
+    started = time.monotonic()
     try:
         with run.display.stage(stage):
-            metrics = _prepare(run) if stage == "prepare" else _train_or_use(run, stage)
+            metrics = _prepare(run) if stage == "prepare" else _supervise(run, stage)
         outputs = artifacts.outputs(run.job, stage, run.run_dir)
-    except Interrupted:
-        run.ledger.stop(stage, time.monotonic() - began)
+    except (Interrupted, KeyboardInterrupt):
+        # Not a failure: the stage is pending and resumes.
+        run.run_state.stop(stage, time.monotonic() - started)
         raise
     except BaseException as error:
         message = error.message if isinstance(error, PipelineError) else repr(error)
-        run.ledger.stop(stage, time.monotonic() - began, message)
+        run.run_state.stop(stage, time.monotonic() - started, message)
         raise
-    run.ledger.finish(stage, time.monotonic() - began, outputs, metrics)
-    run.log(f"{stage}: done in {time.monotonic() - began:,.1f} s  {_headline(metrics)}")
+    seconds = time.monotonic() - started
+    run.run_state.finish(stage, seconds, outputs, metrics)
+    run.log(f"{stage}: done in {seconds:,.1f} s  {_headline(metrics)}")
 
 
 def _headline(metrics: dict[str, float]) -> str:
-    """The metrics that people ask for first."""
-    shares = [
+    """The most important metrics, for example "top-1 76.2%  top-5 93.1%  images 50,000"."""
+    accuracies = [
         f"{name.replace('top', 'top-')} {metrics[name]:.1%}"
         for name in ("top1", "top5")
         if name in metrics
@@ -149,67 +161,32 @@ def _headline(metrics: dict[str, float]) -> str:
     counts = [
         f"{name} {metrics[name]:,.0f}" for name in ("images", "parameters") if name in metrics
     ]
-    return "  ".join([*shares, *counts])
+    return "  ".join([*accuracies, *counts])
 
 
 def _prepare(run: JobRunner) -> dict[str, float]:
-    with run.stop.at_once():  # what is finished is on disk already
+    # Finished pieces are on disk already, so a stop request ends preparation at once.
+    with run.stop.at_once():
         return prepare_stage(run.job, run.run_dir, map_tasks, run.display.progress, run.log)
 
 
-def _train_or_use(run: JobRunner, stage: str) -> dict[str, float]:
-    cluster = run.job.cluster
-    one = stage == "export"
-    placement = Placement(
-        stage=stage,
-        processes=1 if one else machine.world_size(cluster),
-        threads=machine.cores() if one else machine.threads(cluster),
-        device="cpu" if one else machine.device(cluster),
-        run_dir=run.run_dir,
-    )
-    follow = Follow(run.run_dir.events(stage), run.display)
+def _supervise(run: JobRunner, stage: str) -> dict[str, float]:
+    """Run a stage in its group of processes and show its events."""
+    feed = DisplayFeed(run.run_dir.events(stage), run.display)
 
-    def tick() -> int:
-        follow.poll()
-        return follow.highest
+    def poll() -> int:
+        feed.poll()
+        return feed.highest_step
 
-    metrics = run_supervised(
-        entry(run.job, stage, run.run_dir), placement, stop=run.stop, tick=tick, log=run.log
-    )
-    tick()
+    saves_first = run.stop.after_step() if stage in TRAINING else contextlib.nullcontext()
+    with saves_first:
+        metrics = run_supervised(
+            stage_fn(run.job, stage, run.run_dir),
+            placement(run.job, stage, run.run_dir),
+            stop=run.stop,
+            poll=poll,
+            log=run.log,
+        )
+    # Show the events that the stage wrote after the supervisor's last poll.
+    poll()
     return metrics
-
-
-def entry(job: Job, stage: str, run_dir: RunDir) -> Entry:
-    """What each process of a stage runs."""
-    run: Callable[..., dict[str, float]] = (
-        _train if stage in TRAINING else _evaluate if stage == "evaluate" else _export
-    )
-    return partial(run, job, stage, run_dir)
-
-
-# Imported where they run: the driver itself needs neither torch nor DeepSpeed.
-
-
-def _train(
-    job: Job, stage: str, run_dir: RunDir, world: DistEnv, stop: Callable[[], bool]
-) -> dict[str, float]:
-    from pipeline.train.trainer import train_stage
-
-    return train_stage(job, stage, run_dir, world, stop)
-
-
-def _evaluate(
-    job: Job, stage: str, run_dir: RunDir, world: DistEnv, stop: Callable[[], bool]
-) -> dict[str, float]:
-    from pipeline.evaluate.classify import evaluate_stage
-
-    return evaluate_stage(job, run_dir, world)
-
-
-def _export(
-    job: Job, stage: str, run_dir: RunDir, world: DistEnv, stop: Callable[[], bool]
-) -> dict[str, float]:
-    from pipeline.export.stage import export_stage
-
-    return export_stage(job, run_dir)

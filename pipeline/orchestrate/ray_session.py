@@ -1,6 +1,7 @@
-"""A Ray of our own on this machine: token, private short-lived directory, no dashboard, no usage report.
+"""Starts a private Ray on this host, with an access token and without dashboard and usage report.
 
-The environment alone decides about access, so it is set before ``import ray`` and inherited by everything Ray starts.
+The environment alone decides about access to Ray. It is therefore set before ``import ray``, and
+every process that Ray starts inherits it.
 """
 
 from __future__ import annotations
@@ -17,39 +18,36 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import StageError
+from pipeline.runtime import environment
 
 _PREFIX = "revcol-ray-"
-_LONG_AGO = 60  # seconds
-_LONGEST = 43  # bytes: Ray appends up to 64 of the 107 that a socket's path may have
+_RANDOM_SUFFIX = 8  # bytes that mkdtemp appends to the prefix
+_ABANDONED_AFTER_S = 60
+_LONGEST_PATH = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
 
 
 @contextlib.contextmanager
 def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[None]:
-    """Ray for as long as the context is open; afterwards neither a process nor a file of it is left.
+    """Run Ray while the context is open. Afterwards no process and no file of it is left.
 
     Args:
-        cpus: what Ray may place work on; more than the machine has is possible.
-        gpus: likewise, devices.
-        started: called once Ray is up, for signal handlers (``ray.init`` replaces that of SIGTERM).
+        cpus: CPU cores that Ray may assign; may exceed those of the machine.
+        gpus: GPUs that Ray may assign.
+        started: called once Ray is running, to install signal handlers (``ray.init`` replaces that
+            of SIGTERM).
 
     Raises:
-        StageError: the directory for temporary files has too long a name, or Ray does not start.
+        StageError: the path of the temporary directory is too long, or Ray does not start.
     """
     with _private_directory() as directory:
         token = directory / "token"
-        token.touch(mode=0o600)
+        token.touch(mode=0o600)  # restrict access before the secret is written
         token.write_text(secrets.token_hex(32))
-        os.environ.update(
-            RAY_AUTH_MODE="token",
-            RAY_AUTH_TOKEN_PATH=str(token),
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-            RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES="1",  # LOCAL_RANK chooses the device, as everywhere
-            RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="3",
-            RAY_worker_niceness="0",  # of 15 unless told: anything else on the machine would starve the training
-        )
+        os.environ.update(environment.ray_session(token))
         import ray
 
+        # "local": never join a cluster that happens to run on this host. The output of workers goes
+        # to their log files, not to the driver's.
         try:
             ray.init(
                 address="local",
@@ -61,7 +59,10 @@ def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[N
                 _temp_dir=str(directory),
             )
         except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-            remedy = f"free memory and disk space under {directory.parent}, or set TMPDIR to another directory"
+            remedy = (
+                f"free memory and disk space under {directory.parent}, "
+                "or set TMPDIR to another directory"
+            )
             raise StageError(f"Ray does not start: {error}", place="ray", remedy=remedy) from error
         started()
         try:
@@ -72,16 +73,22 @@ def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[N
 
 @contextlib.contextmanager
 def _private_directory() -> Iterator[Path]:
-    """A directory (0700) of our own, removed at the end; those of killed predecessors are removed at the start."""
+    """Create a temporary directory (mode 0700) and remove it at the end.
+
+    The directories of killed predecessors are removed at the start. A directory is in use while its
+    file ``lock`` is locked; the kernel releases the lock when the process dies.
+    """
     base = Path(tempfile.gettempdir())
     for stale in base.glob(f"{_PREFIX}*"):
         _remove_if_abandoned(stale)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     try:
-        if len(os.fsencode(directory)) > _LONGEST:
-            remedy = f"set TMPDIR to a directory whose name has at most {_LONGEST - len(_PREFIX) - 9} bytes"
+        if len(os.fsencode(directory)) > _LONGEST_PATH:
+            longest = _LONGEST_PATH - len(_PREFIX) - _RANDOM_SUFFIX - 1  # 1: the slash
             raise StageError(
-                f"{directory} is too long a name for Ray's sockets", place="TMPDIR", remedy=remedy
+                f"the path {directory} is too long for Ray's sockets",
+                place="TMPDIR",
+                remedy=f"set TMPDIR to a directory whose path has at most {longest} bytes",
             )
         with open(directory / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -91,14 +98,16 @@ def _private_directory() -> Iterator[Path]:
 
 
 def _remove_if_abandoned(directory: Path) -> None:
-    """The lock goes last, and what has lost it goes when it is old: processes that are dying may still write."""
-    with contextlib.suppress(OSError):
-        if not (directory / "lock").exists():  # new, or torn
-            if time.time() - directory.stat().st_mtime > _LONG_AGO:
+    with contextlib.suppress(OSError):  # locked by a live process, or removed by another one
+        if not (directory / "lock").exists():
+            # Either its owner has not created the lock yet, or a removal was cut short. Dying
+            # processes of Ray may also still write here. Its age tells.
+            if time.time() - directory.stat().st_mtime > _ABANDONED_AFTER_S:
                 shutil.rmtree(directory)
             return
         with open(directory / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Remove the lock last: a removal that is cut short can then be repeated.
             for path in directory.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)

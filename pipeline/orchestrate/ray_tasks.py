@@ -1,15 +1,18 @@
-"""Work that falls into independent pieces, as Ray tasks: a bounded number in flight, lost workers' pieces done again."""
+"""Runs independent pieces of work as Ray tasks: a bounded number at a time, with retries."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.errors import PipelineError, StageError
+from pipeline.errors import StageError
+from pipeline.orchestrate.user_errors import RERUN, user_error
 
-RETRIES = 5  # of a piece whose worker died
-FLIGHT = 2  # pieces under way for each core: the next one waits where it will run
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+RETRIES = 5  # of a task whose worker died
+TASKS_PER_CORE = 2  # submitted at a time, so that a worker finds its next task waiting
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,30 +21,36 @@ Result = TypeVar("Result")
 def map_tasks(
     function: Callable[[Item], Result], items: Sequence[Item]
 ) -> Iterator[tuple[Item, Result]]:
-    """Apply ``function`` to every item in the running Ray session; yields (item, result) as they are done.
+    """Apply ``function`` to every item in the running Ray session.
+
+    Yields (item, result) in the order in which the tasks finish. When a worker dies, Ray runs its
+    task again, up to ``RETRIES`` times.
 
     Raises:
-        PipelineError: the one that a piece raised; StageError for any other failure, and for a worker that keeps dying.
+        PipelineError: the one that a task raised; a StageError for any other exception, and for a
+            task whose worker died every time.
     """
     import ray
 
-    # The function travels with each piece: of an object of its own in the store, Ray would end this process at the loss of
-    # the node, without a word.
-    remote: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
-    most = FLIGHT * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    # Send the function with each task. As an object of its own in Ray's store it would be lost with
+    # its node, upon which Ray ends the driver without a message.
+    task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
+    limit = TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(items)
-    flying: dict[Any, Item] = {}
+    submitted: dict[ObjectRef[Result], Item] = {}
     try:
         while True:
-            while len(flying) < most and (item := next(waiting, None)) is not None:
-                flying[remote.remote(function, item)] = item
-            if not flying:
+            while len(submitted) < limit and (item := next(waiting, None)) is not None:
+                submitted[task.remote(function, item)] = item
+            if not submitted:
                 return
-            ready, _ = ray.wait(list(flying), timeout=0.5)
+            # Short waits, so that a stop request is noticed soon.
+            ready, _ = ray.wait(list(submitted), timeout=0.5)
             for ref in ready:
-                yield flying.pop(ref), _result(ref)
+                yield submitted.pop(ref), _result(ref)
     finally:
-        for ref in flying:
+        # Reached with tasks left after an error, a stop request, or a consumer that stopped early.
+        for ref in submitted:
             ray.cancel(ref, force=True)
 
 
@@ -49,23 +58,15 @@ def _apply(function: Callable[[Item], Result], item: Item) -> Result:
     return function(item)
 
 
-def _result(ref: Any) -> Any:
+def _result(ref: ObjectRef[Result]) -> Result:
     import ray
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        raise _for_the_user(error.cause, str(error)) from None
+        raise user_error(error.cause) or StageError(str(error)) from None
     except ray.exceptions.RayError as error:
-        remedy = "free memory, or lower the number of workers; the same command goes on from here"
-        cause = f"a piece of work is lost: its worker died {RETRIES + 1} times, or Ray's node did: {error}"
-        raise StageError(cause, remedy=remedy) from None
-
-
-def _for_the_user(cause: BaseException, text: str) -> PipelineError:
-    if isinstance(cause, PipelineError):
-        return cause
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "free some space; the same command goes on from here"
-        return StageError("the disk is full", place=str(cause.filename or ""), remedy=remedy)
-    return StageError(text)
+        raise StageError(
+            f"the worker of a task died {RETRIES + 1} times, or Ray's node was lost: {error}",
+            remedy=f"free memory or lower the number of workers, then {RERUN}",
+        ) from None

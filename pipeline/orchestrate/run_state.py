@@ -1,4 +1,4 @@
-"""``run.json``: what a run has done, always valid and complete; and the lock that keeps a second run out."""
+"""``run.json``, the state of each stage of a run; and the lock that admits one process per run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError, StageError
 from pipeline.files import file_digest, write_json
 from pipeline.layout import RunDir
 
+# pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
+# lock of the run, not this state, tells whether a process is working on it.
 State = Literal["pending", "running", "done", "failed"]
 
 
@@ -27,44 +29,53 @@ class Artifact(BaseModel):
 
     digest: str = Field(description="xxh3-128 of the content.")
     size: int = Field(description="Bytes.")
-    modified: int = Field(
-        description="Time of the last change (nanoseconds since 1970); a file untouched is not read again."
-    )
+    modified: int = Field(description="Time of the last change (nanoseconds since 1970).")
 
     @classmethod
     def of(cls, path: Path, digest: str | None = None) -> Artifact:
-        """``digest``, where the writer knows it already, spares reading the file."""
+        """Describe a file. A ``digest`` that is known already saves reading the file."""
         status = path.stat()
         return cls(
             digest=digest or file_digest(path), size=status.st_size, modified=status.st_mtime_ns
         )
 
     def matches(self, path: Path) -> bool:
-        """Whether the file is there with the same content."""
+        """True if the file exists with the same content."""
         try:
             status = path.stat()
         except FileNotFoundError:
             return False
         if status.st_size != self.size:
             return False
+        # Read the content only if the file was touched: a run checks terabytes of shards at each
+        # start. (`pipeline verify` reads everything.)
         return status.st_mtime_ns == self.modified or file_digest(path) == self.digest
 
 
 class StageRecord(BaseModel):
-    """What the ledger knows of one stage."""
+    """The state of one stage."""
 
+    # A later version may add fields: ignore them, so that an older one can still resume the run.
     model_config = ConfigDict(extra="ignore")
 
     state: State = "pending"
-    seconds: float = Field(0.0, description="Time worked, over all attempts that ended in order.")
+    seconds: float = Field(0.0, description="Run time of all attempts that were not killed.")
     inputs: dict[str, str] = Field(default_factory=dict, description="Digests by name.")
     outputs: dict[str, Artifact] = Field(
-        default_factory=dict, description="By path, relative to the run's directory."
+        default_factory=dict, description="By path, relative to the run directory."
     )
     metrics: dict[str, float] = Field(
-        default_factory=dict, description="Numbers by name, such as top1."
+        default_factory=dict, description="Results by name, such as top1."
     )
     error: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_older_names(cls, values: object) -> object:
+        # Version 0.1.0 wrote the metrics as "figures".
+        if isinstance(values, dict) and "figures" in values:
+            return {"metrics": values["figures"], **values}
+        return values
 
 
 class RunStateRecord(BaseModel):
@@ -78,58 +89,64 @@ class RunStateRecord(BaseModel):
 
 
 class RunState:
-    """Reads ``run.json`` and rewrites it whole, atomically, at every change."""
+    """Reads ``run.json``, and rewrites it atomically at every change."""
 
     def __init__(self, run_dir: RunDir, name: str) -> None:
         self._path = run_dir.run_json
         self._record = read_run_state(run_dir) or RunStateRecord(name=name)
 
-    def declare(self, stages: list[str]) -> None:
-        """The stages of the job, in order; a stage never seen is pending."""
+    def declare(self, stages: Sequence[str]) -> None:
+        """Set the stages of the job, in order. A new stage is pending.
+
+        Records of stages that the job no longer has are kept, at the end.
+        """
         known = self._record.stages
         ordered = {name: known.get(name, StageRecord()) for name in stages}
-        self._record.stages = ordered | {
-            name: record for name, record in known.items() if name not in ordered
-        }
+        dropped = {name: record for name, record in known.items() if name not in ordered}
+        self._record.stages = ordered | dropped
         self._save()
 
     def stage(self, name: str) -> StageRecord:
-        """The record of a stage; pending if it never began."""
+        """The record of a stage; pending if it was never started."""
         return self._record.stages.get(name, StageRecord())
 
-    def begin(self, name: str, inputs: dict[str, str], *, anew: bool) -> None:
-        """The stage runs from now on; ``anew``: earlier attempts no longer count."""
-        seconds = 0.0 if anew else self.stage(name).seconds
+    def start(self, name: str, inputs: dict[str, str], *, from_scratch: bool) -> None:
+        """Set a stage to running. From scratch, the time of earlier attempts does not count."""
+        seconds = 0.0 if from_scratch else self.stage(name).seconds
         self._record.stages[name] = StageRecord(state="running", seconds=seconds, inputs=inputs)
         self._save()
 
     def finish(
         self, name: str, seconds: float, outputs: dict[str, Artifact], metrics: dict[str, float]
     ) -> None:
+        """Set a stage to done."""
         record = self._record.stages[name]
-        finite = {
-            key: value for key, value in metrics.items() if math.isfinite(value)
-        }  # JSON knows no others
-        record.state, record.outputs, record.metrics, record.error = "done", outputs, finite, ""
+        record.state = "done"
+        record.outputs = outputs
+        # JSON has no NaN and no infinity.
+        record.metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        record.error = ""
         record.seconds = round(record.seconds + seconds, 3)
         self._save()
 
     def stop(self, name: str, seconds: float, error: str = "") -> None:
-        """The stage ended early: with an error, or (none) on request, so that it is still to be done."""
+        """Set a stage that ended early to failed, or to pending if there was no error."""
         record = self._record.stages[name]
-        record.state, record.error = ("failed", error) if error else ("pending", "")
+        record.state = "failed" if error else "pending"
+        record.error = error
         record.seconds = round(record.seconds + seconds, 3)
         self._save()
 
     def _save(self) -> None:
+        # The whole file, under another name and then renamed: a crash leaves the old one complete.
         write_json(self._path, self._record.model_dump(mode="json"))
 
 
 def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
-    """The ledger of a run, or None where there is none yet.
+    """The state of a run, or None if the run has none yet.
 
     Raises:
-        StageError: ``run.json`` is not a ledger.
+        StageError: ``run.json`` is damaged, or of another format.
     """
     path = run_dir.run_json
     try:
@@ -137,15 +154,16 @@ def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
     except FileNotFoundError:
         return None
     except (ValueError, ValidationError) as error:
-        remedy = "restore the file, or move the run's directory away to begin a new run"
         raise StageError(
-            f"is not the ledger of a run ({error})", place=str(path), remedy=remedy
+            f"is not the state of a run ({error})",
+            place=str(path),
+            remedy="restore the file, or move the run directory away to start a new run",
         ) from None
 
 
 @contextlib.contextmanager
 def run_lock(run_dir: RunDir) -> Iterator[None]:
-    """Only one process at a time works on a run; the lock dies with its holder, however it ends.
+    """Hold the lock of a run. The kernel releases it when the process ends, however it ends.
 
     Raises:
         ConfigError: another process holds it.
@@ -157,9 +175,14 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            remedy = f"wait for process {holder} or end it, or give this run a directory of its own with --run-dir"
-            cause = f"process {holder} works on this run"
-            raise ConfigError(cause, place=str(run_dir.path), remedy=remedy) from None
+            raise ConfigError(
+                f"process {holder} is working on this run",
+                place=str(run_dir.path),
+                remedy=f"wait for process {holder} or stop it, or give this run a directory of its "
+                "own with --run-dir",
+            ) from None
+        # The process id only serves the message above. The file stays after the run: if it were
+        # removed, one process could hold the lock of the removed file, another that of a new one.
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

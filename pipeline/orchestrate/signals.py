@@ -1,4 +1,7 @@
-"""Requests to stop: SIGTERM, SIGUSR1 (preemption) and Ctrl-C ask for a graceful end; a second Ctrl-C ends at once."""
+"""Stop requests: SIGTERM, SIGUSR1 (preemption) and Ctrl-C stop a run so that it can be resumed.
+
+A second Ctrl-C ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +11,82 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from pipeline.errors import Interrupted
+from pipeline.orchestrate.user_errors import RERUN
 
+# Schedulers send SIGTERM or SIGUSR1 before they take the machine away, sometimes both.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """A flag that signals set; calling it tells whether the run was asked to stop."""
+    """A flag that the signals set. Calling it tells whether a stop was requested.
+
+    Args:
+        announce: shows a message to the user when the first signal arrives.
+    """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
-        self._asked = self._at_once = False
+        self._requested = False
+        self._after_step = False
+        self._raises = False
 
     def __call__(self) -> bool:
-        return self._asked
+        return self._requested
 
     def install(self) -> None:
-        """Take the signals over; to be repeated after ``ray.init``, which replaces handlers. Main thread only."""
+        """Install the signal handlers, in the main thread.
+
+        Repeat this after ``ray.init``, which replaces the handler of SIGTERM.
+        """
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, a request raises Interrupted wherever the main thread is: for work that has nothing to save."""
-        self.check()
-        self._at_once = True
+    def after_step(self) -> Iterator[None]:
+        """While open, announce a stop after the current step: for training, which saves first."""
+        self._after_step = True
         try:
             yield
         finally:
-            self._at_once = False
+            self._after_step = False
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While open, a signal raises Interrupted: for work that has nothing to save."""
+        self.check()
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def check(self) -> None:
-        """Raise Interrupted if a stop was asked for."""
-        if self._asked:
+        """Raise Interrupted if a stop was requested."""
+        if self._requested:
             raise interrupted()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again, self._asked = self._asked, True
-        if again and number == signal.SIGINT:
+        first = not self._requested
+        self._requested = True
+        if not first and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._at_once:
-            self._at_once = (
-                False  # a second TERM must not hit the clean-up that the first one started
-            )
+        if first:
+            # The signal may have interrupted the main thread while it was writing to the same
+            # stream, which then refuses a second writer. The message is not worth a crash.
+            with contextlib.suppress(RuntimeError):
+                self._announce(self._announcement(number))
+        if self._raises:
+            # Once only: a second SIGTERM must not hit the clean-up that the first one started.
+            self._raises = False
             raise interrupted()
-        if not again:
-            hint = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-            self._announce(f"stopping at the next step{hint}")
+
+    def _announcement(self, number: int) -> str:
+        if not self._after_step:
+            return "stopping"
+        hint = " (Ctrl-C again stops at once)" if number == signal.SIGINT else ""
+        return f"stopping after the current step{hint}"
 
 
 def interrupted() -> Interrupted:
     """The error of a run that stopped on request."""
-    return Interrupted("stopped on request", remedy="the same command goes on from here")
+    return Interrupted("stopped on request", remedy=RERUN)

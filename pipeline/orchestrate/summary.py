@@ -1,44 +1,48 @@
-"""The end of a run: what each stage came to, where everything is, and what to try next."""
+"""Prints the end of a run: a table of the stages, where the results are, and what to do next."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
 from rich.table import Table
 
+from pipeline.command import command
 from pipeline.config import job_queries
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
 
-_METRICS = {
+_METRICS = {  # shown in the table, in this order
     "prepare": ("images", "validation", "rejected", "duplicates"),
     "pretrain": ("top1", "loss", "steps", "images_per_s"),
     "finetune": ("top1", "loss", "steps", "images_per_s"),
     "evaluate": ("top1", "top5", "images"),
     "export": ("parameters", "reload_difference"),
 }
+_LABELS = {"top1": "top-1", "top5": "top-5", "images_per_s": "images/s"}
 
 
 def summarise(run: JobRunner) -> None:
-    """Print the table of stages, then where things are and the next command."""
-    names = job_queries.stage_names(run.job)
+    """Print the table of stages, the locations of the results and the next command."""
+    # A table of a run that did nothing would show old numbers as if they were new.
     if run.ran:
-        run.display.console.print(_table({name: run.ledger.stage(name) for name in names}))
+        names = job_queries.stage_names(run.job)
+        run.display.console.print(_table({name: run.run_state.stage(name) for name in names}))
     else:
-        run.log("nothing to do: every stage is done and nothing has changed")
-    directory = _shown(run.run_dir.path)
-    if run.ledger.stage("export").state == "done":
-        run.log(
-            f"exported model   {directory}/export   try it: ./launch.sh predict {directory}/export IMAGE.jpg"
-        )
-    run.log(f"curves, images   ./launch.sh tensorboard {directory}")
-    run.log(f"all metrics      {directory}/run.json   log: {directory}/logs/run.log")
+        run.log("nothing to do: every stage is up to date")
+    directory = _relative(run.run_dir.path)
+    if run.run_state.stage("export").state == "done":
+        export = _relative(run.run_dir.export)
+        run.log(f"exported model   {export}   try it: {command('predict', export, 'IMAGE.jpg')}")
+    run.log(f"curves, images   {command('tensorboard', directory)}")
+    run_json = _relative(run.run_dir.run_json)
+    run.log(f"all metrics      {run_json}   log: {_relative(run.run_dir.run_log)}")
     run.log(f"next             {_next(run)}")
 
 
-def _table(records: dict[str, StageRecord]) -> Table:
+def _table(records: Mapping[str, StageRecord]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "state", "time", "metrics"):
         table.add_column(column, justify="right" if column == "time" else "left")
@@ -49,15 +53,17 @@ def _table(records: dict[str, StageRecord]) -> Table:
     return table
 
 
-def _metrics(stage: str, metrics: dict[str, float]) -> str:
+def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
+    """Example: "top-1 76.2%  loss 1.234  steps 500  images/s 1,234"."""
     parts = []
-    for name in _METRICS[stage]:
-        if name in ("top1", "top5") and name in metrics:
-            parts.append(f"{name.replace('top', 'top-')} {metrics[name]:.1%}")
-        elif name in metrics:
-            parts.append(
-                f"{name.replace('images_per_s', 'images/s').replace('_', ' ')} {_number(metrics[name])}"
-            )
+    shown = list(_METRICS[stage])
+    if stage == "evaluate":
+        shown += [name for name in metrics if name not in (*shown, "loss")]
+    for name in shown:
+        if name in metrics:
+            value = metrics[name]
+            text = f"{value:.1%}" if name in ("top1", "top5") else _number(value)
+            parts.append(f"{_LABELS.get(name, name.replace('_', ' '))} {text}")
     return "  ".join(parts)
 
 
@@ -65,19 +71,24 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
 
 
-def _shown(path: Path) -> str:
+def _relative(path: Path) -> str:
+    """The path from the current folder, if it lies inside; as short as a user would type it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def _next(run: JobRunner) -> str:
+    # Of several possible hints, print the one that is most useful now.
     pending = [
-        name for name in job_queries.stage_names(run.job) if run.ledger.stage(name).state != "done"
+        name
+        for name in job_queries.stage_names(run.job)
+        if run.run_state.stage(name).state != "done"
     ]
     if pending:
-        return f"the same command without --stage: {', '.join(pending)} to do"
+        return f"rerun the same command without --stage, to run: {', '.join(pending)}"
     if run.job.name == "quickstart":
-        return "your own images: ./launch.sh jobs/own_images.yaml --set data.root=DIR"
+        return f"your own images: {command('run', 'own_images', '--set', 'data.root=DIR')}"
     if run.job.name.endswith("-rehearsal"):
-        return "the real thing: the same command without --rehearse"
-    return "another seed: --set seed=1 --set name=NAME; what a key means: ./launch.sh explain KEY"
+        return "the full job: rerun the same command without --rehearse"
+    explain = command("explain", "KEY")
+    return f"another seed: --set seed=1 --set name=NAME; the meaning of a key: {explain}"

@@ -1,7 +1,7 @@
-"""One training process: the Ray actor that lends its process to a stage, and what it reports back.
+"""The Ray actor that runs one rank of a stage, and the outcome that it reports.
 
-Ray is not imported here: the class is made an actor by ``workers``, and a stage's function sees a plain process with the
-environment that torchrun would give it.
+This module does not import Ray: ``worker_group`` turns the class into an actor. The function of a
+stage sees a plain process with the environment that torchrun would give it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.runtime.dist_env import DistEnv
 
-Entry = Callable[[DistEnv, Callable[[], bool]], dict[str, float]]
+# Runs one rank. Arguments: its coordinates, and a function that is true after a stop request.
+# Returns the metrics of the stage.
+StageFn = Callable[[DistEnv, Callable[[], bool]], dict[str, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a rank ended: with metrics, or with an error (its own type if it is meant for the user)."""
+    """How a rank ended: with metrics, or with the traceback of an exception.
+
+    ``error`` is the exception itself if its message is meant for the user, else None.
+    """
 
     rank: int
     metrics: dict[str, float] = field(default_factory=dict)
     error: PipelineError | None = None
     traceback: str = ""
-    at: float = field(default_factory=time.time)  # which rank failed first
+    ended_at: float = field(default_factory=time.time)  # orders failures: the first is the cause
 
     @property
     def failed(self) -> bool:
@@ -41,49 +46,57 @@ class Worker:
     """Runs one rank of a stage in this process.
 
     Args:
-        log: file that standard output and standard error of this process go to from now on.
-        environment: set before anything heavy is imported.
+        log: file that receives standard output and standard error of this process from now on.
+        environment: variables to set before torch and DeepSpeed are imported.
     """
 
     def __init__(self, log: Path, environment: dict[str, str]) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
+        # Replace the file descriptors, not sys.stdout: C++ code (NCCL, gloo) writes to them
+        # directly.
         with open(log, "ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        # A crash in C++ code leaves a stack trace in the log.
         faulthandler.enable()
         os.environ.update(environment)
         self._stop = threading.Event()
         threading.Thread(
-            target=_end_with_parent, args=(os.getppid(),), name="watchdog", daemon=True
+            target=_exit_with_parent, args=(os.getppid(),), name="watchdog", daemon=True
         ).start()
 
     def free_port(self) -> int:
-        """A port for the rendezvous that is free on this machine now."""
+        """Return a port for the rendezvous that is free on this host now."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port: int = probe.getsockname()[1]
             return port
 
-    def run(self, entry: Entry, environment: dict[str, str]) -> Outcome:
-        """Run the stage to its end; errors come back as values, so that their text is whole."""
+    def run(self, stage_fn: StageFn, environment: dict[str, str]) -> Outcome:
+        """Run the stage to its end.
+
+        An exception is returned as a value: Ray would wrap it, and the text of its own would be
+        cut.
+        """
         os.environ.update(environment)
-        world = DistEnv.from_environment()
+        dist_env = DistEnv.from_environment()
+        rank = dist_env.rank
         try:
-            return Outcome(world.rank, metrics=entry(world, self._stop.is_set))
+            return Outcome(rank=rank, metrics=stage_fn(dist_env, self._stop.is_set))
         except PipelineError as error:
-            return Outcome(world.rank, error=error, traceback=traceback.format_exc())
-        except (
-            Exception
-        ):  # of any kind: its text is the outcome, with which the driver ends the stage as failed
-            return Outcome(world.rank, traceback=traceback.format_exc())
+            return Outcome(rank=rank, error=error, traceback=traceback.format_exc())
+        except Exception:
+            # The driver decides whether to restart, and shows this traceback if it gives up.
+            return Outcome(rank=rank, traceback=traceback.format_exc())
 
     def request_stop(self) -> None:
-        """Make the stage's stop flag true; arrives while ``run`` is under way."""
+        """Set the stop flag of the stage. Ray calls this while ``run`` is executing."""
         self._stop.set()
 
 
-def _end_with_parent(parent: int) -> None:
-    # A process whose raylet was killed goes on training otherwise: nothing may outlive its controller.
+def _exit_with_parent(parent: int) -> None:
+    # A process whose raylet was killed would continue training: nobody is left to end it. Its
+    # parent process is the raylet; after its death the kernel reports another one.
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,6 +1,17 @@
-"""One image file: kept as it is, converted to JPEG, or rejected with a reason.
+"""Clean one image file: keep it as it is, convert it to JPEG, or reject it with a reason.
 
-Never decodes more than ``max_pixels``: what has more is told by its header, at the cost of its bytes alone.
+    photo.JPEG                 kept, byte for byte
+    photo.JPEG without end     kept: only the end marker is missing, all pixels are there
+    photo.JPEG, cut            rejected: truncated
+    photo.JPEG that is a PNG   converted to JPEG (also GIF, TIFF, WebP, CMYK, 16 bit, alpha)
+    photo.JPEG, gzipped        unpacked, then treated as above
+    404 page                   rejected: not_an_image
+    30,000 x 30,000 pixels     rejected: too_many_pixels, from the header alone
+    8 x 8 pixels               rejected: too_small
+
+Rejections are strict, because a decoder that paints half of an image grey would train the model on
+grey. An image of more than ``max_pixels`` is never decoded, so that a small file cannot exhaust the
+memory.
 """
 
 from __future__ import annotations
@@ -19,23 +30,27 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
-from pipeline.sources.reader import MAX_BYTES, Rejected
+from pipeline.sources.member import MAX_BYTES, Rejection
+from pipeline.sources.names import is_litter
 
-_GZIP = b"\x1f\x8b"
-_HARMLESS = (
-    "extraneous bytes",
-    "Invalid SOS parameters",
-    "Inconsistent progression",
-)  # warnings of libjpeg: all pixels are there
-# What Pillow may open: pictures made of pixels alone. It knows others too, EPS for one, which is a program that it runs.
+_GZIP_MAGIC = b"\x1f\x8b"
+_JPEG_END = b"\xff\xd9"
+# Warnings of libjpeg after which all pixels are there.
+_HARMLESS_WARNINGS = ("extraneous bytes", "Invalid SOS parameters", "Inconsistent progression")
+# Formats that consist of pixels. Pillow opens others too, among them EPS: a program, which it would
+# run (N5).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "ICO")
-_JUNK = (".ds_store", "thumbs.db", "desktop.ini")
+_MOMENTS_GRID = 32  # about so many rows and columns of pixels are sampled for mean and std
 
 
-@dataclass(frozen=True)
-class Kept:
-    """An image fit for a shard: its bytes and size (pixels), what was done to it ('' for nothing), and its mean and mean
-    square over a sample of its pixels (RGB in [0, 1], three each)."""
+@dataclass(frozen=True, kw_only=True)
+class CleanImage:
+    """An image fit for a shard.
+
+    ``changed``: converted, resized or unpacked; empty if the bytes are those of the source.
+    ``moments``: mean of red, green and blue over a sample of the pixels, then mean of their
+    squares, in [0, 1].
+    """
 
     data: bytes
     width: int
@@ -44,144 +59,165 @@ class Kept:
     moments: tuple[float, ...]
 
 
-def clean(data: bytes, name: str, config: DatasetConfig) -> Kept | Rejected:
-    """Judge one file. ``name`` only tells system litter from damaged images."""
+def clean(data: bytes, name: str, config: DatasetConfig) -> CleanImage | Rejection:
+    """Clean one file.
+
+    ``name`` serves only to recognise files that operating systems leave behind.
+    """
     base = name.rsplit("/", 1)[-1].lower()
-    if base in _JUNK or base.startswith("._"):
-        return Rejected("not_an_image", f"left by an operating system: {base}")
-    unpacked = _gunzip(data) if data[:2] == _GZIP else data
+    if is_litter(base):
+        return Rejection("not_an_image", f"left by an operating system: {base}")
+    unpacked = _gunzip(data) if data.startswith(_GZIP_MAGIC) else data
     if unpacked is None:
-        return Rejected("damaged_gzip", "does not unpack, or to more than 256 MiB")
+        return Rejection("damaged_gzip", "does not unpack, or to more than 256 MiB")
     if not unpacked:
-        return Rejected("empty", "no bytes")
-    changed = "unpacked" if unpacked is not data else ""
-    if unpacked[:3] == JPEG_MAGIC:
-        return _clean_jpeg(unpacked, config, changed)
+        return Rejection("empty", "no bytes")
+    if unpacked.startswith(JPEG_MAGIC):
+        return _clean_jpeg(unpacked, config, changed="unpacked" if unpacked is not data else "")
     return _clean_other(unpacked, config)
 
 
 def _gunzip(data: bytes) -> bytes | None:
-    unpacker = zlib.decompressobj(wbits=31)
+    """Unpacked bytes; None if the data is damaged or unpacks to more than MAX_BYTES (a bomb)."""
+    unpacker = zlib.decompressobj(wbits=31)  # 31: the gzip format
     try:
-        result = unpacker.decompress(data, MAX_BYTES)
+        unpacked = unpacker.decompress(data, MAX_BYTES)
     except zlib.error:
         return None
-    return None if unpacker.unconsumed_tail or not unpacker.eof else result
+    return None if unpacker.unconsumed_tail or not unpacker.eof else unpacked
 
 
-def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> Kept | Rejected:
+def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> CleanImage | Rejection:
     try:
-        height, width, space = jpeg_header(data)
+        height, width, colour_space = jpeg_header(data)
     except ValueError as error:
-        return Rejected("undecodable", str(error))
-    if unfit := _unfit(width, height, config):
-        return unfit
-    if space in ("CMYK", "YCCK"):
-        image = _pillow(data)
-        return _encoded(image, config, "converted") if isinstance(image, np.ndarray) else image
+        return Rejection("undecodable", str(error))
+    rejection = _reject_size(width, height, config)
+    if rejection is not None:
+        return rejection
+    if colour_space in ("CMYK", "YCCK"):
+        converted = _decode_with_pillow(data)
+        if isinstance(converted, Rejection):
+            return converted
+        return _encode(converted, config, "converted")
+    # Decode even what is kept as it is: only decoding shows damage.
     pixels = _decode_strictly(data)
-    if isinstance(pixels, Rejected):
+    if isinstance(pixels, Rejection):
         return pixels
     if config.short_side != "keep" and min(width, height) > config.short_side:
-        return _encoded(pixels, config, "resized")
-    return Kept(data, width, height, changed, _moments(pixels))
+        return _encode(pixels, config, "resized")
+    return CleanImage(
+        data=data, width=width, height=height, changed=changed, moments=_moments(pixels)
+    )
 
 
-def _decode_strictly(data: bytes) -> Image | Rejected:
-    """All pixels, or what is wrong. A missing end marker alone is no damage."""
+def _decode_strictly(data: bytes) -> Image | Rejection:
+    """All pixels, or what is wrong with the file."""
     try:
         image: Image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, strict=True)
         return image
     except ValueError as error:
         problem = str(error)
     if problem == "Premature end of JPEG file":
-        if isinstance(whole := _decode_with_end(data), np.ndarray):
-            return whole
-        return Rejected("truncated", problem)
-    if any(part in problem for part in _HARMLESS):
+        # libjpeg says so both when pixels are missing and when only the end marker is. With a
+        # marker appended, the second kind decodes without a warning.
+        repaired = _decode_with_end(data)
+        return repaired if repaired is not None else Rejection("truncated", problem)
+    if any(warning in problem for warning in _HARMLESS_WARNINGS):
         try:
             return decode_jpeg(data)
-        except ValueError as error:  # the first that it met was harmless, what follows is not
-            return Rejected("corrupt", str(error))
-    return Rejected("truncated" if "remature" in problem else "corrupt", problem)
+        except ValueError as error:  # a second problem follows the harmless one
+            return Rejection("corrupt", str(error))
+    return Rejection("truncated" if "remature" in problem else "corrupt", problem)
 
 
 def _decode_with_end(data: bytes) -> Image | None:
     try:
-        image: Image = simplejpeg.decode_jpeg(data + b"\xff\xd9", "RGB", fastdct=True, strict=True)
+        image: Image = simplejpeg.decode_jpeg(data + _JPEG_END, "RGB", fastdct=True, strict=True)
     except ValueError:
         return None
     return image
 
 
-def _clean_other(data: bytes, config: DatasetConfig) -> Kept | Rejected:
-    """PNG, GIF, BMP, TIFF, WebP ...: decoded and made a JPEG."""
+def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
+    """Convert PNG, GIF, BMP, TIFF, WebP and others to JPEG."""
     try:
         with _opened(data) as header:  # reads the header only
             width, height = header.size
     except Pillow.DecompressionBombError as error:
-        return Rejected("too_many_pixels", str(error))
+        return Rejection("too_many_pixels", str(error))
     except (OSError, ValueError, SyntaxError) as error:
-        return Rejected("not_an_image", str(error).split(" <")[0])
-    if unfit := _unfit(width, height, config):
-        return unfit
+        return Rejection("not_an_image", _first_words(error))
+    rejection = _reject_size(width, height, config)
+    if rejection is not None:
+        return rejection
     try:
         image = decode_any(data)
     except ValueError:
-        other = _pillow(data)
-        if isinstance(other, Rejected):
-            return other
-        image = other
-    return _encoded(image, config, "converted")
+        # OpenCV knows fewer formats than Pillow, but decodes those that it knows faster.
+        decoded = _decode_with_pillow(data)
+        if isinstance(decoded, Rejection):
+            return decoded
+        image = decoded
+    return _encode(image, config, "converted")
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Pillow.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow warns of large images too: the limit here is the job's
+        # Pillow also warns of large images. The limit here is the job's ``max_pixels``.
+        warnings.simplefilter("ignore")
         with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
 
 
-def _pillow(data: bytes) -> Image | Rejected:
+def _decode_with_pillow(data: bytes) -> Image | Rejection:
     try:
         with _opened(data) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError) as error:
-        return Rejected("undecodable", str(error).split(" <")[0])
+        return Rejection("undecodable", _first_words(error))
 
 
-def _unfit(width: int, height: int, config: DatasetConfig) -> Rejected | None:
+def _first_words(error: Exception) -> str:
+    """Pillow's message without the address in "cannot identify image file <_io.BytesIO ...>"."""
+    return str(error).split(" <")[0]
+
+
+def _reject_size(width: int, height: int, config: DatasetConfig) -> Rejection | None:
     if width * height > config.max_pixels:
-        return Rejected(
-            "too_many_pixels", f"{width} x {height} pixels, at most {config.max_pixels} in all"
-        )
+        detail = f"{width} x {height} pixels, at most {config.max_pixels} in all"
+        return Rejection("too_many_pixels", detail)
     if min(width, height) < config.min_side:
-        return Rejected(
-            "too_small", f"{width} x {height} pixels, the shorter side at least {config.min_side}"
-        )
+        detail = f"{width} x {height} pixels, the shorter side at least {config.min_side}"
+        return Rejection("too_small", detail)
     return None
 
 
-def _encoded(image: Image, config: DatasetConfig, changed: str) -> Kept:
-    """Scaled down to ``short_side`` (never up) and encoded as JPEG."""
+def _encode(image: Image, config: DatasetConfig, changed: str) -> CleanImage:
+    """Scale down to ``short_side`` (never up) and encode as JPEG."""
     height, width = image.shape[:2]
     if config.short_side != "keep" and min(height, width) > config.short_side:
         scale = config.short_side / min(height, width)
-        width, height = max(1, round(width * scale)), max(1, round(height * scale))
-        image = np.asarray(
-            cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8
-        )
+        width = max(1, round(width * scale))
+        height = max(1, round(height * scale))
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+        image = np.asarray(resized, dtype=np.uint8)
     data = simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=config.jpeg_quality, colorspace="RGB"
     )
-    return Kept(bytes(data), width, height, changed, _moments(image))
+    return CleanImage(
+        data=bytes(data), width=width, height=height, changed=changed, moments=_moments(image)
+    )
 
 
 def _moments(image: Image) -> tuple[float, ...]:
-    sample = image[:: max(1, image.shape[0] // 32), :: max(1, image.shape[1] // 32)]
-    mean, deviation = cv2.meanStdDev(np.ascontiguousarray(sample))
-    mean, deviation = mean[:, 0] / 255, deviation[:, 0] / 255
+    """Mean and mean square of each channel, over about 32 x 32 evenly spaced pixels."""
+    row_step = max(1, image.shape[0] // _MOMENTS_GRID)
+    column_step = max(1, image.shape[1] // _MOMENTS_GRID)
+    sample = np.ascontiguousarray(image[::row_step, ::column_step])
+    means, deviations = cv2.meanStdDev(sample)
+    mean = means[:, 0] / 255
+    deviation = deviations[:, 0] / 255
+    # Mean squares, not deviations: they can be summed over images. E[x^2] = mean^2 + deviation^2.
     return (*mean.tolist(), *(mean**2 + deviation**2).tolist())

@@ -1,175 +1,144 @@
-"""First phase: the files of one unit, cleaned, in a shard of their own in the work folder; what was rejected, in quarantine."""
+"""First phase: clean the files of one unit and write them to a shard; quarantine the others.
+
+    source                        work folder                    quarantine
+    train/c0.tar, train/c1.tar -> unit-000000.parquet, .idx      truncated/<hash of the key>
+                                  unit-000000.npy  (hashes)
+                                  unit-000000.json (record, written last)
+
+Units are extracted by different workers, in any order. The second phase (`shuffle`) takes rows of
+many unit shards.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.config.schema import DatasetConfig
-from pipeline.data.shards import GROUP_ROWS, Row, ShardInfo, write_shard
-from pipeline.files import atomic, digest, write_bytes, write_json
+from pipeline.data.shards import GROUP_ROWS, Row, write_shard
+from pipeline.files import atomic, digest, write_bytes
 from pipeline.layout import CLASSES_JSON
-from pipeline.prepare.clean import Kept, clean
-from pipeline.sources.reader import Member, Rejected, members
+from pipeline.prepare.clean import CleanImage, clean
+from pipeline.prepare.context import BuildContext
+from pipeline.prepare.unit_record import (
+    IMAGE_RECORD,
+    QuarantineEntry,
+    UnitRecord,
+    finished_unit,
+)
+from pipeline.sources.member import Member, Rejection
+from pipeline.sources.reader import members
 from pipeline.sources.units import Unit
 
-# What the plan needs to know of a row: its content (xxh3-128 in halves), its key (xxh3-64 with the seed) and label.
-FACTS = np.dtype([("high", "<u8"), ("low", "<u8"), ("key", "<u8"), ("label", "<i4")])
+_SIDE_STEP = 32  # pixels, of the histogram of short sides
+_LOW_64_BITS = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class BuildContext:
-    """Where one dataset is made, and how."""
+def extract_unit(context: BuildContext, unit: Unit) -> UnitRecord:
+    """Extract one unit unless it is done. Holds one group of rows in memory at a time.
 
-    target: Path
-    config: DatasetConfig
-    fingerprint: str
-    seed: int
-
-    @property
-    def work(self) -> Path:
-        """Folder of what is removed when the dataset is complete."""
-        return self.target / "work"
-
-    @property
-    def quarantine(self) -> Path:
-        return self.target / "quarantine"
-
-    def spill(self, unit: int) -> Path:
-        return self.work / f"unit-{unit:06d}.parquet"
-
-    def record(self, unit: int) -> Path:
-        """Written last: the unit is done."""
-        return self.work / f"unit-{unit:06d}.json"
-
-    def facts(self, unit: int) -> Path:
-        return self.work / f"unit-{unit:06d}.npy"
-
-    @property
-    def fates(self) -> Path:
-        """One byte for each image of all units: whether the plan keeps it, or why not."""
-        return self.work / "fates.npy"
-
-    def order(self, split: str) -> Path:
-        """Unit and row of each image of a split, in the order of its shards."""
-        return self.work / f"{split}.order"
+    Raises:
+        DataError: the source cannot be read.
+    """
+    cv2.setNumThreads(1)  # the tasks are the parallelism
+    finished = finished_unit(context, unit.number)
+    if finished is not None:
+        return finished
+    # Rows stream from the source through the cleaning into the shard, group by group.
+    collector = _Collector(context)
+    rows = collector.rows(_members(context, unit))
+    shard = write_shard(context.unit_shard(unit.number), _in_groups(rows), context.fingerprint)
+    with atomic(context.image_records(unit.number)) as file:
+        np.save(file, np.array(collector.image_records, dtype=IMAGE_RECORD))
+    record = UnitRecord(
+        images=shard.rows,
+        shard=shard,
+        rejected=collector.rejected,
+        changed=dict(sorted(collector.changed.items())),
+        moments=collector.moments.tolist(),
+        sides=dict(sorted(collector.sides.items(), key=lambda item: int(item[0]))),
+    )
+    # Last: a worker that dies before this line leaves a unit that counts as not done.
+    record.write(context.unit_record(unit.number))
+    return record
 
 
-@dataclass(frozen=True)
-class UnitRecord:
-    """What a unit came to. ``moments``: sums over its images (see ``Kept``); ``sides``: images by short side in steps of 32."""
+class _Collector:
+    """Cleans members into rows, and collects what the unit's record will hold."""
 
-    images: int
-    shard: dict[str, Any]
-    rejected: list[dict[str, str]]
-    changed: dict[str, int]
-    moments: list[float]
-    sides: dict[str, int]
-
-
-def read_record(place: BuildContext, unit: int) -> UnitRecord | None:
-    """The record of a finished unit; None where it has to be made (again)."""
-    try:
-        record = UnitRecord(**json.loads(place.record(unit).read_text()))
-        complete = (
-            place.spill(unit).stat().st_size == record.shard["bytes"] and place.facts(unit).exists()
-        )
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    return record if complete else None
-
-
-class _Tally:
-    """Rows on their way into a spill, and what is counted on the way."""
-
-    def __init__(self, place: BuildContext) -> None:
-        self.place = place
-        self.facts: list[tuple[int, int, int, int]] = []
-        self.rejected: list[dict[str, str]] = []
+    def __init__(self, context: BuildContext) -> None:
+        self.context = context
+        self.image_records: list[tuple[int, int, int, int]] = []
+        self.rejected: list[QuarantineEntry] = []
         self.changed: Counter[str] = Counter()
         self.sides: Counter[str] = Counter()
         self.moments: NDArray[np.float64] = np.zeros(6)
 
-    def rows(self, found: Iterator[Member]) -> Iterator[Row]:
-        for member in found:
-            judged = member.rejected or clean(member.data, member.key, self.place.config)
-            if isinstance(judged, Rejected):
-                self._reject(member, judged)
+    def rows(self, unit_members: Iterator[Member]) -> Iterator[Row]:
+        for member in unit_members:
+            result = member.rejection or clean(member.data, member.key, self.context.config)
+            if isinstance(result, Rejection):
+                self._quarantine(member, result)
             else:
-                yield self._keep(member, judged)
+                yield self._keep(member, result)
 
-    def _keep(self, member: Member, kept: Kept) -> Row:
-        content = xxhash.xxh3_128_intdigest(kept.data)
-        key = xxhash.xxh3_64_intdigest(
-            member.key.encode("utf-8", "surrogateescape"), self.place.seed
-        )
-        self.facts.append((content >> 64, content & (1 << 64) - 1, key, member.label))
-        self.sides[str(min(kept.width, kept.height) // 32 * 32)] += 1
-        self.moments += kept.moments
-        if kept.changed:
-            self.changed[kept.changed] += 1
+    def _keep(self, member: Member, image: CleanImage) -> Row:
+        # The hash is of the cleaned bytes: a gzipped copy of an image is a duplicate of it.
+        content = xxhash.xxh3_128_intdigest(image.data)
+        # With the seed: another seed shuffles the dataset differently.
+        key = xxhash.xxh3_64_intdigest(_key_bytes(member), self.context.seed)
+        self.image_records.append((content >> 64, content & _LOW_64_BITS, key, member.label))
+        self.sides[str(min(image.width, image.height) // _SIDE_STEP * _SIDE_STEP)] += 1
+        self.moments += image.moments
+        if image.changed:
+            self.changed[image.changed] += 1
         return Row(
-            _text(member.key), member.label, kept.width, kept.height, f"{content:032x}", kept.data
+            key=_printable(member.key),
+            label=member.label,
+            width=image.width,
+            height=image.height,
+            hash=f"{content:032x}",
+            image=image.data,
         )
 
-    def _reject(self, member: Member, why: Rejected) -> None:
-        name = digest(member.key.encode("utf-8", "surrogateescape"))[:16]
-        file = f"{why.reason}/{name}" if member.data else ""
-        if file:
-            write_bytes(self.place.quarantine / file, member.data)
+    def _quarantine(self, member: Member, rejection: Rejection) -> None:
+        # The name in the quarantine is a hash: the key comes from the archive and may be any path.
+        file = ""
+        if member.data:
+            file = f"{rejection.reason}/{digest(_key_bytes(member))[:16]}"
+            write_bytes(self.context.quarantine / file, member.data)
         self.rejected.append(
-            {"key": _text(member.key), "reason": why.reason, "detail": why.detail, "file": file}
+            QuarantineEntry(
+                key=_printable(member.key),
+                reason=rejection.reason,
+                detail=rejection.detail,
+                file=file,
+            )
         )
 
 
-def spill_unit(place: BuildContext, unit: Unit) -> UnitRecord:
-    """Read, clean and write down one unit; one group of rows in memory at a time."""
-    cv2.setNumThreads(1)  # tasks are the parallelism
-    done = read_record(place, unit.number)
-    if done is not None:
-        return done
-    tally = _Tally(place)
+def _members(context: BuildContext, unit: Unit) -> Iterator[Member]:
+    """The members of a unit, with the split in their keys: both splits may use the same names."""
     classes = {
         entry["id"]: entry["index"]
-        for entry in json.loads((place.target / CLASSES_JSON).read_text())
+        for entry in json.loads((context.target / CLASSES_JSON).read_text())
     }
-    found = (
-        _in_split(unit, member)
-        for part in unit.parts
-        for member in members(part, place.config, classes)
-    )
-    shard: ShardInfo = write_shard(
-        place.spill(unit.number), _grouped(tally.rows(found)), place.fingerprint
-    )
-    with atomic(place.facts(unit.number)) as file:
-        np.save(file, np.array(tally.facts, dtype=FACTS))
-    record = UnitRecord(
-        shard.rows,
-        shard.as_dict(),
-        tally.rejected,
-        dict(sorted(tally.changed.items())),
-        tally.moments.tolist(),
-        dict(sorted(tally.sides.items(), key=lambda item: int(item[0]))),
-    )
-    write_json(place.record(unit.number), asdict(record))
-    return record
+    for part in unit.parts:
+        for member in members(part, context.config, classes):
+            if unit.split:
+                yield replace(member, key=f"{unit.split}/{member.key}")
+            else:
+                yield member
 
 
-def _in_split(unit: Unit, member: Member) -> Member:
-    """Splits of one source may use the same names."""
-    return replace(member, key=f"{unit.split}/{member.key}") if unit.split else member
-
-
-def _grouped(rows: Iterator[Row]) -> Iterator[Sequence[Row]]:
+def _in_groups(rows: Iterator[Row]) -> Iterator[Sequence[Row]]:
+    """Rows in lists of GROUP_ROWS, one list in memory at a time."""
     group: list[Row] = []
     for row in rows:
         group.append(row)
@@ -180,6 +149,14 @@ def _grouped(rows: Iterator[Row]) -> Iterator[Sequence[Row]]:
         yield group
 
 
-def _text(key: str) -> str:
-    """A name from an archive may hold bytes that are no text."""
+def _key_bytes(member: Member) -> bytes:
+    """The key as bytes.
+
+    A name in an archive may not be UTF-8; surrogates stand for its odd bytes.
+    """
+    return member.key.encode("utf-8", "surrogateescape")
+
+
+def _printable(key: str) -> str:
+    """The key as text that can be written to JSON and Parquet."""
     return key.encode("utf-8", "backslashreplace").decode()

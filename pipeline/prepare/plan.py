@@ -1,9 +1,35 @@
-"""Between the phases: which images are duplicates, which split each belongs to, and which shard and place it gets.
+"""Between the two phases: find duplicates, and give every other image a split, shard and row.
 
-Decided from hashes alone, so that the answer depends on the images and the seed, not on who read them or when. No more than
-a bucket of about a million images is in memory at a time: one pass over the units' facts spills them by content, for the
-duplicates, and by key, for the order; in files of one byte an image and eight bytes a row lies what is decided. A plan that
-was interrupted is made again.
+The plan is made from hashes alone. It depends on the images and the seed, not on who read them or
+when. Worked example: three units, ``shard_rows = 2``; content and key stand for hashes.
+
+    unit row  split       content  key  label
+    0    0    train       A        30   0
+    0    1    train       B        10   0
+    0    2    train       A        50   0        same content, split and class as (0, 0)
+    1    0    train       C        20   1        same content as the validation image (2, 0)
+    1    1    train       D        40   1
+    2    0    validation  C        99   1
+
+1. Distribute the records over buckets by content. Sort each bucket by content, split and label.
+   Neighbours show duplicates: (0, 2) is a "duplicate", (1, 0) is "in_validation".
+
+2. Distribute the same records over buckets by key, and sort each bucket by key. Of neighbours with
+   equal keys, that is, equal names, the later one is a "duplicate_name" (none here). The images
+   that are left are the order of the split:
+
+       train        10 (0, 1)   30 (0, 0)   40 (1, 1)
+       validation   99 (2, 0)
+
+   The key is a hash of the name, so this order is random: neighbours come from unrelated units.
+
+3. Cut each order into shards of equal size. 3 rows, at most 2 per shard, make 2 shards with the
+   rows [0, 1) and [1, 3):
+
+       train-00000.parquet: (0, 1)      train-00001.parquet: (0, 0), (1, 1)
+
+Memory holds one bucket of about a million records at a time. On disk, a drop reason takes one byte
+per image and an order eight bytes per row. An interrupted plan is made from scratch.
 """
 
 from __future__ import annotations
@@ -12,7 +38,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,27 +46,32 @@ from numpy.typing import NDArray
 from pipeline.data.hashing import key_of, mix_array
 from pipeline.files import atomic, fsync_dir
 from pipeline.prepare.buckets import Buckets, bucket_count
-from pipeline.prepare.extract import FACTS, BuildContext
+from pipeline.prepare.context import BuildContext
+from pipeline.prepare.unit_record import IMAGE_RECORD
 from pipeline.sources.units import Unit
 
-TRAIN, VALIDATION = 0, 1
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation")  # a split's code is its index
+TRAIN = 0
+VALIDATION = 1
+
+# Codes of an image's drop reason: KEPT, or 1 + the index in DROP_REASONS. If several reasons hold,
+# the first of them counts.
 KEPT = 0
-REASONS = (
-    "duplicate_name",
-    "in_validation",
-    "duplicate",
-)  # an image's fate is KEPT or 1 + a place here; the first applies
-DUPLICATE_NAME, IN_VALIDATION, DUPLICATE = 1, 2, 3
+DROP_REASONS = ("duplicate_name", "in_validation", "duplicate")
+DUPLICATE_NAME = 1
+IN_VALIDATION = 2
+DUPLICATE = 3
 
-WHERE = np.dtype([("unit", "<u4"), ("row", "<u4")])
-MEMBER = np.dtype([*FACTS.descr, ("split", "i1"), *WHERE.descr])
-CHUNK_ROWS = 1 << 18  # that are scattered at once
+ROW_REF = np.dtype([("unit", "<u4"), ("row", "<u4")])
+PLAN_RECORD = np.dtype([*IMAGE_RECORD.descr, ("split", "i1"), *ROW_REF.descr])
+CHUNK_ROWS = 1 << 18  # records that are distributed over the buckets at once
+
+Value = TypeVar("Value", bound=np.generic)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """One shard: rows [first, last) of its split's order, a file of ``WHERE`` records."""
+    """One shard: rows [first, last) of its split's order, a file of ``ROW_REF`` records."""
 
     split: str
     number: int
@@ -54,7 +85,10 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """``dropped``: reason -> images. ``labels``: split -> int64 (classes,), images of each class."""
+    """The plan of a dataset.
+
+    ``dropped``: images by reason. ``labels``: images of each class, int64 (classes,), by split.
+    """
 
     shards: list[ShardPlan]
     dropped: dict[str, int]
@@ -62,141 +96,179 @@ class DatasetPlan:
 
 
 def make_plan(
-    place: BuildContext, units: Sequence[Unit], images: NDArray[np.int64], num_classes: int
+    context: BuildContext,
+    units: Sequence[Unit],
+    images_per_unit: NDArray[np.int64],
+    num_classes: int,
 ) -> DatasetPlan:
-    """DatasetPlan from the facts of all units; writes the order of each split and the fate of each image.
+    """Make the plan from the image records of all units.
+
+    Writes the order of each split, and the drop reason of each image.
 
     Args:
-        units: in the order of their numbers, from 0; where one has no split of its own, ``validation_fraction`` of its images
-            are held out by content hash. images: int64 (units,), what each has.
+        units: numbered from 0, in this order. If a unit has no split of its own, the share
+            ``validation_fraction`` of its images is held out, chosen by a hash of the content.
+        images_per_unit: kept by extraction; int64 (units,).
     """
-    scratch = place.work / "plan"
+    scratch = context.work / "plan"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    total = int(images.sum())
-    contents, keys = (
-        Buckets(scratch, field, bucket_count(total), MEMBER) for field in ("high", "key")
-    )
-    for members in _members(place, units):
-        contents.add(members)
-        keys.add(members)
-    starts = np.cumsum(images) - images
-    fates = np.lib.format.open_memmap(scratch / "fates", "w+", np.uint8, (total,))
-    for members in contents:
-        for reason, found in zip(
-            (DUPLICATE, IN_VALIDATION), _repeated_contents(members), strict=True
-        ):
-            fates[_numbers(members[found], starts)] = reason
-    labels, dropped = _order(place, keys, fates, starts, num_classes)
-    fates.flush()
-    os.replace(scratch / "fates", place.fates)
-    fsync_dir(place.work)
+    total = int(images_per_unit.sum())
+    by_content = Buckets(scratch, "high", bucket_count(total), PLAN_RECORD)
+    by_key = Buckets(scratch, "key", bucket_count(total), PLAN_RECORD)
+    for records in _plan_records(context, units):
+        by_content.add(records)
+        by_key.add(records)
+
+    # An image's number: its row, plus the images of all units before its own. Example: units of 3,
+    # 2 and 1 images have the first numbers 0, 3 and 5, so row 1 of unit 1 is image 4.
+    first_numbers = np.cumsum(images_per_unit) - images_per_unit
+    drop_reasons = np.lib.format.open_memmap(scratch / "drop_reasons", "w+", np.uint8, (total,))
+    for records in by_content:
+        duplicates, in_validation = _find_repeated_contents(records)
+        drop_reasons[_image_numbers(records[duplicates], first_numbers)] = DUPLICATE
+        # After the duplicates: in_validation comes before duplicate in DROP_REASONS.
+        drop_reasons[_image_numbers(records[in_validation], first_numbers)] = IN_VALIDATION
+    labels, dropped = _write_orders(context, by_key, drop_reasons, first_numbers, num_classes)
+    drop_reasons.flush()
+    os.replace(scratch / "drop_reasons", context.drop_reasons)
+    fsync_dir(context.work)
     shutil.rmtree(scratch)
     shards = [
         shard
         for name in SPLITS
-        for shard in _cut(name, int(labels[name].sum()), place.config.shard_rows)
+        for shard in _cut_into_shards(name, int(labels[name].sum()), context.config.shard_rows)
     ]
     return DatasetPlan(shards, dropped, labels)
 
 
-def _members(place: BuildContext, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
-    """Facts of all images, with the split and the place of each, some units at a time."""
-    gathered: list[NDArray[np.void]] = []
+def _plan_records(context: BuildContext, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
+    """The records of all images, with split, unit and row, in chunks of about CHUNK_ROWS."""
+    chunk: list[NDArray[np.void]] = []
     rows = 0
     for unit in units:
-        facts = np.load(place.facts(unit.number), allow_pickle=False)
-        members = np.empty(len(facts), dtype=MEMBER)
-        for name in FACTS.names or ():
-            members[name] = facts[name]
-        members["split"] = _split(unit, facts["low"], place)
-        members["unit"], members["row"] = unit.number, np.arange(len(facts))
-        gathered.append(members)
-        rows += len(members)
+        images = np.load(context.image_records(unit.number), allow_pickle=False)
+        records = np.empty(len(images), dtype=PLAN_RECORD)
+        for field in IMAGE_RECORD.names or ():
+            records[field] = images[field]
+        records["split"] = _split_codes(unit, images["low"], context)
+        records["unit"] = unit.number
+        records["row"] = np.arange(len(images))
+        chunk.append(records)
+        rows += len(records)
         if rows >= CHUNK_ROWS:
-            yield np.concatenate(gathered)
-            gathered, rows = [], 0
-    if gathered:
-        yield np.concatenate(gathered)
+            yield np.concatenate(chunk)
+            chunk = []
+            rows = 0
+    if chunk:
+        yield np.concatenate(chunk)
 
 
-def _split(
-    unit: Unit, contents: NDArray[np.uint64], place: BuildContext
+def _split_codes(
+    unit: Unit, contents: NDArray[np.uint64], context: BuildContext
 ) -> int | NDArray[np.bool_]:
-    """By the unit; where it does not log, by the image's content, so that equal images are never on both sides."""
+    """The split code of each image of a unit; True is VALIDATION."""
     if unit.split:
         return SPLITS.index(unit.split)
-    held_out = min(int(place.config.validation_fraction * 2.0**64), 2**64 - 1)
-    hashed = mix_array(contents ^ np.uint64(key_of("validation", place.seed)))
-    return np.asarray(hashed < np.uint64(held_out))
+    # By content, so that equal images are never in both splits. Hashed again, because the buckets
+    # are ranges of the content's other half and the seed must matter.
+    threshold = min(int(context.config.validation_fraction * 2.0**64), 2**64 - 1)
+    hashes = mix_array(contents ^ np.uint64(key_of("validation", context.seed)))
+    return np.asarray(hashes < np.uint64(threshold))
 
 
-def _numbers(members: NDArray[np.void], starts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The number of each image among all, units one after the other."""
-    return np.asarray(starts[members["unit"]] + members["row"])
+def _image_numbers(
+    records: NDArray[np.void], first_numbers: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The number of each image among all images of all units."""
+    return np.asarray(first_numbers[records["unit"]] + records["row"])
 
 
-def _repeated_contents(members: NDArray[np.void]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Of one bucket, the images whose content is in the same class of the same split already (the same image under two
-    classes stays), and the training images whose content is in the validation split."""
-    order = np.lexsort(
-        [members[name] for name in ("label", "split", "low", "high")]
-    )  # stable: the first stays
-    same = _as_before(members["high"], order) & _as_before(members["low"], order)
-    split = members["split"][order]
-    duplicate = same & _as_before(members["split"], order) & _as_before(members["label"], order)
-    content = np.cumsum(~same) - 1
-    held_out = np.zeros(len(order), dtype=bool)
-    held_out[content[split == VALIDATION]] = True
-    return order[duplicate], order[(split == TRAIN) & held_out[content]]
+def _find_repeated_contents(
+    records: NDArray[np.void],
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(duplicates, images in validation) of one bucket, as indices into ``records``.
+
+    A duplicate has the content of an earlier image of the same class and split. The same image in
+    two classes is kept in both. A training image whose content is in the validation split is
+    dropped, whatever its class.
+    """
+    # lexsort is stable: among equals, the image of the earlier unit and row comes first and is
+    # kept.
+    order = np.lexsort([records[name] for name in ("label", "split", "low", "high")])
+    split = records["split"][order]
+    same_content = _equals_previous(records["high"][order]) & _equals_previous(
+        records["low"][order]
+    )
+    duplicate = same_content & _equals_previous(split) & _equals_previous(records["label"][order])
+
+    # Number the contents in sorted order (A A B C C -> 0 0 1 2 2), mark those with a validation
+    # image.
+    content = np.cumsum(~same_content) - 1
+    is_held_out = np.zeros(len(order), dtype=bool)
+    is_held_out[content[split == VALIDATION]] = True
+    return order[duplicate], order[(split == TRAIN) & is_held_out[content]]
 
 
-def _as_before(values: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """In this order, whether each value equals the one before it."""
-    found = np.zeros(len(order), dtype=bool)
-    values = values[order]
-    found[1:] = values[1:] == values[:-1]
-    return found
+def _equals_previous(values: NDArray[Value]) -> NDArray[np.bool_]:
+    """True where a value equals the one before it: [5, 5, 7, 7] -> [False, True, False, True]."""
+    equal = np.zeros(len(values), dtype=bool)
+    equal[1:] = values[1:] == values[:-1]
+    return equal
 
 
-def _order(
-    place: BuildContext,
-    keys: Buckets,
-    fates: NDArray[np.uint8],
-    starts: NDArray[np.int64],
+def _write_orders(
+    context: BuildContext,
+    by_key: Buckets,
+    drop_reasons: NDArray[np.uint8],
+    first_numbers: NDArray[np.int64],
     num_classes: int,
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
-    """Write the kept images of each split by their keys. Returns the images of each class, and those dropped by reason."""
+    """Write the kept images of each split in the order of their keys.
+
+    Returns:
+        Images of each class by split, and images dropped by reason.
+    """
     labels = {name: np.zeros(num_classes, dtype=np.int64) for name in SPLITS}
-    counts = np.zeros(len(REASONS) + 1, dtype=np.int64)
-    with atomic(place.order("train")) as train, atomic(place.order("validation")) as validation:
-        for members in keys:
-            members = members[
-                np.argsort(members["key"], kind="stable")
-            ]  # a name twice: the first stays
-            numbers = _numbers(members, starts)
-            fate = fates[numbers]
-            fate[1:][members["key"][1:] == members["key"][:-1]] = DUPLICATE_NAME
-            fates[numbers] = fate
-            counts += np.bincount(fate, minlength=len(counts))
-            for split, (name, file) in enumerate(zip(SPLITS, (train, validation), strict=True)):
-                chosen = members[(fate == KEPT) & (members["split"] == split)]
-                labels[name] += np.bincount(chosen["label"], minlength=num_classes)
-                where = np.empty(len(chosen), dtype=WHERE)
-                where["unit"], where["row"] = chosen["unit"], chosen["row"]
-                file.write(where.tobytes())
-    return labels, {
-        reason: count for reason, count in zip(REASONS, counts[1:].tolist(), strict=True) if count
+    counts = np.zeros(len(DROP_REASONS) + 1, dtype=np.int64)  # by code
+    with (
+        atomic(context.order("train")) as train,
+        atomic(context.order("validation")) as validation,
+    ):
+        for records in by_key:
+            # Stable: of two images with the same name, the first one is kept.
+            records = records[np.argsort(records["key"], kind="stable")]
+            numbers = _image_numbers(records, first_numbers)
+            reason = drop_reasons[numbers]
+            reason[_equals_previous(records["key"])] = DUPLICATE_NAME
+            drop_reasons[numbers] = reason
+            counts += np.bincount(reason, minlength=len(counts))
+            for code, (name, file) in enumerate(zip(SPLITS, (train, validation), strict=True)):
+                kept = records[(reason == KEPT) & (records["split"] == code)]
+                labels[name] += np.bincount(kept["label"], minlength=num_classes)
+                row_refs = np.empty(len(kept), dtype=ROW_REF)
+                row_refs["unit"] = kept["unit"]
+                row_refs["row"] = kept["row"]
+                file.write(row_refs.tobytes())
+    dropped = {
+        reason: count
+        for reason, count in zip(DROP_REASONS, counts[1:].tolist(), strict=True)
+        if count
     }
+    return labels, dropped
 
 
-def read_order(place: BuildContext, shard: ShardPlan) -> NDArray[np.void]:
-    """The rows of a shard: ``WHERE`` (rows,)."""
-    count, offset = shard.last - shard.first, shard.first * WHERE.itemsize
-    return np.fromfile(place.order(shard.split), dtype=WHERE, count=count, offset=offset)
-
-
-def _cut(split: str, rows: int, shard_rows: int) -> list[ShardPlan]:
-    """Shards of about ``shard_rows``, as even as can be."""
+def _cut_into_shards(split: str, rows: int, shard_rows: int) -> list[ShardPlan]:
+    """The fewest shards of at most ``shard_rows``, sizes differing by at most one."""
     count = -(-rows // shard_rows)
-    return [ShardPlan(split, i, rows * i // count, rows * (i + 1) // count) for i in range(count)]
+    return [
+        ShardPlan(split=split, number=i, first=rows * i // count, last=rows * (i + 1) // count)
+        for i in range(count)
+    ]
+
+
+def read_order(context: BuildContext, shard: ShardPlan) -> NDArray[np.void]:
+    """The rows of a shard: ``ROW_REF`` records, shape (rows,)."""
+    count = shard.last - shard.first
+    offset = shard.first * ROW_REF.itemsize
+    return np.fromfile(context.order(shard.split), dtype=ROW_REF, count=count, offset=offset)

@@ -1,10 +1,20 @@
-"""Second phase: one final shard from rows of many units, so that every shard is a random sample of all classes."""
+"""Second phase: write one final shard from rows of many unit shards.
+
+Unit shards hold one or a few classes each, in the order of the source. A final shard takes rows
+from thousands of them, in the order of a hash, so every final shard is a random sample of all
+classes:
+
+    unit shards    0: cat cat cat   1: cat dog dog   2: dog fox fox
+    plan           train-00000: (1, 0) (2, 2) (0, 1) (2, 0) ...        (unit, row), from the plan
+    shard          train-00000.parquet: cat fox cat dog ...
+"""
 
 from __future__ import annotations
 
 import json
 import mmap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,61 +25,74 @@ from numpy.typing import NDArray
 from pipeline.data.shards import GROUP_ROWS, Row, ShardInfo, index_path, write_shard
 from pipeline.errors import DataError
 from pipeline.files import digest, file_digest, write_json
-from pipeline.prepare.extract import BuildContext
+from pipeline.prepare.context import BuildContext
 from pipeline.prepare.plan import ShardPlan, read_order
 
-OPEN_SPILLS = 256  # at once: a shard takes rows of thousands, and each holds an open file
-_FACTS = ["key", "label", "width", "height", "hash"]
+MAX_OPEN_UNITS = 256  # a shard takes rows of thousands of units, and each open one holds a file
+_COLUMNS = ["key", "label", "width", "height", "hash"]
 
 
-class _Spill:
-    """A unit's shard, mapped: rows are read without reading what lies between them."""
+def shuffle_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo:
+    """Write one shard as planned, unless an earlier attempt has finished it.
+
+    Raises:
+        DataError: an image changed since the first phase wrote it.
+    """
+    finished = _finished_shard(context, shard)
+    if finished is not None:
+        return finished
+    groups = _groups(context, read_order(context, shard))
+    info = write_shard(context.shard(shard.file), groups, context.fingerprint)
+    write_json(context.shard_record(shard.file), asdict(info))
+    return info
+
+
+def _finished_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo | None:
+    """The record of a shard whose files are intact; None if it has to be written (again)."""
+    # The record alone does not prove that the shard is intact: a rebuild after damage writes the
+    # records of all shards first and relies on this check to find the damaged ones.
+    path = context.shard(shard.file)
+    try:
+        info = ShardInfo(**json.loads(context.shard_record(shard.file).read_text()))
+        is_intact = (
+            file_digest(path) == info.digest and file_digest(index_path(path)) == info.index_digest
+        )
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return info if is_intact else None
+
+
+def _groups(context: BuildContext, row_refs: NDArray[np.void]) -> Iterator[Sequence[Row]]:
+    """The rows of a shard in groups, one group in memory at a time."""
+    # Rows of one unit come at random positions of the shard, so recently used units stay open.
+    open_unit = lru_cache(MAX_OPEN_UNITS)(lambda unit: _UnitShard(context.unit_shard(unit)))
+    for start in range(0, len(row_refs), GROUP_ROWS):
+        group = row_refs[start : start + GROUP_ROWS].tolist()
+        yield [open_unit(unit).row(row) for unit, row in group]
+
+
+class _UnitShard:
+    """A unit's shard, mapped into memory: reading a row does not read the rows before it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with pq.ParquetFile(path) as parquet:
-            table = parquet.read(columns=_FACTS, use_threads=False)
-        self._columns = [table[name] for name in _FACTS]
+            table = parquet.read(columns=_COLUMNS, use_threads=False)
+        self._columns = [table[name] for name in _COLUMNS]
         self._index: NDArray[np.int64] = np.load(index_path(path), allow_pickle=False)
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def row(self, number: int) -> Row:
-        key, label, width, height, hashed = (column[number].as_py() for column in self._columns)
-        offset, length = int(self._index[0, number]), int(self._index[1, number])
+        """A row, checked against its hash."""
+        key, label, width, height, expected = (column[number].as_py() for column in self._columns)
+        offset = int(self._index[0, number])
+        length = int(self._index[1, number])
         image = self._map[offset : offset + length]
-        if digest(image) != hashed:
-            remedy = f"delete {self.path} and run the stage again; check the disk"
+        if digest(image) != expected:
             raise DataError(
-                f"row {number} is not what was written", place=str(self.path), remedy=remedy
+                f"checksum mismatch: row {number} changed after it was written",
+                place=str(self.path),
+                remedy=f"check the disk; delete {self.path} and rerun the same command",
             )
-        return Row(key, label, width, height, hashed, image)
-
-
-def mix_shard(place: BuildContext, shard: ShardPlan) -> ShardInfo:
-    """Make one shard by its plan; nothing to do where an earlier attempt has made it."""
-    target, record = place.target / shard.file, place.work / f"{shard.file}.json"
-    done = _finished(target, record)
-    if done is not None:
-        return done
-    info = write_shard(target, _groups(place, read_order(place, shard)), place.fingerprint)
-    write_json(record, info.as_dict())
-    return info
-
-
-def _finished(target: Path, record: Path) -> ShardInfo | None:
-    try:
-        info = ShardInfo(**json.loads(record.read_text()))
-        same = (
-            file_digest(target) == info.digest
-            and file_digest(index_path(target)) == info.index_digest
-        )
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
-    return info if same else None
-
-
-def _groups(place: BuildContext, rows: NDArray[np.void]) -> Iterator[Sequence[Row]]:
-    spill = lru_cache(OPEN_SPILLS)(lambda unit: _Spill(place.spill(unit)))
-    for start in range(0, len(rows), GROUP_ROWS):
-        yield [spill(unit).row(row) for unit, row in rows[start : start + GROUP_ROWS].tolist()]
+        return Row(key=key, label=label, width=width, height=height, hash=expected, image=image)

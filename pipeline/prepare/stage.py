@@ -1,4 +1,4 @@
-"""The prepare stage: every dataset of a job, made up first where the job says so."""
+"""The prepare stage: prepare every dataset of a job, generating synthetic images first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.prepare.build import MapTasks, prepare_dataset
 from pipeline.reporting import Log, Progress
 from pipeline.synthetic import generate
 
-TOTALS = ("images", "validation", "rejected", "duplicates", "bytes")
+SUMMED_METRICS = ("images", "validation", "rejected", "duplicates", "bytes")
 
 
 def prepare_stage(
@@ -18,37 +18,56 @@ def prepare_stage(
 ) -> dict[str, float]:
     """Prepare the job's datasets, each in ``run_dir.dataset(name)``.
 
-    Metrics: those of each dataset under ``<name>/``, and their sums.
+    Returns:
+        The metrics of each dataset under ``<name>/``, and the sums over all datasets.
     """
+    names = job_queries.prepared_names(job)
     metrics: dict[str, float] = {}
-    for name in job_queries.prepared_names(job):
-        config, target = job.data[name], run_dir.dataset(name)
+    for name in names:
+        config = job.data[name]
         if config.synthetic is not None:
-            source = target.with_name(
-                f"{name}.source-{_made_from(config)}"
-            )  # no dataset's name has a dot
-            pieces = generate.pieces(config, source)
-            for done, _ in enumerate(tasks(generate.make, pieces), 1):
-                progress(f"{name}: making images up", done, len(pieces), "")
-            generate.finish(config, source)
-            config = config.model_copy(update={"root": str(source), "synthetic": None})
-        found = prepare_dataset(name, config, target, job.seed, tasks, progress, log)
-        metrics |= {f"{name}/{key}": value for key, value in found.items()}
-        log(f"{name}: {_summary(found)}", "info")
+            config = _generate(name, config, run_dir, tasks, progress)
+        dataset_metrics = prepare_dataset(
+            name=name,
+            config=config,
+            target=run_dir.dataset(name),
+            seed=job.seed,
+            tasks=tasks,
+            progress=progress,
+            log=log,
+        )
+        metrics |= {f"{name}/{key}": value for key, value in dataset_metrics.items()}
+        log(f"{name}: {_summary(dataset_metrics)}", "info")
     return metrics | {
-        key: sum(metrics[f"{name}/{key}"] for name in job_queries.prepared_names(job))
-        for key in TOTALS
+        key: sum(metrics[f"{name}/{key}"] for name in names) for key in SUMMED_METRICS
     }
 
 
-def _made_from(config: DatasetConfig) -> str:
-    """A short digest of what made-up images depend on: other settings, another folder."""
-    return json_digest(
-        config.model_dump(mode="json", include={"synthetic", "classes", "layout", "min_side"})
-    )[:8]
+def _generate(
+    name: str, config: DatasetConfig, run_dir: RunDir, tasks: MapTasks, progress: Progress
+) -> DatasetConfig:
+    """Generate the source of a synthetic dataset; returns the settings that read it."""
+    # The folder's name holds a digest of the settings, so other settings never mix with old images.
+    # The name of a dataset cannot contain a dot, so it cannot be the name of this folder.
+    source = run_dir.dataset(name).with_name(f"{name}.source-{_settings_digest(config)}")
+    files = generate.plan_files(config, source)
+    for done, _ in enumerate(tasks(generate.write_file, files), 1):
+        progress(f"{name}: generating images", done, len(files), "")
+    generate.finish_source(config, source)
+    return config.model_copy(update={"root": str(source), "synthetic": None})
 
 
-def _summary(found: dict[str, float]) -> str:
-    counts = f"{found['images']:,.0f} training and {found['validation']:,.0f} validation images of {found['classes']:,.0f} classes"
-    bad = f"{found['rejected']:,.0f} rejected, {found['duplicates']:,.0f} duplicates"
-    return f"{counts}, {found['bytes'] / 2**20:,.1f} MiB; {bad}"
+def _settings_digest(config: DatasetConfig) -> str:
+    """A short digest of the settings that synthetic images depend on."""
+    settings = config.model_dump(
+        mode="json", include={"synthetic", "classes", "layout", "min_side"}
+    )
+    return json_digest(settings)[:8]
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    return (
+        f"{metrics['images']:,.0f} training and {metrics['validation']:,.0f} validation images "
+        f"of {metrics['classes']:,.0f} classes, {metrics['bytes'] / 2**20:,.1f} MiB; "
+        f"{metrics['rejected']:,.0f} rejected, {metrics['duplicates']:,.0f} duplicates"
+    )

@@ -1,4 +1,7 @@
-"""What all units of a dataset come to, counted as they are done: nothing here grows with the number of images."""
+"""Statistics of a dataset, added up unit by unit.
+
+Memory grows with the units, not with the images.
+"""
 
 from __future__ import annotations
 
@@ -8,48 +11,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError
-from pipeline.prepare.extract import BuildContext, UnitRecord
+from pipeline.prepare.context import BuildContext
+from pipeline.prepare.unit_record import QuarantineEntry, UnitRecord
+
+LISTED_REASONS = 10  # commonest causes in the error message
 
 
 class DatasetStats:
-    """``images``: int64 (units,), kept of each unit. ``rejected``, ``changed`` and ``sides``: images by reason, by what was
-    done to them and by short side (see ``UnitRecord``)."""
+    """Counts and sums over the units that are done so far."""
 
     def __init__(self, units: int) -> None:
-        self.done = self.kept = self.bad = 0  # units, images, images
-        self.images: NDArray[np.int64] = np.zeros(units, dtype=np.int64)
-        self.rejected: Counter[str] = Counter()
-        self.changed: Counter[str] = Counter()
-        self.sides: Counter[str] = Counter()
+        self.units_done = 0
+        self.kept = 0  # images
+        self.rejected = 0  # images
+        self.images_per_unit: NDArray[np.int64] = np.zeros(units, dtype=np.int64)  # kept ones
+        self.rejected_by_reason: Counter[str] = Counter()
+        self.changed_by_kind: Counter[str] = Counter()
+        self.images_by_short_side: Counter[str] = Counter()  # in steps of 32 pixels
         self._moments = np.zeros((units, 6))
-        self._examples: dict[str, dict[str, str]] = {}
+        self._examples: dict[str, QuarantineEntry] = {}  # the first rejected file per reason
 
     def add(self, unit: int, record: UnitRecord) -> None:
-        self.done += 1
+        self.units_done += 1
         self.kept += record.images
-        self.bad += len(record.rejected)
-        self.images[unit] = record.images
+        self.rejected += len(record.rejected)
+        self.images_per_unit[unit] = record.images
         self._moments[unit] = record.moments
-        self.changed.update(record.changed)
-        self.sides.update(record.sides)
-        self.rejected.update(entry["reason"] for entry in record.rejected)
+        self.changed_by_kind.update(record.changed)
+        self.images_by_short_side.update(record.sides)
+        self.rejected_by_reason.update(entry["reason"] for entry in record.rejected)
         for entry in record.rejected:
             self._examples.setdefault(entry["reason"], entry)
 
     def mean_and_std(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of each colour (3,); summed in the order of the units, whatever order they were done in."""
-        mean, square = np.split(self._moments.sum(axis=0) / self.kept, 2)
-        return mean, np.sqrt(np.maximum(square - mean**2, 0))
+        """Mean and standard deviation of each channel over all kept images, shape (3,) each.
 
-    def too_many_bad(self, place: BuildContext) -> DataError:
-        total = self.kept + self.bad
-        listed = "\n".join(
-            f"    {count} x {reason}, such as {self._examples[reason]['key']} ({self._examples[reason]['detail']})"
-            for reason, count in self.rejected.most_common(10)
-        )
-        remedy = f"look at {place.quarantine}; then mend the source, or raise max_rejected (now {place.config.max_rejected:g})"
+        Floating-point sums depend on their order. Units finish in any order, so their sums are kept
+        apart and added in the order of the units: the result is the same bytes on any number of
+        workers.
+        """
+        # Var = E[x^2] - mean^2. Rounding may make it slightly negative for one-coloured images.
+        mean, mean_square = np.split(self._moments.sum(axis=0) / self.kept, 2)
+        return mean, np.sqrt(np.maximum(mean_square - mean**2, 0))
+
+    def too_many_rejected(self, context: BuildContext) -> DataError:
+        """The error that stops a preparation, with the commonest reasons and an example of each."""
+        total = self.kept + self.rejected
+        lines = []
+        for reason, count in self.rejected_by_reason.most_common(LISTED_REASONS):
+            example = self._examples[reason]
+            lines.append(f"    {count} x {reason}, such as {example['key']} ({example['detail']})")
+        share = f"{self.rejected / total:.1%}"
+        limit = context.config.max_rejected
         return DataError(
-            f"{self.bad} of {total} images are unusable ({self.bad / total:.1%}):\n{listed}",
-            place=place.config.root,
-            remedy=remedy,
+            f"{self.rejected} of {total} images are unusable ({share}):\n" + "\n".join(lines),
+            place=context.config.root,
+            remedy=f"inspect {context.quarantine}; then correct the source, "
+            f"or raise max_rejected (now {limit:g})",
         )

@@ -1,114 +1,115 @@
-"""Files of a unit, one after the other: from tars, folders or datasets. Nothing is ever extracted to disk."""
+"""Read the files of a part one after the other, from tars, folders or as its layout reads them.
+
+Nothing is extracted to disk.
+
+Archives come from strangers: names that lead out of the archive, links and devices are rejected,
+never followed (D3, hostile archives). Damage of one archive rejects its own members and leaves the
+other archives alone.
+"""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from pipeline.sources import huggingface
+from pipeline.sources import registry
+from pipeline.sources.member import MAX_BYTES, Member, Rejection
 from pipeline.sources.remote import BLOCK, Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import Part
 
-MAX_BYTES = 256 << 20  # of one file, unpacked
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A file that is no usable image; ``reason`` is one of a few words to count by, ``detail`` what exactly was found."""
-
-    reason: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file of a source: its key (unique in the dataset), class index, and its bytes or why there are none."""
-
-    key: str
-    label: int
-    data: bytes = b""
-    rejected: Rejected | None = None
-
 
 def members(part: Part, config: SourceConfig, classes: dict[str, int]) -> Iterator[Member]:
-    """The files of a part in their order; ``classes``: id -> index. Damage of an archive comes as rejected members."""
-    if part.kind == "huggingface":
-        for name, label, data in huggingface.rows(config, part.path, part.first, part.last):
-            yield Member(f"{part.group}/{name}", classes[label], data)
+    """The files of a part, in their order. ``classes``: id -> index.
+
+    Damage of an archive does not raise: the damaged stretch appears as one rejected member.
+
+    Raises:
+        DataError: the source cannot be read (a fault of the storage, not of the data).
+    """
+    if part.kind not in ("folder", "tar"):
+        read = registry.layout(part.kind).read
+        assert read is not None, part.kind
+        yield from read(part, config, classes)
         return
     storage, _ = open_storage(config.root)
     if part.kind == "folder":
-        yield from _folder(storage, part)
+        yield from _read_folder(storage, part)
         return
     with storage.open(part.path, part.first, part.last, BLOCK) as file:
-        yield from _tar(file, part)
+        yield from _read_tar(file, part)
 
 
-def _folder(storage: Storage, part: Part) -> Iterator[Member]:
+def _read_folder(storage: Storage, part: Part) -> Iterator[Member]:
+    # Sorted, because stores list files in any order, and [first, last) must mean the same files.
     for path, size in sorted(storage.files(part.path))[part.first : part.last]:
         key = f"{part.group}/{path.removeprefix(part.path).lstrip('/')}"
         if size is not None and size > MAX_BYTES:
-            yield Member(key, part.label, rejected=_too_large(size))
+            yield Member(key=key, label=part.label, rejection=_too_large(size))
         else:
-            yield Member(key, part.label, storage.read(path, 0, size))
+            yield Member(key=key, label=part.label, data=storage.read(path, 0, size))
 
 
-def _tar(file: io.BufferedIOBase, part: Part) -> Iterator[Member]:
-    number = 0
+def _read_tar(file: io.BufferedIOBase, part: Part) -> Iterator[Member]:
+    number = 0  # of regular files; ``part.labels`` counts only those
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else a list of all members grows
+                # tarfile remembers every member, which would grow with the archive.
+                tar.members = []  # type: ignore[attr-defined]
                 if info.isdir():
                     continue
                 label = part.labels[number] if part.labels and info.isfile() else part.label
                 number += info.isfile()
-                yield _member(tar, info, f"{part.group}/{info.name}", label)
+                yield _read_member(tar, info, f"{part.group}/{info.name}", label)
             _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
-        place = f"bytes {part.first} to {part.last}"
+        span = f"bytes {part.first} to {part.last}"
         yield Member(
-            f"{part.group}/({place})",
-            part.label,
-            rejected=Rejected("damaged_archive", f"{part.path}, {place}: {error}"),
+            key=f"{part.group}/({span})",
+            label=part.label,
+            rejection=Rejection("damaged_archive", f"{part.path}, {span}: {error}"),
         )
 
 
 def _check_end(file: io.BufferedIOBase, offset: int) -> None:
-    """tarfile takes a damaged header for the end. Raises TarError unless there is a block of zeros, or nothing."""
+    """Raise TarError unless the tar really ends at ``offset``.
+
+    tarfile takes a damaged header for the end of the archive and stops without an error. A real end
+    is a block of zeros, or the end of the file (a part that was cut at a member's header has no
+    block of zeros).
+    """
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
-    if any(block) or 0 < len(block) < tarfile.BLOCKSIZE:
+    is_cut = 0 < len(block) < tarfile.BLOCKSIZE
+    if any(block) or is_cut:
         raise tarfile.ReadError(f"damaged header at byte {offset}")
 
 
-def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, label: int) -> Member:
-    if not info.isfile():
-        return Member(
-            key, label, rejected=Rejected("not_a_file", "a link or a device in the archive")
-        )
-    if info.name.startswith("/") or ".." in info.name.split("/"):
-        return Member(
-            key,
-            label,
-            rejected=Rejected("unsafe_name", f"its name leads out of the archive: {info.name}"),
-        )
-    if info.size > MAX_BYTES:
-        return Member(key, label, rejected=_too_large(info.size))
+def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, label: int) -> Member:
+    rejection = _unsafe(info)
+    if rejection is not None:
+        return Member(key=key, label=label, rejection=rejection)
     opened = tar.extractfile(info)
     data = opened.read() if opened is not None else b""
     if len(data) < info.size:
-        return Member(
-            key,
-            label,
-            data,
-            Rejected("damaged_archive", f"the archive ends after {len(data)} of {info.size} bytes"),
-        )
-    return Member(key, label, data)
+        detail = f"the archive ends after {len(data)} of {info.size} bytes"
+        rejection = Rejection("damaged_archive", detail)
+    return Member(key=key, label=label, data=data, rejection=rejection)
 
 
-def _too_large(size: int) -> Rejected:
-    return Rejected("too_large_file", f"{size} bytes, at most {MAX_BYTES}")
+def _unsafe(info: tarfile.TarInfo) -> Rejection | None:
+    """Why a member must not be read, from its header alone; None if it may be."""
+    if not info.isfile():
+        return Rejection("not_a_file", "a link or a device in the archive")
+    if info.name.startswith("/") or ".." in info.name.split("/"):
+        return Rejection("unsafe_name", f"its name leads out of the archive: {info.name}")
+    if info.size > MAX_BYTES:
+        # The size is from the header: nothing of a huge member is read.
+        return _too_large(info.size)
+    return None
+
+
+def _too_large(size: int) -> Rejection:
+    return Rejection("too_large_file", f"{size} bytes, at most {MAX_BYTES}")

@@ -1,8 +1,19 @@
-"""Reading from any file system that fsspec knows, patiently: what passes is tried again, what stays is said at once.
+"""Read from any file system that fsspec knows, with retries.
 
-Throttling, cut or refused connections, time-outs and short answers are tried again, ATTEMPTS times in all and ever later;
-a missing file or a refusal is not. Whoever reads sees whole answers or a DataError: a fault on the way is never taken for
-damage of the data. Endpoints and keys come from the environment or fsspec's configuration, never from a job.
+Transient errors are retried, permanent ones raised at once.
+
+Throttling, dropped or refused connections, time-outs and short answers are transient. A missing
+file and a refused access are permanent. A reader sees either the whole answer or a DataError, so a
+fault of the network is never taken for damage of the data. Endpoints and keys come from the
+environment or from fsspec's configuration, never from a job.
+
+The retry schedule: attempt k (from 1) is followed by a pause of FIRST_DELAY * 2^(k - 1) seconds, at
+most MAX_DELAY, times a factor between 0.5 and 1 that differs per path:
+
+    attempt       1      2      3      4      5      6       7       8
+    pause (s)    <0.5   <1     <2     <4     <8     <16     <30     none: raise Unreachable
+
+All pauses together take 30 to 62 seconds, long enough for a store to start new servers.
 """
 
 from __future__ import annotations
@@ -13,7 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar, cast
 
 import fsspec
 import xxhash
@@ -21,20 +32,23 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import DataError
 
-ATTEMPTS = 8
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds; in all about a minute
-LONGEST = 300.0  # seconds, after which there is no further attempt, where each takes long
-BLOCK = 8 << 20  # bytes a request, where a file is read through
+MAX_ATTEMPTS = 8
+FIRST_DELAY = 0.5  # seconds
+MAX_DELAY = 30.0  # seconds
+MAX_RETRY_TIME = 300.0  # seconds; slow attempts end after this time, however few there were
+BLOCK = 8 << 20  # bytes per request when a file is read from end to end
+HEADER_BLOCK = 1 << 16  # bytes per request when only the headers of a tar are read
+INSTALL_S3 = 'run "./launch.sh install s3" in a checkout, else pip install "revcol-pipeline[s3]"'
 
-_STAYS = (
+_PERMANENT_ERRORS = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
     FileExistsError,
 )
-_PASSES = {
-    None,
+_TRANSIENT_ERRNOS = {
+    None,  # an OSError of a library, without a number
     errno.EIO,
     errno.EBUSY,
     errno.EAGAIN,
@@ -51,8 +65,9 @@ _PASSES = {
     errno.ENETRESET,
     getattr(errno, "EREMOTEIO", errno.EIO),
 }
-# By name, as these libraries are there only where their kind of store is used: botocore's and aiohttp's.
-_PASSES_BY_NAME = {
+# Errors of botocore and aiohttp, by name: these libraries are installed only where their kind of
+# store is used.
+_TRANSIENT_NAMES = {
     "HTTPClientError",
     "EndpointConnectionError",
     "ConnectTimeoutError",
@@ -62,196 +77,244 @@ _PASSES_BY_NAME = {
     "ClientPayloadError",
     "ClientConnectionError",
 }
-_REFUSED_BY_NAME = {
+_REFUSED_NAMES = {
     "NoCredentialsError",
     "PartialCredentialsError",
     "CredentialRetrievalError",
     "NoAuthTokenError",
 }
-_SECRET = re.compile(r"secret|token|password|key|credential|authorization", re.IGNORECASE)
+_SECRET_OPTION = re.compile(r"secret|token|password|key|credential|authorization", re.IGNORECASE)
 
 Result = TypeVar("Result")
 
 
+class Entry(TypedDict):
+    """What fsspec tells of a file or folder (and of which a store may tell more)."""
+
+    name: str
+    type: str  # "file", "directory", ...
+    size: int | None  # bytes
+
+
 class Unreachable(DataError):
-    """A store has not answered within the bound: no fault of the data."""
+    """A store did not answer within the allowed attempts. The data itself is not at fault."""
 
 
 class ShortRead(OSError):
-    """An answer that is shorter than what was asked for; passes, as far as one can tell."""
+    """An answer that is shorter than the requested range. Treated as transient."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A file system of fsspec, of which everything is read with patience. Every method raises DataError in the end."""
+    """A file system of fsspec whose every read is retried.
 
-    fs: Any
+    Every method raises DataError when retries do not help.
+    """
+
+    fs: fsspec.AbstractFileSystem
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.fs, LocalFileSystem)
 
     def shown(self, path: str) -> str:
-        """A path as people know it, without what is secret in it."""
+        """A path as users know it (with its protocol), without secrets."""
         return path if self.is_local else without_secrets(str(self.fs.unstrip_protocol(path)))
 
-    def info(self, path: str) -> dict[str, Any] | None:
-        """What is known of a file or folder; None where there is none."""
+    def info(self, path: str) -> Entry | None:
+        """Name, type and size of a file or folder; None if it does not exist."""
 
-        def look() -> dict[str, Any] | None:
+        def fetch() -> Entry | None:
             try:
-                return dict(self.fs.info(path))
+                return cast("Entry", dict(self.fs.info(path)))
             except FileNotFoundError as error:
-                cause = error.__cause__  # fsspec's HTTP takes any fault for a missing file
+                # fsspec's HTTP file system reports every failure as a missing file and keeps the
+                # real one as the cause. "Missing" is believed only for status 404 (not found) and
+                # 410 (gone).
+                cause = error.__cause__
                 if isinstance(cause, Exception) and (
-                    passes(cause) or getattr(cause, "status", 404) not in (404, 410)
+                    is_transient(cause) or getattr(cause, "status", 404) not in (404, 410)
                 ):
                     raise cause from None
                 return None
 
-        return self._patiently(path, look)
+        return self._with_retries(path, fetch)
 
     def is_folder(self, path: str) -> bool:
         info = self.info(path)
         return info is not None and info["type"] == "directory"
 
-    def entries(self, folder: str) -> list[dict[str, Any]]:
-        """Name, type and size (bytes) of what lies directly in a folder."""
-        return self._patiently(folder, lambda: list(self.fs.ls(folder, detail=True)))
+    def entries(self, folder: str) -> list[Entry]:
+        """The files and folders directly in a folder."""
+        return self._with_retries(folder, lambda: list(self.fs.ls(folder, detail=True)))
 
     def files(self, folder: str) -> Iterator[tuple[str, int | None]]:
-        """(path, bytes) of every file below a folder; links to folders are not followed."""
+        """(path, bytes) of every file below a folder. Links to folders are not followed."""
         for entry in self.entries(folder):
-            name = entry["name"].rstrip("/")
-            if (
-                entry["type"] == "directory" and name != folder
-            ):  # some stores list a folder in itself
-                yield from self.files(name)
-            elif entry["type"] != "directory":
-                yield name, entry["size"]
+            path = entry["name"].rstrip("/")
+            if entry["type"] != "directory":
+                yield path, entry["size"]
+            elif path != folder:  # some stores list a folder inside itself
+                yield from self.files(path)
 
     def read(self, path: str, first: int = 0, last: int | None = None) -> bytes:
-        """Bytes [first, last) of a file, all of them; without ``last`` the whole file."""
+        """All bytes [first, last) of a file; the whole file without ``last``."""
         if first == last:
             return b""
 
         def fetch() -> bytes:
-            data = (
-                self.fs.cat_file(path)
-                if last is None
-                else self.fs.cat_file(path, start=first, end=last)
-            )
-            if last is not None and len(data) < last - first:
+            if last is None:
+                return bytes(self.fs.cat_file(path))
+            data = bytes(self.fs.cat_file(path, start=first, end=last))
+            # A dropped connection may look like a short file. Without this check, its images would
+            # count as truncated.
+            if len(data) < last - first:
                 raise ShortRead(f"{len(data)} of {last - first} bytes came")
-            return bytes(data)
+            return data
 
-        data = self._patiently(path, fetch)
+        data = self._with_retries(path, fetch)
         if last is not None and len(data) > last - first:
-            remedy = "serve it from a store that knows HTTP ranges, or copy it here"
             raise DataError(
-                "its server cannot send a part of a file", place=self.shown(path), remedy=remedy
+                "its server cannot send a part of a file",
+                place=self.shown(path),
+                remedy="serve it from a store that supports HTTP ranges, or copy it here",
             )
         return data
 
     def open(self, path: str, first: int, last: int, block: int) -> io.BufferedReader:
-        """Bytes [first, last) as a file of their own, fetched ``block`` bytes a request as they are read."""
+        """Bytes [first, last) as a file of their own, fetched ``block`` bytes per request."""
         return io.BufferedReader(_Window(self, path, first, last), block)
 
-    def _patiently(self, path: str, action: Callable[[], Result]) -> Result:
-        attempt, began = 1, time.monotonic()
+    def _with_retries(self, path: str, request: Callable[[], Result]) -> Result:
+        """The result of ``request``, tried on the schedule at the top of this file."""
+        start = time.monotonic()
+        attempt = 1
         while True:
             try:
-                return action()
+                return request()
             except Exception as error:
-                if not passes(error):
-                    raise self._explained(path, error) from None  # its text may hold keys
-                if attempt == ATTEMPTS or time.monotonic() - began > LONGEST:
-                    remedy = "see whether the store is up and not throttling; then run the same command again"
-                    cause = f"could not be read in {attempt} attempts: {self._text(error)}"
-                    raise Unreachable(cause, place=self.shown(path), remedy=remedy) from None
-            time.sleep(delay(path, attempt))
+                # "from None": the library's own error may hold keys in its text, and would be
+                # printed as the cause.
+                if not is_transient(error):
+                    raise self._explain(path, error) from None
+                if attempt == MAX_ATTEMPTS or time.monotonic() - start > MAX_RETRY_TIME:
+                    raise Unreachable(
+                        f"could not be read in {attempt} attempts: {self._text(error)}",
+                        place=self.shown(path),
+                        remedy="check that the store is up and not throttling, "
+                        "then rerun the same command",
+                    ) from None
+            time.sleep(retry_delay(path, attempt))
             attempt += 1
 
-    def _explained(self, path: str, error: Exception) -> Exception:
-        refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+    def _explain(self, path: str, error: Exception) -> Exception:
+        """A permanent error in the user's words; the error itself if it is a bug."""
+        name = type(error).__name__
+        has_refused_status = getattr(error, "status", None) in (401, 403)
         if isinstance(error, FileNotFoundError):
-            cause, remedy = "is not there", "correct the path, or put the file there"
-        elif refused or type(error).__name__ in _REFUSED_BY_NAME:
+            cause = "does not exist"
+            remedy = "correct the path, or put the file there"
+        elif isinstance(error, PermissionError) or has_refused_status or name in _REFUSED_NAMES:
             cause = "access is refused"
             remedy = (
-                "give this user, or the environment's credentials, the right to list and read it"
+                "give this user, or the credentials in the environment, "
+                "the right to list and read it"
             )
         elif isinstance(error, OSError) or type(error).__module__ != "builtins":
-            cause, remedy = (
-                f"cannot be read: {self._text(error)}",
-                "correct the path, or the settings of the store",
-            )
+            cause = f"cannot be read: {self._text(error)}"
+            remedy = "correct the path, or the settings of the store"
         else:
             return error
         return DataError(cause, place=self.shown(path), remedy=remedy)
 
     def _text(self, error: Exception) -> str:
         text = without_secrets(str(error).strip() or type(error).__name__)
+        # Longest first: a secret may contain another one.
         for secret in sorted(_secrets(self.fs.storage_options), key=len, reverse=True):
             text = text.replace(secret, "***")
         return text
 
 
 def open_storage(url: str) -> tuple[Storage, str]:
-    """The file system of a URL or path, and the path in it. Raises DataError where fsspec knows no such kind."""
+    """The file system of a URL or path, and the path in it.
+
+    Raises DataError if fsspec knows no such file system.
+    """
     try:
         fs, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError, OSError) as error:
-        remedy = "a folder, or a URL that fsspec knows"
+    except ImportError as error:  # names the package that this kind of URL needs
         raise DataError(
-            f"cannot be opened: {error}", place=without_secrets(url), remedy=remedy
+            f"cannot be opened: {error}",
+            place=without_secrets(url),
+            remedy=INSTALL_S3
+            if url.startswith(("s3:", "s3a:"))
+            else "install the package that it names",
+        ) from None
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"cannot be opened: {error}",
+            place=without_secrets(url),
+            remedy="give a folder, or a URL that fsspec supports",
         ) from None
     if hasattr(fs, "retries"):
-        fs.retries = 1  # s3fs and others: theirs times ours would be hours
+        fs.retries = 1  # s3fs retries too; its attempts times ours would take hours
     return Storage(fs), path.rstrip("/")
 
 
-def passes(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
-    if isinstance(error, _STAYS):
+def is_transient(error: Exception) -> bool:
+    """True if the same request may succeed a little later."""
+    if isinstance(error, _PERMANENT_ERRORS):
         return False
     if isinstance(error, TimeoutError | ConnectionError):
         return True
-    status = getattr(error, "status", None)  # aiohttp's
+    status = getattr(error, "status", None)  # HTTP status of an error of aiohttp
     if isinstance(status, int) and status >= 400:
+        # 408: request timeout; 425: too early; 429: too many requests; 5xx: fault of the server.
         return status in (408, 425, 429) or status >= 500
-    if isinstance(error, OSError) and error.errno in _PASSES:
+    if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
         return True
-    return any(kind.__name__ in _PASSES_BY_NAME for kind in type(error).__mro__)
+    return any(kind.__name__ in _TRANSIENT_NAMES for kind in type(error).__mro__)
 
 
-def delay(path: str, attempt: int) -> float:
-    """Seconds to wait after a failed attempt (from 1): doubled each time, and spread, so that workers do not come at once."""
-    spread = xxhash.xxh3_64_intdigest(f"{path} {attempt}".encode()) / 2**64
-    return min(FIRST_DELAY * 2.0 ** (attempt - 1), LONGEST_DELAY) * (0.5 + spread / 2)
+def retry_delay(path: str, attempt: int) -> float:
+    """Seconds to wait after attempt number ``attempt`` (from 1): exponential backoff with jitter.
+
+    The jitter is a hash of the path and the attempt, so that workers do not retry at the same
+    moment and tests are exact.
+    """
+    jitter = xxhash.xxh3_64_intdigest(f"{path} {attempt}".encode()) / 2**64
+    return min(FIRST_DELAY * 2.0 ** (attempt - 1), MAX_DELAY) * (0.5 + jitter / 2)
 
 
 def without_secrets(text: str) -> str:
-    """URLs without user, password and query."""
-    return re.sub(
-        r"(://[^\s?\"'#]*)\?[^\s\"']*", r"\1?***", re.sub(r"://[^/@\s\"']*@", "://***@", text)
-    )
+    """The text with user, password and query of its URLs replaced by ``***``."""
+    without_users = re.sub(r"://[^/@\s\"']*@", "://***@", text)
+    return re.sub(r"(://[^\s?\"'#]*)\?[^\s\"']*", r"\1?***", without_users)
 
 
-def _secrets(options: Any) -> set[str]:
-    found: set[str] = set()
+def _secrets(options: Mapping[str, object]) -> set[str]:
+    """Values of options whose names sound secret, at any depth."""
+    secrets: set[str] = set()
     for name, value in options.items():
         if isinstance(value, Mapping):
-            found |= _secrets(value)
-        elif isinstance(value, str) and value and _SECRET.search(str(name)):
-            found.add(value)
-    return found
+            secrets |= _secrets(value)
+        elif isinstance(value, str) and value and _SECRET_OPTION.search(str(name)):
+            secrets.add(value)
+    return secrets
 
 
 class _Window(io.RawIOBase):
+    """Bytes [first, last) of a stored file, as a seekable file of their own.
+
+    Each read is one request.
+    """
+
     def __init__(self, storage: Storage, path: str, first: int, last: int) -> None:
-        self._storage, self._path = storage, path
-        self._first, self._size, self._position = first, last - first, 0
+        self._storage = storage
+        self._path = path
+        self._first = first
+        self._size = last - first
+        self._position = 0
 
     def readable(self) -> bool:
         return True
@@ -267,9 +330,9 @@ class _Window(io.RawIOBase):
         self._position = max(0, base + offset)
         return self._position
 
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._position))
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        count = max(0, min(len(buffer), self._size - self._position))
         start = self._first + self._position
-        buffer[:wanted] = self._storage.read(self._path, start, start + wanted)
-        self._position += wanted
-        return wanted
+        buffer[:count] = self._storage.read(self._path, start, start + count)
+        self._position += count
+        return count

@@ -1,4 +1,7 @@
-"""What this room needs to know of a configured source. The job schema's ``DatasetConfig`` is one."""
+"""The settings of a source that this room needs. The job schema's ``DatasetConfig`` has them all.
+
+A protocol, because the schema's room imports this one.
+"""
 
 from __future__ import annotations
 

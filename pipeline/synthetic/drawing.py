@@ -1,15 +1,30 @@
-"""Made-up photographs of things that do not exist: classes that can be learned, by no single cue and never perfectly.
+"""Draw synthetic images whose classes can be learned, by no single cue and never perfectly.
 
-What a class looks like is a function of its WordNet ID alone; an image, of (seed, class, split, number). Each class has
-its outline, colours, markings, pattern, number of things and surroundings; each image takes most of them from its class and
-some from chance, among clutter, shadow, blur, noise and a light of its own.
+Why not noise or plain shapes: a first run should show a rising accuracy, and a broken augmentation
+or loss should lower it.
+
+The appearance of a class is a function of its WordNet ID alone. An image is a function of (seed,
+class, split, number). Each class has its own outline, colours, markings, pattern, number of objects
+and background. Each image takes most of these cues from its class and the rest at random; clutter,
+shadow, blur, noise and lighting are random too.
+
+One image, step by step:
+
+    1. size and shape       longer side log-uniform: small and large images are equally common
+    2. cues                 each from the class with probability 0.5 to 0.97, else at random
+    3. background, clutter  up to two small objects of random appearance, behind
+    4. objects              one to six of the class, spread over the image
+    5. clutter              up to two small objects, in front
+    6. photograph           lighting, tint, blur, contrast, sensor noise
+
+Every random number comes from one generator, in a fixed order. Reordering two draws changes the
+bytes of every image.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
 
 import cv2
 import numpy as np
@@ -17,119 +32,76 @@ from numpy.typing import NDArray
 
 from pipeline.data.decode import Image
 from pipeline.data.hashing import key_of
+from pipeline.synthetic.appearance import (
+    CHECKS,
+    PLAIN,
+    RINGS,
+    STRIPES,
+    Appearance,
+    Colour,
+    appearance_of,
+    mixed_appearance,
+    random_appearance,
+)
 
 Floats = NDArray[np.float32]
 Random = np.random.Generator
 
-FAITH = 0.97  # probability that an image takes a cue from its class
-LESS_FAITH = {
-    "body": 0.85,
-    "marking": 0.85,
-    "ground": 0.5,
-}  # the same of colours, which would tell too much
+
 OUTLINE_POINTS = 96
-SMALLEST_SCALE, LARGEST_SCALE = 0.75, 1.2  # of one thing, relative to its class's usual size
-SUBPIXEL = 4  # bits of a polygon's coordinates behind the point
-NOISE_SIDE = 512
+MIN_SCALE = 0.75  # size of one object, relative to the usual size of its class
+MAX_SCALE = 1.2
+SUBPIXEL_BITS = 4  # fractional bits of a polygon's coordinates
+NOISE_SIDE = 512  # pixels
 
 
-@dataclass(frozen=True)
-class Look:
-    """The cues of a class. Angles in turns, colours as (hue, saturation, value) in [0, 1]."""
+def draw_image(seed: int, wnid: str, split: str, number: int, sizes: tuple[int, int]) -> Image:
+    """Draw an image of a class: uint8, shape (height, width, 3), RGB.
 
-    outline: tuple[
-        float, float, float, float
-    ]  # lobes, their depth, their sharpness, height / width
-    body: tuple[float, float, float]
-    marking: tuple[float, float, float]  # colour of pattern and mark
-    pattern: tuple[
-        int, float, float
-    ]  # 0 plain, 1 stripes, 2 checks, 3 dots, 4 rings; periods across a thing; angle
-    mark: tuple[
-        int, float
-    ]  # corners of the mark in the middle (0: none), its size relative to the thing
-    count: int  # usual number of things
-    upright: bool  # things stand as they should, give or take, or lie any way round
-    ground: tuple[float, float, float]  # colour of the far end of the background
-    slope: float  # direction in which the background changes
-    grain: tuple[float, float]  # waves of the background across the image, their angle
-
-
-CUES = tuple(field.name for field in fields(Look))
-
-
-@functools.lru_cache(maxsize=4096)
-def look_of(wnid: str) -> Look:
-    """What a class looks like: a function of its WordNet ID."""
-    return _random_look(np.random.default_rng(key_of("look", wnid)))
-
-
-def picture(seed: int, wnid: str, split: str, number: int, sizes: tuple[int, int]) -> Image:
-    """An image of a class: uint8, shape (height, width, 3), RGB, both sides within ``sizes`` (pixels).
-
-    A pure function of its arguments; two that differ in any of them differ.
+    A pure function of its arguments; images that differ in any argument differ. ``sizes``: least
+    and largest side in pixels.
     """
+    # "picture" is part of the seed: images stay the same when functions are renamed.
     random = np.random.default_rng(key_of("picture", seed, wnid, split, number))
-    height, width = _shape(random, *sizes)
-    look, other = look_of(wnid), _random_look(random)
-    mixed = Look(
-        *(
-            getattr(look if random.random() < LESS_FAITH.get(cue, FAITH) else other, cue)
-            for cue in CUES
-        )
-    )
-    canvas = _background(random, mixed, height, width)
+    height, width = _random_shape(random, *sizes)
+    appearance = mixed_appearance(random, appearance_of(wnid), random_appearance(random))
+    canvas = _background(random, appearance, height, width)
     side = min(height, width)
     for _ in range(random.integers(0, 3)):
-        _draw(random, canvas, _random_look(random), side * random.uniform(0.07, 0.16))
-    count = max(1, mixed.count + int(random.integers(-1, 2)))
-    for x, y in _places(random, count):
-        size = side * random.uniform(SMALLEST_SCALE, LARGEST_SCALE) * 0.46 / count**0.4
-        _draw(random, canvas, mixed, size, (x * width, y * height))
+        _draw_object(random, canvas, random_appearance(random), side * random.uniform(0.07, 0.16))
+    count = max(1, appearance.count + int(random.integers(-1, 2)))
+    for x, y in _centres(random, count):
+        # The more objects, the smaller each: 0.46 of the side for one, 0.24 for five.
+        size = side * random.uniform(MIN_SCALE, MAX_SCALE) * 0.46 / count**0.4
+        _draw_object(random, canvas, appearance, size, (x * width, y * height))
     for _ in range(random.integers(0, 3)):
-        _draw(random, canvas, _random_look(random), side * random.uniform(0.05, 0.12))
+        _draw_object(random, canvas, random_appearance(random), side * random.uniform(0.05, 0.12))
     return _photograph(random, canvas)
 
 
-def _random_look(random: Random) -> Look:
-    """A look from a vocabulary that all classes share: each word of it tells little, several together tell the class."""
+def _random_shape(random: Random, shortest: int, longest: int) -> tuple[int, int]:
+    """(height, width) in pixels.
 
-    def word(*words: float) -> float:
-        return words[int(random.random() * len(words))]
-
-    def colour(
-        saturation: tuple[float, float], value: tuple[float, float]
-    ) -> tuple[float, float, float]:
-        return word(0.02, 0.16, 0.42, 0.68), word(*saturation), word(*value)
-
-    return Look(
-        outline=(word(0, 2, 3, 4, 5, 7), word(0.22, 0.4), word(0.1, 0.9), word(0.5, 0.75, 1.0)),
-        body=colour((0.5, 0.85), (0.5, 0.85)),
-        marking=colour((0.25, 0.8), (0.25, 0.9)),
-        pattern=(int(word(0, 1, 2, 3, 4)), word(2.4, 4.8), word(0.0, 0.25, 0.5, 0.75)),
-        mark=(int(word(0, 0, 3, 4, 5, 32)), word(0.3, 0.45)),
-        count=int(word(1, 1, 2, 3, 5)),
-        upright=bool(word(0, 1, 1)),
-        ground=colour((0.15, 0.5), (0.3, 0.75)),
-        slope=word(0.0, 0.25, 0.5, 0.75),
-        grain=(word(3.0, 7.0, 14.0), word(0.0, 0.25, 0.5, 0.75)),
-    )
-
-
-def _shape(random: Random, least: int, most: int) -> tuple[int, int]:
-    """(height, width) in pixels: the longer side log-uniform, the ratio of the sides 1 to 1.6 as far as ``least`` lets it."""
-    long = round(math.exp(random.uniform(math.log(least), math.log(most))))
-    short = max(least, round(long / random.uniform(1.0, 1.6)))
+    The longer side is log-uniform. The ratio of the sides is 1 to 1.6, as far as ``shortest``
+    allows.
+    """
+    long = round(math.exp(random.uniform(math.log(shortest), math.log(longest))))
+    short = max(shortest, round(long / random.uniform(1.0, 1.6)))
     return (short, long) if random.random() < 0.6 else (long, short)
 
 
-def _rgb(random: Random, colour: tuple[float, float, float], spread: float = 1.0) -> Floats:
-    """RGB in [0, 1], shape (3, 1, 1), of a colour that strays from the given one, the hue by 0.03 turns in the mean square."""
-    h, s, v = colour
+def _random_rgb(random: Random, colour: Colour, spread: float = 1.0) -> Floats:
+    """A colour near the given one, as RGB in [0, 1]; shape (3, 1, 1).
+
+    Standard deviations at ``spread`` 1: hue 0.03, saturation 0.12, value 0.13.
+    """
+    hue, saturation, value = colour
     jitter = random.standard_normal(3).tolist()
-    h = (h + 0.03 * spread * jitter[0]) % 1.0 * 6.0
-    s = min(max(s + 0.12 * spread * jitter[1], 0.0), 1.0)
-    v = min(max(v + 0.13 * spread * jitter[2], 0.05), 1.0)
+    h = (hue + 0.03 * spread * jitter[0]) % 1.0 * 6.0
+    s = min(max(saturation + 0.12 * spread * jitter[1], 0.0), 1.0)
+    v = min(max(value + 0.13 * spread * jitter[2], 0.05), 1.0)
+    # HSV to RGB in closed form, with n = 5, 3, 1 for red, green and blue:
+    # v - v s max(0, min(k, 4 - k, 1)) where k = (n + h) mod 6.
     red, green, blue = (
         v - v * s * max(0.0, min(k, 4.0 - k, 1.0)) for k in ((n + h) % 6.0 for n in (5, 3, 1))
     )
@@ -137,7 +109,7 @@ def _rgb(random: Random, colour: tuple[float, float, float], spread: float = 1.0
 
 
 @functools.lru_cache(maxsize=1)
-def _noise() -> Floats:
+def _noise_tile() -> Floats:
     """A tile of white noise, standard normal: shape (3, NOISE_SIDE, NOISE_SIDE)."""
     tile: Floats = np.random.default_rng(0).standard_normal(
         (3, NOISE_SIDE, NOISE_SIDE), dtype=np.float32
@@ -145,17 +117,21 @@ def _noise() -> Floats:
     return tile
 
 
-def _grain(random: Random, height: int, width: int) -> Floats:
-    """White noise of an image's size, cut from the tile (repeated where the image is large) at a random place."""
-    rows, columns = -(-height // NOISE_SIDE), -(-width // NOISE_SIDE)
-    tile = _noise() if rows == columns == 1 else np.tile(_noise(), (1, rows, columns))
+def _sensor_noise(random: Random, height: int, width: int) -> Floats:
+    """White noise of an image's size.
+
+    Cut from one tile at a random offset: faster than fresh noise per image.
+    """
+    rows = -(-height // NOISE_SIDE)
+    columns = -(-width // NOISE_SIDE)
+    tile = _noise_tile() if rows == columns == 1 else np.tile(_noise_tile(), (1, rows, columns))
     top = int(random.integers(rows * NOISE_SIDE - height + 1))
     left = int(random.integers(columns * NOISE_SIDE - width + 1))
     return tile[:, top : top + height, left : left + width]
 
 
 def _clouds(random: Random, height: int, width: int) -> Floats:
-    """Smooth noise with less of the finer: shape (height, width), about standard normal."""
+    """Smooth noise: shape (height, width), about standard normal; coarse waves are stronger."""
     total = np.zeros((height, width), np.float32)
     for cells, weight in ((3, 0.8), (7, 0.45), (19, 0.25)):
         coarse = random.standard_normal((cells, cells), dtype=np.float32) * np.float32(weight)
@@ -163,39 +139,45 @@ def _clouds(random: Random, height: int, width: int) -> Floats:
     return total
 
 
-def _background(random: Random, look: Look, height: int, width: int) -> Floats:
-    """Two colours that run into each other, clouds, and waves of the class's grain: shape (3, height, width), about [0, 1]."""
+def _background(random: Random, appearance: Appearance, height: int, width: int) -> Floats:
+    """A gradient of two colours, clouds, and waves: shape (3, height, width), about [0, 1]."""
     y, x = _grid(height, width, (height / 2.0, width / 2.0), (height, width))
-    turn = 2.0 * math.pi * (look.slope + 0.06 * random.standard_normal())
-    clouds, swell = _clouds(random, height, width), _clouds(random, height, width)
-    ramp = np.clip(0.5 + x * math.cos(turn) + y * math.sin(turn) + 0.25 * clouds, 0.0, 1.0)
-    far = _rgb(random, look.ground, 2.0)
-    near = _rgb(random, (random.random(), 0.1 + 0.4 * random.random(), 0.2 + 0.6 * random.random()))
-    turn = math.pi * (look.grain[1] + 0.05 * random.standard_normal())
-    waves = look.grain[0] * math.exp(0.15 * random.standard_normal()) * 2.0 * math.pi
+    angle = 2.0 * math.pi * (appearance.slope + 0.06 * random.standard_normal())
+    clouds = _clouds(random, height, width)
+    swell = _clouds(random, height, width)
+    ramp = np.clip(0.5 + x * math.cos(angle) + y * math.sin(angle) + 0.25 * clouds, 0.0, 1.0)
+    far = _random_rgb(random, appearance.ground, 2.0)
+    near_colour = (random.random(), 0.1 + 0.4 * random.random(), 0.2 + 0.6 * random.random())
+    near = _random_rgb(random, near_colour)
+    angle = math.pi * (appearance.grain[1] + 0.05 * random.standard_normal())
+    waves = appearance.grain[0] * math.exp(0.15 * random.standard_normal()) * 2.0 * math.pi
     strength = random.uniform(0.08, 0.22)
     shade = (
         1.0
-        + strength * np.sin((x * math.cos(turn) + y * math.sin(turn)) * waves + 1.6 * swell)
+        + strength * np.sin((x * math.cos(angle) + y * math.sin(angle)) * waves + 1.6 * swell)
         + 0.1 * clouds
     )
     return np.asarray((near + (far - near) * ramp) * shade, np.float32)
 
 
-def _places(random: Random, count: int) -> list[tuple[float, float]]:
-    """Centres of things, as shares of the width and height: the best spread of a few random tries, so that they part."""
-    places = random.uniform(0.2, 0.8, (4, count, 2))
+def _centres(random: Random, count: int) -> list[tuple[float, float]]:
+    """Centres of objects relative to width and height: the most widely spaced of four tries."""
+    tries = random.uniform(0.2, 0.8, (4, count, 2))
     if count == 1:
-        return [(float(places[0, 0, 0]), float(places[0, 0, 1]))]
-    gaps = np.linalg.norm(places[:, :, None] - places[:, None], axis=-1) + 2.0 * np.eye(count)
-    best = places[int(gaps.min(axis=(1, 2)).argmax())]
+        return [(float(tries[0, 0, 0]), float(tries[0, 0, 1]))]
+    # Distances between the centres of each try. A centre is at distance 0 from itself: the diagonal
+    # must not count.
+    distances = np.linalg.norm(tries[:, :, None] - tries[:, None], axis=-1) + 2.0 * np.eye(count)
+    best = tries[int(distances.min(axis=(1, 2)).argmax())]
     return [(float(x), float(y)) for x, y in best]
 
 
-def _outline(look: Look) -> Floats:
-    """A closed curve about the origin, its farthest point at distance 1: shape (OUTLINE_POINTS, 2)."""
-    lobes, depth, sharpness, flatness = look.outline
+def _outline(appearance: Appearance) -> Floats:
+    """A closed curve around the origin, largest coordinate 1: shape (OUTLINE_POINTS, 2)."""
+    lobes, depth, sharpness, flatness = appearance.outline
     angle = np.arange(OUTLINE_POINTS, dtype=np.float32) * np.float32(2.0 * math.pi / OUTLINE_POINTS)
+    # The radius follows a wave with ``lobes`` maxima: a cosine (petals) blended with a triangle
+    # wave (spikes).
     wave = np.cos(lobes * angle)
     spiky = 1.0 - 2.0 * np.abs(np.arcsin(np.sin(lobes * angle / 2.0))) / np.float32(math.pi / 2.0)
     radius = 1.0 + (depth * ((1.0 - sharpness) * wave + sharpness * spiky) if lobes else 0.0 * wave)
@@ -208,99 +190,122 @@ def _polygon(corners: int, size: float) -> Floats:
     return np.stack([np.cos(angle), np.sin(angle)], axis=1) * np.float32(size)
 
 
-def _draw(
+def _draw_object(
     random: Random,
     canvas: Floats,
-    look: Look,
+    appearance: Appearance,
     size: float,
     centre: tuple[float, float] | None = None,
 ) -> None:
-    """Paint one thing of a radius of ``size`` pixels at (x, y), or anywhere: its shadow, body, pattern, mark and shading."""
+    """Paint one object into the canvas: its shadow, body, pattern, mark and shading.
+
+    Args:
+        size: radius in pixels.
+        centre: (x, y) in pixels; at random if not given.
+    """
+    # 1. Only the square patch around the object is touched.
     height, width = canvas.shape[1:]
-    across, down = centre or (random.uniform(0, width), random.uniform(0, height))
+    x_centre, y_centre = centre or (random.uniform(0, width), random.uniform(0, height))
     reach = math.ceil(size * 1.25) + 1
-    left, top = max(round(across) - reach, 0), max(round(down) - reach, 0)
-    patch = canvas[:, top : round(down) + reach, left : round(across) + reach]
-    rows, columns = shape = patch.shape[1:]
-    middle = np.array([across - left, down - top], np.float32)
-    turn = 2.0 * math.pi * (0.05 * random.standard_normal() if look.upright else random.random())
-    cos, sin, squeeze = (
-        math.cos(turn),
-        math.sin(turn),
-        random.uniform(0.75, 1.0),
-    )  # seen from somewhat aside
-    turned = np.array([[cos, sin], [-sin * squeeze, cos * squeeze]], np.float32) * np.float32(size)
-    outline = _outline(look) @ turned + middle
-    mask, shadow = _filled(shape, outline), _filled(shape, outline + np.float32(0.15 * size))
+    left = max(round(x_centre) - reach, 0)
+    top = max(round(y_centre) - reach, 0)
+    patch = canvas[:, top : round(y_centre) + reach, left : round(x_centre) + reach]
+    rows, columns = patch.shape[1:]
+    middle = np.array([x_centre - left, y_centre - top], np.float32)
+
+    # 2. Rotate, and squeeze across the axis as if seen from the side.
+    turns = 0.05 * random.standard_normal() if appearance.upright else random.random()
+    angle = 2.0 * math.pi * turns
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    squeeze = random.uniform(0.75, 1.0)
+    rotation = np.array([[cos, sin], [-sin * squeeze, cos * squeeze]], np.float32)
+    transform = rotation * np.float32(size)
+    outline = _outline(appearance) @ transform + middle
+
+    # 3. Shadow first, then the body over it.
+    mask = _coverage((rows, columns), outline)
+    shadow = _coverage((rows, columns), outline + np.float32(0.15 * size))
     patch *= 1.0 - 0.45 * cv2.blur(shadow, (3, 3))
-    y, x = _grid(rows, columns, (down - top, across - left), (size, size))
-    body, marking = _rgb(random, look.body), _rgb(random, look.marking)
-    painted = body + (marking - body) * _pattern(random, look, x * cos - y * sin, x * sin + y * cos)
-    if look.mark[0]:
-        painted += (marking - painted) * _filled(shape, _polygon(*look.mark) @ turned + middle)
-    painted *= 1.08 - 0.35 * (x * x + y * y) - 0.3 * (0.7 * x + y)
+    y, x = _grid(rows, columns, (y_centre - top, x_centre - left), (size, size))
+    body = _random_rgb(random, appearance.body)
+    marking = _random_rgb(random, appearance.marking)
+    pattern = _pattern(random, appearance, x * cos - y * sin, x * sin + y * cos)
+    painted = body + (marking - body) * pattern
+    if appearance.mark[0]:
+        corners = _polygon(*appearance.mark) @ transform + middle
+        painted += (marking - painted) * _coverage((rows, columns), corners)
+    painted *= 1.08 - 0.35 * (x * x + y * y) - 0.3 * (0.7 * x + y)  # light from the upper left
     patch += (painted - patch) * mask
 
 
 def _grid(
     height: int, width: int, centre: tuple[float, float], unit: tuple[float, float]
 ) -> tuple[Floats, Floats]:
-    """Coordinates (y, x) of an image's rows and columns from a centre, in units of so many pixels: (height, 1), (width,)."""
+    """Coordinates (y, x) of rows and columns relative to ``centre``, in units of ``unit`` pixels.
+
+    Shapes (height, 1) and (width,), so that they broadcast to (height, width).
+    """
     y = (np.arange(height, dtype=np.float32)[:, None] - np.float32(centre[0])) / np.float32(unit[0])
     x = (np.arange(width, dtype=np.float32) - np.float32(centre[1])) / np.float32(unit[1])
     return y, x
 
 
-def _filled(shape: tuple[int, ...], points: Floats) -> Floats:
-    """Coverage of each pixel by a polygon, in [0, 1]."""
+def _coverage(shape: tuple[int, int], points: Floats) -> Floats:
+    """How much of each pixel a polygon covers, in [0, 1]; ``shape`` as (rows, columns)."""
     mask = np.zeros(shape, np.uint8)
-    cv2.fillPoly(
-        mask, [np.rint(points * (1 << SUBPIXEL)).astype(np.int32)], 255, cv2.LINE_AA, SUBPIXEL
-    )
+    fixed_point = np.rint(points * (1 << SUBPIXEL_BITS)).astype(np.int32)
+    cv2.fillPoly(mask, [fixed_point], 255, cv2.LINE_AA, SUBPIXEL_BITS)
     return mask * np.float32(1.0 / 255.0)
 
 
-def _pattern(random: Random, look: Look, u: Floats, v: Floats) -> Floats:
-    """Strength of the second colour, in [0, 1], at coordinates relative to the thing."""
-    kind, periods, angle = look.pattern
-    if kind == 0:
+def _pattern(random: Random, appearance: Appearance, u: Floats, v: Floats) -> Floats:
+    """Strength of the second colour in [0, 1], at coordinates (u, v) relative to the object."""
+    kind, periods, turns = appearance.pattern
+    if kind == PLAIN:
         return np.zeros_like(u)
-    turn = math.pi * (angle + 0.03 * random.standard_normal())
+    angle = math.pi * (turns + 0.03 * random.standard_normal())
     waves = math.pi * periods * math.exp(0.1 * random.standard_normal())
-    along, across = u * math.cos(turn) + v * math.sin(turn), v * math.cos(turn) - u * math.sin(turn)
+    along = u * math.cos(angle) + v * math.sin(angle)
+    across = v * math.cos(angle) - u * math.sin(angle)
     start = random.uniform(0, 2 * math.pi)
-    if kind == 4:
+    if kind == RINGS:
         wave = np.cos(np.sqrt(u * u + v * v) * waves + start)
-    elif kind == 1:
+    elif kind == STRIPES:
         wave = np.sin(along * waves + start)
     else:
-        first, second = np.sin(along * waves + start), np.sin(across * waves)
-        wave = first * second * 2.0 if kind == 2 else first + second - 0.7
+        first = np.sin(along * waves + start)
+        second = np.sin(across * waves)
+        wave = first * second * 2.0 if kind == CHECKS else first + second - 0.7
+    # A steep ramp, clipped: edges of the pattern are sharp but not aliased.
     return np.clip(0.5 + 2.5 * wave, 0.0, 1.0)
 
 
 def _photograph(random: Random, canvas: Floats) -> Image:
-    """Light, its colour and falling off, focus and the sensor's noise: (3, height, width) -> uint8 (height, width, 3)."""
+    """Apply light, tint, blur and noise: (3, height, width) -> uint8 (height, width, 3)."""
     height, width = canvas.shape[1:]
     y, x = _grid(height, width, (height / 2.0, width / 2.0), (height / 2.0, width / 2.0))
-    turn, tilt = random.uniform(0, 2 * math.pi), random.uniform(0.0, 0.25)
+    angle = random.uniform(0, 2 * math.pi)
+    tilt = random.uniform(0.0, 0.25)
     light = (
         1.0
-        + tilt * (x * math.cos(turn) + y * math.sin(turn))
+        + tilt * (x * math.cos(angle) + y * math.sin(angle))
         - random.uniform(0.0, 0.15) * (x * x + y * y)
     )
-    tint = np.exp(random.normal(0.0, 0.07, 3) + random.normal(0.0, 0.16)).astype(np.float32)[
-        :, None, None
-    ]
-    canvas *= light * tint
-    if (sigma := random.uniform(-0.4, 0.8) * math.sqrt(height * width) / 96.0) > 0.2:
+    exposure = random.normal(0.0, 0.07, 3) + random.normal(0.0, 0.16)
+    canvas *= light * np.exp(exposure).astype(np.float32)[:, None, None]
+    # About half of the images are blurred. Sigma grows with the image, as if it had been scaled
+    # down.
+    sigma = random.uniform(-0.4, 0.8) * math.sqrt(height * width) / 96.0
+    if sigma > 0.2:
         for plane in canvas:
             cv2.GaussianBlur(plane, (0, 0), sigma, dst=plane)
-    contrast, noise = random.uniform(0.75, 1.1), random.uniform(0.005, 0.035)
+    contrast = random.uniform(0.75, 1.1)
+    noise = random.uniform(0.005, 0.035)
     canvas = (
         (canvas - 0.5) * np.float32(contrast)
         + 0.5
-        + _grain(random, height, width) * np.float32(noise)
+        + _sensor_noise(random, height, width) * np.float32(noise)
     )
     pixels = (np.clip(canvas, 0.0, 1.0) * np.float32(255.0) + np.float32(0.5)).astype(np.uint8)
     return np.ascontiguousarray(pixels.transpose(1, 2, 0))

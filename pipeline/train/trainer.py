@@ -14,12 +14,13 @@ import torch
 from pipeline.checkpoint.manifest import directory_of
 from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.config import job_queries, machine
-from pipeline.config.schema import Job
+from pipeline.config.schema import Job, TrainConfig, hparam_keys
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.errors import CheckpointError, Interrupted, StageError
-from pipeline.evaluate.accuracy import Accuracy, image_grid, validate
+from pipeline.evaluate.accuracy import Evaluation, image_grid, validate
+from pipeline.evaluate.metrics import LOSS
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.runtime.dist_env import DistEnv
@@ -33,19 +34,6 @@ from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.setup import StageSetup, set_up, train_loader
 from pipeline.train.throughput import Throughput
 from pipeline.train.training_state import TrainingState
-
-HPARAMS = (
-    "recipe",
-    "base_lr",
-    "global_batch",
-    "epochs",
-    "weight_decay",
-    "layer_decay",
-    "ema_decay",
-    "image_size",
-    "precision",
-    "zero_stage",
-)
 
 MAX_EVAL_BATCH = 64  # images per process
 
@@ -204,20 +192,19 @@ class Trainer:
         # Each rank has running statistics of its own batches; all must evaluate the same network.
         state.average_buffers()
         with ema_weights(state):
-            accuracy = self._validate()
+            evaluation = self._validate()
         recorder = self.log.recorder
         if recorder is not None:
             scalars = {
-                tags.TOP1: accuracy.top1,
-                tags.TOP5: accuracy.top5,
-                tags.VALIDATION_LOSS: accuracy.loss,
+                tags.VALIDATION_LOSS if name == LOSS else tags.accuracy(name): value
+                for name, value in evaluation.metrics.items()
             }
             recorder.evaluation(done, scalars)
-            if len(accuracy.samples) > 1:  # a plain head has no reconstructions
-                recorder.images("reconstructions", done, image_grid(accuracy.samples).numpy())
-        return {"step": done, "top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
+            if len(evaluation.samples) > 1:  # a plain head has no reconstructions
+                recorder.images("reconstructions", done, image_grid(evaluation.samples).numpy())
+        return {"step": done, **evaluation.metrics}
 
-    def _validate(self) -> Accuracy:
+    def _validate(self) -> Evaluation:
         context = self.context
         config = context.config
         engine = self.step.context.engine
@@ -282,10 +269,10 @@ def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> di
     """Write the stage's weights, from its last checkpoint, and return its metrics. Collective."""
     config = context.config
     evaluation = setup.history.evaluations[-1]
+    # "loss" stays that of training: the evaluation's is in the event log.
     metrics = {
         **setup.history.last_metrics,
-        "top1": evaluation["top1"],
-        "top5": evaluation["top5"],
+        **{name: value for name, value in evaluation.items() if name not in ("step", LOSS)},
         "steps": float(context.total_steps),
     }
     description = WeightsDescription(
@@ -299,7 +286,9 @@ def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> di
     checkpoint = directory_of(context.checkpoints, context.total_steps)
     write_weights(context.run_dir.stage(context.stage), checkpoint, setup.spec, description)
     if log.recorder is not None:
-        settings: dict[str, str | float | bool] = {key: getattr(config, key) for key in HPARAMS}
+        settings: dict[str, str | float | bool] = {
+            key: getattr(config, key) for key in hparam_keys(TrainConfig)
+        }
         settings |= {
             "channels": str(setup.spec.channels),
             "columns": setup.spec.columns,

@@ -1,4 +1,4 @@
-"""Checkpoints as files: any range of any parameter, nothing half there, damage told by name."""
+"""Checkpoints as files: any range is readable, only complete ones are listed, damage is named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.checkpoint.manifest import (
+    FileRecord,
     Manifest,
     TensorSlice,
     keep_newest,
@@ -29,40 +30,44 @@ TOTAL = 60
 
 
 def write(directory: Path, cuts: list[int], missing: int = -1) -> torch.Tensor:
-    """A checkpoint of one parameter (3, 20), cut at ``cuts`` into pieces, each in a file of its own."""
-    whole, bounds = torch.randn(TOTAL), sorted({0, TOTAL, *cuts})
-    pieces, files = [], {}
+    """Write a checkpoint of one parameter (3, 20), cut at ``cuts`` into slices, one file each.
+
+    Leaves out the slice number ``missing``. Returns the values of the parameter, flattened.
+    """
+    whole = torch.randn(TOTAL, generator=torch.Generator().manual_seed(0))
+    bounds = sorted({0, TOTAL, *cuts})
+    slices: list[TensorSlice] = []
+    files: dict[str, FileRecord] = {}
     directory.mkdir(parents=True)
     for rank, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if rank == missing:
             continue
         name = f"rank-{rank:05d}.safetensors"
-        save_file({"master|p": whole[start:stop].clone()}, directory / name)
-        pieces.append(TensorSlice("p", start, stop - start, name))
-        files[name] = {
-            "bytes": (directory / name).stat().st_size,
-            "xxh3": file_digest(directory / name),
-        }
-    write_json(
-        directory / "manifest.json",
-        Manifest(7, {"p": [3, 20]}, ["master"], pieces, files, {}).to_json(),
+        path = directory / name
+        save_file({"master|p": whole[start:stop].clone()}, path)
+        slices.append(TensorSlice(name="p", offset=start, length=stop - start, file=name))
+        files[name] = {"bytes": path.stat().st_size, "xxh3": file_digest(path)}
+    manifest = Manifest(
+        step=7, shapes={"p": [3, 20]}, kinds=["master"], slices=slices, files=files, state={}
     )
+    write_json(directory / "manifest.json", manifest.to_json())
     return whole
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, TOTAL), max_size=5), st.integers(0, TOTAL), st.integers(0, TOTAL))
-def test_any_range_from_any_pieces(
+def test_any_range_is_read_from_any_slices(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], a: int, b: int
 ) -> None:
     directory = tmp_path_factory.mktemp("c") / "step-00000007"
-    whole, (first, last) = write(directory, cuts), sorted((a, b))
+    whole = write(directory, cuts)
+    first, last = sorted((a, b))
     reader = CheckpointReader(directory, Manifest.read(directory))
     assert torch.equal(reader.read("master", "p", first, last - first), whole[first:last])
     assert torch.equal(reader.full("master", "p"), whole.view(3, 20))
 
 
-def test_a_hole_is_an_error(tmp_path: Path) -> None:
+def test_missing_slice_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "c", [20, 40], missing=1)
     reader = CheckpointReader(tmp_path / "c", Manifest.read(tmp_path / "c"))
     assert reader.read("master", "p", 0, 20).shape == (20,)
@@ -77,34 +82,52 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("harm", "message"),
     [
         (Path.unlink, "missing"),
-        (_flip, "digest"),
+        (_flip, "checksum mismatch.*digest"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "digest"),
     ],
+    ids=["deleted", "bit flipped", "truncated"],
 )
-def test_damage_is_told_by_name(harm: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+def test_verify_names_the_damaged_file(
+    harm: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
     write(tmp_path / "c", [30])
     manifest = Manifest.read(tmp_path / "c")
     manifest.verify(tmp_path / "c")
     harm(tmp_path / "c" / "rank-00001.safetensors")
     manifest.verify(tmp_path / "c", ["rank-00000.safetensors"])
-    with pytest.raises(CheckpointError, match=rf"rank-00001\.safetensors(.|\n)*{words}"):
+    with pytest.raises(CheckpointError, match=rf"rank-00001\.safetensors(.|\n)*{message}"):
         manifest.verify(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     "content", [None, "", "{", "[]", '{"format": 2}', '{"format": 1, "step": 3}']
 )
-def test_an_unreadable_manifest(content: str | None, tmp_path: Path) -> None:
+def test_unreadable_manifest_is_named(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         Manifest.read(tmp_path)
 
 
-def test_only_whole_checkpoints_are_listed_and_the_newest_are_kept(tmp_path: Path) -> None:
+def test_manifest_file_has_the_keys_of_format_1(tmp_path: Path) -> None:
+    write(tmp_path / "c", [])
+    path = tmp_path / "c" / "rank-00000.safetensors"
+    stored = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert stored == {
+        "step": 7,
+        "shapes": {"p": [3, 20]},
+        "kinds": ["master"],
+        "pieces": [{"name": "p", "offset": 0, "length": 60, "file": path.name}],
+        "files": {path.name: {"bytes": path.stat().st_size, "xxh3": file_digest(path)}},
+        "state": {},
+        "format": 1,
+    }
+
+
+def test_only_complete_checkpoints_are_listed_and_the_newest_kept(tmp_path: Path) -> None:
     for name in (
         "step-00000004",
         "step-00000012",
@@ -127,7 +150,7 @@ def test_only_whole_checkpoints_are_listed_and_the_newest_are_kept(tmp_path: Pat
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_a_weights_file_that_is_none(tmp_path: Path) -> None:
+def test_file_that_is_not_safetensors_is_named(tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match=r"w\.safetensors"):
         WeightsReader(tmp_path / "w.safetensors")

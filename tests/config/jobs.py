@@ -1,4 +1,4 @@
-"""A small job as text, and what loading it says."""
+"""A small job as text, edits of it, and the message with which a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.check import check
+from pipeline.config.job_queries import TRAINING, stage_names
 from pipeline.config.load import LoadedJob, load_job
+from pipeline.config.schema import Job
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "jobs").glob("*.yaml"))
+VARIABLES = ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES")  # sources of shipped jobs
+each_shipped_job = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 
 JOB = """\
 name: small
@@ -38,8 +42,8 @@ def write(folder: Path, text: str | bytes, name: str = "job.yaml") -> Path:
     return path
 
 
-def changed(*replacements: str, text: str = JOB) -> str:
-    """The small job with pieces replaced: old, new, old, new ..."""
+def edited(*replacements: str, text: str = JOB) -> str:
+    """The small job with pieces replaced: old, new, old, new ... Each old piece occurs once."""
     for old, new in zip(replacements[::2], replacements[1::2], strict=True):
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -52,9 +56,13 @@ def load_and_check(path: Path, overrides: Sequence[str] = (), world_size: int = 
     return loaded
 
 
-def complaint(folder: Path, text: str | bytes, *overrides: str, world_size: int = 2) -> str:
-    """The message with which a job is refused; files are named relative to ``folder``."""
+def error_message(folder: Path, text: str | bytes, *overrides: str, world_size: int = 2) -> str:
+    """The message with which a job is refused; file names in it are relative to ``folder``."""
     with pytest.raises(ConfigError) as error:
         load_and_check(write(folder, text), overrides, world_size)
     assert error.value.exit_code == 2
     return error.value.message.replace(f"{folder}/", "")
+
+
+def training_stages(job: Job) -> list[str]:
+    return [stage for stage in stage_names(job) if stage in TRAINING]

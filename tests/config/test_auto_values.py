@@ -1,4 +1,4 @@
-"""``auto``: image size, epochs, batch and held-out share are chosen by looking at the images, and said aloud."""
+"""``auto``: values chosen from the images, each with a note that gives the reason."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipeline.config import machine
 from pipeline.config.check import check
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.errors import ConfigError
-from pipeline.sources.inspection import USUAL_SIDE, look_at
+from pipeline.sources.inspection import USUAL_SIDE, inspect_source
 from tests.config.jobs import ROOT
 from tests.prepare.source_folders import class_tars, write_tar
 
 OWN = ROOT / "jobs/own_images.yaml"
 
 
-def picture(width: int, height: int, kind: str = "JPEG") -> bytes:
+def image_file(width: int, height: int, kind: str = "JPEG") -> bytes:
     out = io.BytesIO()
     Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(out, kind)
     return out.getvalue()
@@ -29,7 +29,7 @@ def picture(width: int, height: int, kind: str = "JPEG") -> bytes:
 def folders(
     root: Path, classes: int, count: int, width: int = 200, height: int = 150, kind: str = "JPEG"
 ) -> Path:
-    image = picture(width, height, kind)
+    image = image_file(width, height, kind)
     for label in range(classes):
         folder = root / f"class {label}"
         folder.mkdir(parents=True)
@@ -38,63 +38,66 @@ def folders(
     return root
 
 
-def own(root: Path, *overrides: str) -> LoadedJob:
+def load_own(root: Path, *overrides: str) -> LoadedJob:
     loaded = load_job(OWN, [f"data.root={root}", "cluster.device=cpu", *overrides])
     check(loaded.job, machine.world_size(loaded.job.cluster), loaded.origins)
     return loaded
 
 
-def test_class_folders(tmp_path: Path) -> None:
-    loaded = own(folders(tmp_path / "mine", 4, 100))
-    pretrain, finetune = loaded.job.stages.pretrain, loaded.job.stages.finetune
+def test_values_are_chosen_for_class_folders(tmp_path: Path) -> None:
+    loaded = load_own(folders(tmp_path / "mine", 4, 100))
+    pretrain = loaded.job.stages.pretrain
+    finetune = loaded.job.stages.finetune
     assert pretrain is not None
     assert finetune is not None
-    assert pretrain.image_size == 96  # 150 pixels would do more, two cores would not
+    assert pretrain.image_size == 96  # 150 pixels allow 128, the CPU budget does not
     assert pretrain.epochs == 60
     assert finetune.epochs == 20
-    assert pretrain.global_batch == 16  # 360 images: 22 steps an epoch
+    assert pretrain.global_batch == 16  # 360 images: 22 steps per epoch
     assert loaded.job.data["images"].validation_fraction == 0.1
     assert loaded.origins["stages.pretrain.epochs"].startswith("chosen: 360 training images")
-    said = "\n".join(loaded.notes)
+    notes = "\n".join(loaded.notes)
     for part in (
-        "data.images: 400 images of 4 classes (class folders, no validation split), median short side 150 pixels",
+        "data.images: 400 images of 4 classes (class folders, no validation split), median short "
+        "side 150 pixels",
         "data.images.validation_fraction = 0.1: held out by content hash",
         "stages.pretrain.image_size = 96: median short side 150 pixels",
         "stages.pretrain.epochs = 60: 360 training images",
-        "stages.pretrain.global_batch = 16: 22 steps an epoch on 2 processes",
+        "stages.pretrain.global_batch = 16: 22 steps per epoch on 2 processes",
         "stages.finetune.image_size",
     ):
-        assert part in said
+        assert part in notes
 
 
-def test_class_tars_with_a_validation_split(tmp_path: Path) -> None:
-    loaded = own(
+def test_a_validation_split_of_the_source_is_used(tmp_path: Path) -> None:
+    loaded = load_own(
         class_tars(tmp_path / "mine", classes=5, count=20, validation=4), "cluster.processes=1"
     )
     assert (
         loaded.notes[0]
-        == "data.images: 100 images of 5 classes (class tars, with a validation split), median short side 32 pixels"
+        == "data.images: 100 images of 5 classes (class tars, with a validation split), median "
+        "short side 32 pixels"
     )
     pretrain = loaded.job.stages.pretrain
     assert pretrain is not None
     assert (pretrain.image_size, pretrain.global_batch) == (64, 16)
 
 
-def test_more_processes_get_even_shares(tmp_path: Path) -> None:
+def test_global_batch_divides_evenly_among_any_number_of_processes(tmp_path: Path) -> None:
     root = folders(tmp_path / "mine", 4, 100)
     for processes in (1, 2, 3, 8, 64):
-        job = own(root, f"cluster.processes={processes}").job
+        job = load_own(root, f"cluster.processes={processes}").job
         assert job.stages.pretrain is not None
         assert job.stages.pretrain.global_batch % (2 * processes) == 0
 
 
-def test_few_images_hold_out_more(tmp_path: Path) -> None:
-    loaded = own(folders(tmp_path / "mine", 2, 10), "cluster.processes=1")
+def test_more_is_held_out_of_few_images(tmp_path: Path) -> None:
+    loaded = load_own(folders(tmp_path / "mine", 2, 10), "cluster.processes=1")
     assert loaded.job.data["images"].validation_fraction == 0.2
 
 
-def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
-    loaded = own(
+def test_values_set_by_the_user_are_kept(tmp_path: Path) -> None:
+    loaded = load_own(
         folders(tmp_path / "mine", 2, 40),
         "stages.pretrain.epochs=7",
         "stages.pretrain.image_size=32",
@@ -112,11 +115,14 @@ def test_numbers_that_are_given_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"])
-def test_sizes_of_every_kind(tmp_path: Path, kind: str) -> None:
-    found = look_at(
-        str(folders(tmp_path / "mine", 2, 3, 90, 70, kind)), "auto", "data.images.root", "x.yaml:1"
+def test_image_sizes_are_read_from_every_format(tmp_path: Path, kind: str) -> None:
+    source = inspect_source(
+        str(folders(tmp_path / "mine", 2, 3, width=90, height=70, kind=kind)),
+        "auto",
+        "data.images.root",
+        "x.yaml:1",
     )
-    assert (found.layout, found.classes, found.images, found.short_side) == (
+    assert (source.layout, source.classes, source.images, source.short_side) == (
         "class_folders",
         2,
         6,
@@ -124,25 +130,25 @@ def test_sizes_of_every_kind(tmp_path: Path, kind: str) -> None:
     )
 
 
-def test_damage_does_not_stop_a_look(tmp_path: Path) -> None:
+def test_damaged_files_do_not_stop_the_inspection(tmp_path: Path) -> None:
     files = {
-        "a.jpg": picture(64, 48),
+        "a.jpg": image_file(64, 48),
         "b.jpg": b"no image",
         "c.jpg": b"",
         "readme.txt": b"x",
-        "d.png": picture(64, 48, "PNG"),
+        "d.png": image_file(64, 48, "PNG"),
     }
     write_tar(tmp_path / "cut.tar", files)
     whole = (tmp_path / "cut.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:1500])
     write_tar(tmp_path / "whole.tar", files)
     (tmp_path / "nonsense.tar").write_bytes(b"\x01" * 3000)
-    found = look_at(str(tmp_path), "auto", "key", "place")
-    assert (found.classes, found.short_side) == (3, 48)
-    assert found.images in (4, 5)
+    source = inspect_source(str(tmp_path), "auto", "key", "place")
+    assert (source.classes, source.short_side) == (3, 48)
+    assert source.images in (4, 5)  # the cut tar counts as far as it can be read
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/x.jpg").write_bytes(b"no image")
-    assert look_at(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
+    assert inspect_source(str(tmp_path), "class_folders", "key", "place").short_side == USUAL_SIDE
 
 
 @pytest.mark.parametrize(
@@ -156,12 +162,14 @@ def test_damage_does_not_stop_a_look(tmp_path: Path) -> None:
         (
             "",
             ["data.root=/not/there"],
-            "--set: data.images.root: there is no folder /not/there\n  -> --set data.images.root=DIR",
+            "--set: data.images.root: there is no folder /not/there"
+            "\n  -> --set data.images.root=DIR",
         ),
         (
             "empty",
             [],
-            "data.images.root: {root} holds no folders of images nor tars (at the top, or below train/)",
+            "data.images.root: {root} holds no folders of images nor tars (at the top, or below "
+            "train/)",
         ),
         (
             "folders",
@@ -176,7 +184,7 @@ def test_damage_does_not_stop_a_look(tmp_path: Path) -> None:
         ("few", [], "stages.pretrain.global_batch: 2 training images are too few for 2 processes"),
     ],
 )
-def test_sources_that_cannot_be_looked_at(
+def test_unusable_source_is_refused(
     tmp_path: Path, prepare: str, overrides: list[str], message: str
 ) -> None:
     root = tmp_path / "mine"
@@ -184,29 +192,31 @@ def test_sources_that_cannot_be_looked_at(
     if prepare in ("folders", "few"):
         folders(root, 2, 50 if prepare == "folders" else 1)
     with pytest.raises(ConfigError) as error:
-        own(root, *overrides)
+        load_own(root, *overrides)
     assert message.format(root=root) in error.value.message
 
 
-def test_without_a_source_the_job_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_source_names_the_override_that_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OWN_IMAGES", raising=False)
     with pytest.raises(
         ConfigError,
-        match=r"own_images\.yaml:5: data\.images\.root: no folder of images is given\n  -> --set data\.root=DIR",
+        match=r"own_images\.yaml:8: data\.images\.root: no folder of images is given"
+        r"\n  -> --set data\.root=DIR",
     ):
         load_job(OWN)
 
 
-def test_which_dataset_is_looked_at(tmp_path: Path) -> None:
+def test_auto_uses_the_dataset_of_the_stage(tmp_path: Path) -> None:
     root = folders(tmp_path / "mine", 2, 40)
-    both = f"data={{one: {{root: {root}}}, two: {{root: {root}}}}}"
+    both = f"data={{cats: {{root: {root}}}, dogs: {{root: {root}}}}}"
     with pytest.raises(
         ConfigError,
-        match=r"stages\.pretrain\.data: 'auto' needs to know the dataset\n  -> data: one of one, two",
+        match=r"stages\.pretrain\.data: 'auto' needs to know the dataset"
+        r"\n  -> data: one of cats, dogs",
     ):
         load_job(OWN, [both])
-    loaded = load_job(OWN, [both, "stages.pretrain.data=one", "stages.finetune.data=two"])
+    loaded = load_job(OWN, [both, "stages.pretrain.data=cats", "stages.finetune.data=dogs"])
     assert [note.partition(":")[0] for note in loaded.notes if note.startswith("data.")] == [
-        "data.one",
-        "data.two",
+        "data.cats",
+        "data.dogs",
     ]

@@ -1,4 +1,4 @@
-"""``--set``, references and variables; and whatever is set, the resolved job is a job file that gives the same job."""
+"""``--set``: values, errors, and the property that the resolved job is a job file of itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.config import render
 from pipeline.config.load import load_job
 from pipeline.config.schema_text import describe
-from tests.config.jobs import JOB, changed, complaint, write
+from tests.config.jobs import JOB, edited, error_message, write
 
 UNNAMED = JOB.replace('\n  toy: {root: "/images", layout: class_tars}', " {root: /images}")
 
@@ -56,22 +56,22 @@ def at(values: Any, dotted: str) -> Any:
         ("cluster.processes=4", "cluster.processes", 4),
     ],
 )
-def test_set(job: Path, override: str, key: str, value: Any) -> None:
+def test_set_changes_the_value(job: Path, override: str, key: str, value: Any) -> None:
     loaded = load_job(job, [override])
     assert at(loaded.resolved(), key) == value
     if "{" not in override and override.split("=")[0].strip() == key:
         assert loaded.origins[key] == "--set"
 
 
-def test_the_rest_of_a_reference_stays(job: Path) -> None:
+def test_set_below_a_reference_keeps_its_other_values(job: Path) -> None:
     loaded = load_job(job, ["model.drop_path=0.3", "stages.pretrain.augment.mixup=0.1"])
     assert loaded.job.model.channels == (16, 32, 64, 128)
     assert loaded.origins["model.drop_path"] == "--set"
-    assert loaded.origins["model.channels"].endswith("configs/model/revcol_quickstart.yaml:2")
+    assert loaded.origins["model.channels"].endswith("configs/model/revcol_quickstart.yaml:3")
     assert at(loaded.resolved(), "stages.pretrain.augment.cutmix") == 0.2
 
 
-def test_a_later_set_wins_and_null_takes_a_stage_away(job: Path) -> None:
+def test_later_set_wins_and_null_removes_a_stage(job: Path) -> None:
     loaded = load_job(
         job,
         [
@@ -85,11 +85,11 @@ def test_a_later_set_wins_and_null_takes_a_stage_away(job: Path) -> None:
     assert loaded.job.seed == 2
     assert "finetune" not in loaded.resolved()["stages"]
     assert loaded.notes == [
-        "--set: stages.finetune is empty and left out; write finetune: {} for its defaults"
+        "--set: stages.finetune is empty and will not run; write finetune: {} for its defaults"
     ]
 
 
-def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_in_set_are_replaced(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHERE", "/data")
     monkeypatch.setenv("EMPTY", "")
     overrides = ["data.root=${WHERE}/${EMPTY:-x}/${UNSET_ONE:-y z}", "seed=${SEED_UNSET:-11}"]
@@ -120,11 +120,13 @@ def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyP
         ("data.toy.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
         (
             "stages.pretrain.betas.0=1",
-            "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: give it whole",
+            "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: set it "
+            "as a whole",
         ),
         (
             "seed.x=1",
-            "there is no key 'x' in seed\n  -> seed is a whole number, 0 or more and below 4294967296: give it whole",
+            "there is no key 'x' in seed"
+            "\n  -> seed is a whole number, 0 or more and below 4294967296: set it as a whole",
         ),
         ("seed=[1", "--set: 'seed=[1': not readable as YAML"),
         ("seed=!!python/name:os.system 1", "the YAML tag '!!python/name:os.system' is not allowed"),
@@ -138,29 +140,37 @@ def test_variables_in_values_that_are_set(job: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "model=revcol_tny",
-            "--set: model: there is no file configs/model/revcol_tny.yaml\n  -> did you mean 'revcol_tiny'?",
+            "--set: model: there is no file configs/model/revcol_tny.yaml"
+            "\n  -> did you mean 'revcol_tiny'?",
         ),
         (
             "cluster=nope",
-            "--set: cluster: there is no file configs/cluster/nope.yaml\n  -> files in configs/cluster: local",
+            "--set: cluster: there is no file configs/cluster/nope.yaml"
+            "\n  -> files in configs/cluster: local",
         ),
-        ("data.toy.layout=class_tar", "--set: data.toy.layout: expected one of 'class_tars'"),
+        (
+            "data.toy.layout=class_tar",
+            "--set: data.toy.layout: expected one of 'class_folders', 'class_tars', 'huggingface', "
+            "'imagenet_tars', 'auto', given \"class_tar\"\n  -> did you mean 'class_tars'?",
+        ),
     ],
 )
-def test_what_cannot_be_set(tmp_path: Path, override: str, message: str) -> None:
-    assert message in complaint(tmp_path, JOB, override)
+def test_impossible_set_is_refused_with_a_remedy(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    assert message in error_message(tmp_path, JOB, override)
 
 
-def test_which_of_two_datasets(tmp_path: Path) -> None:
-    text = changed("data:\n", "data:\n  more: {root: /more}\n")
-    message = complaint(tmp_path, text, "data.root=/x")
+def test_set_without_a_dataset_name_lists_the_choices(tmp_path: Path) -> None:
+    text = edited("data:\n", "data:\n  extra: {root: /extra}\n")
+    message = error_message(tmp_path, text, "data.root=/x")
     assert (
-        message
-        == "--set: 'data.root=/x': the job has 2 datasets\n  -> say which: data.more.root, data.toy.root"
+        message == "--set: 'data.root=/x': the job has 2 datasets"
+        "\n  -> choose one: data.extra.root, data.toy.root"
     )
 
 
-def test_a_dataset_without_a_name(tmp_path: Path) -> None:
+def test_dataset_without_a_name_is_called_images(tmp_path: Path) -> None:
     path = write(tmp_path, UNNAMED)
     assert list(load_job(path).job.data) == ["images"]
     for override in ("data.root=/other", "data.images.root=/other"):
@@ -169,38 +179,7 @@ def test_a_dataset_without_a_name(tmp_path: Path) -> None:
     assert (by_name.layout, by_name.root) == ("imagenet_tars", "/in1k")
 
 
-def test_references_own_folder_first_then_the_shipped_one(tmp_path: Path) -> None:
-    write(tmp_path, "base: revcol_tiny\ncolumns: 6\n", "configs/model/revcol_mine.yaml")
-    write(
-        tmp_path,
-        "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0}\n",
-        "configs/recipe/mine.yaml",
-    )
-    write(tmp_path, "b\na\n", "configs/classes/ab.txt")
-    text = changed(
-        "revcol_quickstart",
-        "revcol_mine",
-        "recipe: quickstart_pretrain\n    epochs: 3",
-        "recipe: mine",
-        "layout:",
-        "classes: ab, layout:",
-    )
-    loaded = load_job(write(tmp_path, text))
-    assert (loaded.job.model.columns, loaded.job.model.channels[0]) == (6, 64)
-    assert loaded.job.stages.pretrain is not None
-    assert (loaded.job.stages.pretrain.epochs, loaded.job.stages.pretrain.augment.mixup) == (2, 0)
-    assert loaded.job.stages.pretrain.augment.cutmix == 0.2
-    assert loaded.job.data["toy"].classes == str(tmp_path / "configs/classes/ab.txt")
-    elsewhere = write(tmp_path, render.job_file(loaded), "elsewhere/run.yaml")
-    assert load_job(elsewhere).job == loaded.job
-
-
-def test_a_path_as_a_reference(tmp_path: Path) -> None:
-    write(tmp_path, "base: revcol_tiny\n", "models/one.yaml")
-    assert load_job(write(tmp_path, JOB), ["model=models/one.yaml"]).job.model.channels[0] == 64
-
-
-def test_sources_and_weights_become_absolute(
+def test_paths_of_sources_and_weights_become_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -218,26 +197,18 @@ def test_sources_and_weights_become_absolute(
 def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     """Values that a key may have by its JSON Schema."""
     if "anyOf" in schema:
-        return st.one_of([values(one) for one in schema["anyOf"]])
+        return st.one_of([values(branch) for branch in schema["anyOf"]])
     if "const" in schema or "enum" in schema:
         return st.sampled_from(schema.get("enum", [schema.get("const")]))
     kind = schema.get("type")
     if kind in ("integer", "number"):
-        low, high = (
-            schema.get("minimum", schema.get("exclusiveMinimum", 0)),
-            schema.get("maximum", schema.get("exclusiveMaximum", 1e6)),
-        )
+        low = schema.get("minimum", schema.get("exclusiveMinimum", 0))
+        high = schema.get("maximum", schema.get("exclusiveMaximum", 1e6))
+        without_low = "exclusiveMinimum" in schema
+        without_high = "exclusiveMaximum" in schema
         if kind == "integer":
-            return st.integers(
-                low + ("exclusiveMinimum" in schema), int(high) - ("exclusiveMaximum" in schema)
-            )
-        return st.floats(
-            low,
-            high,
-            exclude_min="exclusiveMinimum" in schema,
-            exclude_max="exclusiveMaximum" in schema,
-            width=32,
-        )
+            return st.integers(low + without_low, int(high) - without_high)
+        return st.floats(low, high, exclude_min=without_low, exclude_max=without_high, width=32)
     if kind == "array":
         return st.tuples(*map(values, schema["prefixItems"])).map(list)
     if kind == "boolean":
@@ -259,19 +230,19 @@ TEXTS = {
 
 
 def settable() -> list[tuple[str, st.SearchStrategy[Any]]]:
-    found: list[tuple[str, st.SearchStrategy[Any]]] = []
-    for one in describe.all_fields():
-        dotted = one.dotted.replace(describe.ANY, "toy")
+    keys: list[tuple[str, st.SearchStrategy[Any]]] = []
+    for key in describe.all_keys():
+        dotted = key.dotted.replace(describe.ANY, "toy")
         if dotted in TEXTS:
-            found.append((dotted, TEXTS[dotted]))
+            keys.append((dotted, TEXTS[dotted]))
         elif (
-            not one.keys
-            and not one.section
-            and one.expectation != "text"
+            not key.keys
+            and not key.section
+            and key.expectation != "text"
             and not dotted.endswith((".data", "device"))
         ):
-            found.append((dotted, values(one.schema)))
-    return found
+            keys.append((dotted, values(key.schema)))
+    return keys
 
 
 SETTABLE = settable()
@@ -282,7 +253,7 @@ OVERRIDES = st.lists(
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(OVERRIDES)
-def test_any_valid_overrides_hold_and_the_resolved_job_gives_the_same_job(
+def test_resolved_job_of_any_valid_overrides_gives_the_same_job(
     tmp_path_factory: pytest.TempPathFactory, overrides: list[tuple[str, Any]]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -301,5 +272,5 @@ def test_any_valid_overrides_hold_and_the_resolved_job_gives_the_same_job(
     assert again.notes == []
 
 
-def test_every_key_that_can_be_set_is_in_the_property() -> None:
+def test_the_property_covers_more_than_a_hundred_keys() -> None:
     assert len(SETTABLE) > 100

@@ -1,4 +1,4 @@
-"""What the user is shown: the dry run, and what a key means."""
+"""Text for the user: the dry run, and the explanation of a key."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ def lines(text: str) -> dict[str, str]:
     return {" ".join(line.split()[:2]): line for line in text.splitlines()}
 
 
-def test_dry_run_tells_values_origins_and_plan(
+def test_dry_run_shows_values_origins_and_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = render.dry_run(load_job(write(tmp_path, JOB), ["seed=5"]), world_size=4)
-    found = lines(text)
-    assert found["name: small"].split("  # ")[1] == "job.yaml:1"
-    assert found["seed: 5"].split("  # ")[1] == "--set"
-    assert found["epochs: 3"].split("  # ")[1] == "job.yaml:10"
-    assert found["columns: 4"].split("  # ")[1].endswith("configs/model/revcol_quickstart.yaml:4")
-    assert found["keep_checkpoints: 2"].split("  # ")[1] == "default"
-    plan = text[text.index("# What would run") :]
+    by_words = lines(text)
+    assert by_words["name: small"].split("  # ")[1] == "job.yaml:1"
+    assert by_words["seed: 5"].split("  # ")[1] == "--set"
+    assert by_words["epochs: 3"].split("  # ")[1] == "job.yaml:10"
+    columns_origin = by_words["columns: 4"].split("  # ")[1]
+    assert columns_origin.endswith("configs/model/revcol_quickstart.yaml:5")
+    assert by_words["keep_checkpoints: 2"].split("  # ")[1] == "default"
+    plan = text[text.index("# Plan") :]
     assert "prepare   toy (/images)" in plan
     assert "pretrain  toy, from scratch, 64 pixels, 3 epochs; 4 processes on " in plan
     assert "global batch 64 = 4 x 16 x 1 (processes x micro batch x accumulation)" in plan
@@ -42,25 +43,26 @@ def test_dry_run_tells_values_origins_and_plan(
     assert "# Notes" not in plan
 
 
-def test_dry_run_counts_steps_where_images_are_known(tmp_path: Path, quickstart: LoadedJob) -> None:
-    assert "12 epochs, about 384 steps" in render.dry_run(
-        quickstart
-    )  # 32 classes x 64 images, 64 a step
+def test_dry_run_counts_steps_if_the_number_of_images_is_known(
+    tmp_path: Path, quickstart: LoadedJob
+) -> None:
+    # 12 epochs of 32 classes x 64 images, 64 images per step.
+    assert "12 epochs, about 384 steps" in render.dry_run(quickstart)
     loaded = load_job(write(tmp_path, JOB))
     assert "3 epochs, about 45 steps" in render.dry_run(loaded, images={"toy": 1000})
 
 
-def test_job_file_reads_back(tmp_path: Path, quickstart: LoadedJob) -> None:
+def test_job_file_reads_back_as_the_same_job(tmp_path: Path, quickstart: LoadedJob) -> None:
     assert load_job(write(tmp_path, render.job_file(quickstart))).job == quickstart.job
 
 
-def test_explain(quickstart: LoadedJob) -> None:
+def test_explain_shows_meaning_default_and_values_of_a_job(quickstart: LoadedJob) -> None:
     text = render.explain("base_lr")
     assert text.splitlines()[0] == "stages.pretrain.base_lr"
     for part in (
         "Peak learning rate",
         "a number above 0",
-        "none: it must be given",
+        "none: required",
         "also     stages.finetune.base_lr",
     ):
         assert part in text
@@ -74,7 +76,7 @@ def test_explain(quickstart: LoadedJob) -> None:
     assert "default  224" in text
 
 
-def test_explain_datasets_by_name_or_without(quickstart: LoadedJob) -> None:
+def test_explain_accepts_datasets_with_and_without_a_name(quickstart: LoadedJob) -> None:
     for key in ("data.root", "root"):
         text = render.explain(key, quickstart)
         assert "data.toy22k.root" in text
@@ -85,7 +87,7 @@ def test_explain_datasets_by_name_or_without(quickstart: LoadedJob) -> None:
     assert "not in the job quickstart" in render.explain("data.nothing.synthetic.seed", quickstart)
 
 
-def test_explain_a_section(quickstart: LoadedJob) -> None:
+def test_explain_of_a_section_lists_its_keys(quickstart: LoadedJob) -> None:
     text = render.explain("model", quickstart)
     assert "channels" in text
     assert "Number of columns T." in text
@@ -100,18 +102,21 @@ def test_explain_a_section(quickstart: LoadedJob) -> None:
         ("", "sections:"),
     ],
 )
-def test_explain_an_unknown_key(key: str, remedy: str) -> None:
+def test_explain_of_an_unknown_key_suggests_the_closest_one(key: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as error:
         render.explain(key)
     assert f"there is no key '{key}'" in error.value.message
     assert remedy in error.value.message
 
 
-def test_every_key_explains_itself(quickstart: LoadedJob) -> None:
-    for one in describe.all_fields():
-        if one.path[-1] == describe.ANY:
-            continue
-        assert one.description, one.dotted
-        text = render.explain(one.dotted, quickstart)
-        assert text.startswith(one.dotted)
-        assert one.keys or one.expectation in text
+def test_every_key_has_a_description_and_can_be_explained(quickstart: LoadedJob) -> None:
+    keys = [key for key in describe.all_keys() if key.path[-1] != describe.ANY]
+    assert len(keys) > 100
+    for key in keys:
+        assert key.description, key.dotted
+        text = render.explain(key.dotted, quickstart)
+        assert text.startswith(key.dotted)
+        if key.keys:
+            assert all(f"    {name}" in text for name in key.keys)
+        else:
+            assert f"  type     {key.expectation}\n" in text

@@ -1,4 +1,4 @@
-"""C8: a changed setting is listed, and allowed or refused by kind; and what it means for each stage."""
+"""C8: changed settings are listed, and each is allowed or refused when a stage resumes."""
 
 from __future__ import annotations
 
@@ -54,10 +54,12 @@ def resolved(tmp_path: Path) -> Any:
         ("stages.evaluate.image_size=128", "evaluate", False),
     ],
 )
-def test_c8_kinds_of_changes(resolved: Any, override: str, stage: str, allowed: bool) -> None:
-    found = changes(resolved(), resolved(override), stage)
-    assert [change.key for change in found] == [override.partition("=")[0]]
-    assert found[0].allowed is allowed
+def test_c8_each_kind_of_change_is_allowed_or_refused(
+    resolved: Any, override: str, stage: str, allowed: bool
+) -> None:
+    differences = changes(resolved(), resolved(override), stage)
+    assert [change.key for change in differences] == [override.partition("=")[0]]
+    assert differences[0].allowed is allowed
     assert changes(resolved(), resolved(), stage) == []
 
 
@@ -73,32 +75,42 @@ def test_c8_kinds_of_changes(resolved: Any, override: str, stage: str, allowed: 
         ("stages.pretrain.log_every_steps=1", "export"),
     ],
 )
-def test_what_does_not_concern_a_stage(resolved: Any, override: str, stage: str) -> None:
+def test_change_outside_a_stage_is_not_listed(resolved: Any, override: str, stage: str) -> None:
     assert changes(resolved(), resolved(override), stage) == []
 
 
-def test_evaluation_follows_the_dataset_of_its_source(resolved: Any) -> None:
+def test_evaluation_depends_on_the_dataset_of_its_source_stage(resolved: Any) -> None:
     assert [
-        one.key for one in changes(resolved(), resolved("data.toy.short_side=9"), "evaluate")
+        change.key for change in changes(resolved(), resolved("data.toy.short_side=9"), "evaluate")
     ] == ["data.toy.short_side"]
     keys = [
-        one.key for one in changes(resolved(), resolved("stages.finetune.data=other"), "evaluate")
+        change.key
+        for change in changes(resolved(), resolved("stages.finetune.data=other"), "evaluate")
     ]
     assert "data.toy.layout" in keys
     assert "data.other.layout" in keys
 
 
-def test_a_generated_source_in_place_of_a_real_one(resolved: Any) -> None:
-    found = changes(resolved(), resolved("data.toy.synthetic={classes: 3}"), "pretrain")
-    assert found[0].key == "data.toy.synthetic"
-    assert (found[0].old, found[0].new) == (None, "(not there)")
-    assert {one.key for one in found} > {"data.toy.synthetic.classes", "data.toy.synthetic.seed"}
+def test_synthetic_source_instead_of_a_real_one_is_listed(resolved: Any) -> None:
+    differences = changes(resolved(), resolved("data.toy.synthetic={classes: 3}"), "pretrain")
+    assert differences[0].key == "data.toy.synthetic"
+    assert (differences[0].old, differences[0].new) == (None, "(not there)")
+    assert {change.key for change in differences} > {
+        "data.toy.synthetic.classes",
+        "data.toy.synthetic.seed",
+    }
 
 
 def decision(resolved: Any, override: str, state: Any, tmp_path: Path, **more: Any) -> Any:
     record = StageRecord(state=state, inputs={"data": "d"})
     return decide(
-        "pretrain", record, resolved(), resolved(override), {"data": "d"}, RunDir(tmp_path), **more
+        "pretrain",
+        record,
+        started_with=resolved(),
+        resolved=resolved(override),
+        inputs={"data": "d"},
+        run_dir=RunDir(tmp_path),
+        **more,
     )
 
 
@@ -111,16 +123,17 @@ def test_c8_an_interrupted_stage(resolved: Any, tmp_path: Path, state: str) -> N
         decide(
             "pretrain",
             StageRecord(state=state),
-            resolved(),
-            resolved("model.columns=5", "stages.pretrain.log_every_steps=3"),
-            {},
-            RunDir(tmp_path),
+            started_with=resolved(),
+            resolved=resolved("model.columns=5", "stages.pretrain.log_every_steps=3"),
+            inputs={},
+            run_dir=RunDir(tmp_path),
         )
     assert error.value.message == (
         "stages.pretrain: it was interrupted, and its settings have changed since:\n"
         "    stages.pretrain.log_every_steps: 10 -> 3  (may change)\n"
         "    model.columns: 4 -> 5  (refused)\n"
-        "  -> put them back, or give the job another name, or begin the stage anew: --stage pretrain --force"
+        "  -> restore the settings, give the job another name, or restart the stage from scratch: "
+        "--stage pretrain --force"
     )
 
 
@@ -129,7 +142,7 @@ def test_c8_a_finished_stage(resolved: Any, tmp_path: Path) -> None:
     assert (
         decision(resolved, "stages.pretrain.log_every_steps=3", "done", tmp_path).action == "skip"
     )
-    anew = decision(resolved, "model.columns=5", "done", tmp_path)
-    assert anew.action == "anew"
-    assert "model.columns 4 -> 5" in anew.reason
-    assert decision(resolved, "seed=0", "done", tmp_path, force=True).action == "anew"
+    restart = decision(resolved, "model.columns=5", "done", tmp_path)
+    assert restart.action == "restart"
+    assert "model.columns 4 -> 5" in restart.reason
+    assert decision(resolved, "seed=0", "done", tmp_path, force=True).action == "restart"

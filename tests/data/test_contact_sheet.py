@@ -127,7 +127,8 @@ def test_missing_and_undecodable_images_are_errors(tmp_path: Path) -> None:
         file.seek(offset)
         file.write(b"\0" * 16)
     with pytest.raises(
-        DataError, match=r"train-00000.parquet, row 0: the image is not what was written"
+        DataError,
+        match=r"train-00000.parquet, row 0: checksum mismatch: the image changed after preparation",
     ):
         contact_sheet(data, Settings(32, AugmentConfig(), 0))
 
@@ -151,7 +152,7 @@ def test_find_accepts_job_files_runs_and_datasets(
         assert find(Path(name), runs, "finetune").settings.augment.mixup == 0
     make_dataset(tmp_path / "alone", {"train": 3})
     assert find(Path("alone"), runs).settings == Settings(224, AugmentConfig(), 0)
-    with pytest.raises(ConfigError, match="no job here tells of a stage 'pretrain'"):
+    with pytest.raises(ConfigError, match="no job is known that has the stage 'pretrain'"):
         find(Path("alone"), runs, "pretrain")
     with pytest.raises(
         DataError,

@@ -1,155 +1,41 @@
-"""Shards are ordinary Parquet, read back zero-copy, and damage is named."""
+"""Prepared datasets: images are read back unchanged, and every kind of damage is named."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.data.dataset import open_dataset
-from pipeline.data.shards import GROUP_ROWS, Row, index_path, write_shard
+from pipeline.data.description import DatasetDescription, UnsupportedFormat
+from pipeline.data.shard_cache import ShardCache
+from pipeline.data.shards import index_path
 from pipeline.errors import DataError
-from pipeline.files import digest
-from tests.data.small_datasets import jpeg, make_dataset, row
-
-COLUMNS = ["key", "label", "width", "height", "hash", "image"]
+from pipeline.files import write_json
+from tests.data.small_datasets import jpeg, make_dataset
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_images_and_labels_are_read_back(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, {"train": 700, "validation": 3}, classes=5)
     split = dataset.split("train")
-    assert len(split) == 700 and len(dataset.split("validation")) == 3
+    assert len(split) == 700
+    assert len(dataset.split("validation")) == 3
     assert split.labels.tolist() == [i % 5 for i in range(700)]
     for i in (0, 255, 256, 299, 300, 699):
-        assert bytes(split.image(i)) == jpeg(i, 48, 40) and split.label(i) == i % 5
-    assert dataset.classes == ["c0", "c1", "c2", "c3", "c4"] and dataset.class_names[2] == "class 2"
+        assert bytes(split.image(i)) == jpeg(i, 48, 40)
+        assert split.label(i) == i % 5
+    assert dataset.classes == ["c0", "c1", "c2", "c3", "c4"]
+    assert dataset.class_names[2] == "class 2"
     assert "train-00001.parquet, row 0" in split.place(300)
     with pytest.raises(IndexError):
         split.image(700)
-
-
-Rows = dict[
-    str, list[Any]
-]  # key -> label, width, height, hash, and the digest of the image's bytes
-
-
-def facts(
-    key: str, label: int, width: int, height: int, hashed: str, image: bytes
-) -> tuple[str, list[Any]]:
-    return key, [label, width, height, hashed, digest(image)]
-
-
-def by_pyarrow(files: list[str]) -> Rows:
-    rows = pq.read_table(files).to_pylist()
-    return dict(facts(*(row[name] for name in COLUMNS[:-1]), row["image"]["bytes"]) for row in rows)
-
-
-def by_duckdb(files: list[str]) -> Rows:
-    import duckdb
-
-    with duckdb.connect() as connection:
-        query = "SELECT key, label, width, height, hash, image.bytes FROM read_parquet(?)"
-        return dict(facts(*row) for row in connection.execute(query, [files]).fetchall())
-
-
-def by_datasets(files: list[str], cache: Path) -> Rows:
-    import datasets
-
-    loaded = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
-    assert loaded.features["image"] == datasets.Image()
-    assert all(row["image"].size == (row["width"], row["height"]) for row in loaded), (
-        "pictures, without being told"
-    )
-    raw = loaded.cast_column("image", datasets.Image(decode=False))
-    return dict(facts(*(row[name] for name in COLUMNS[:-1]), row["image"]["bytes"]) for row in raw)
-
-
-RAY = """
-import json, sys
-from pipeline.files import digest
-from pipeline.orchestrate.ray_session import ray_session
-
-with ray_session(cpus=1, gpus=0, started=lambda: None):
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.read_parquet(sys.argv[2:]).take_all()
-found = {r["key"]: [r["label"], r["width"], r["height"], r["hash"], digest(r["image"]["bytes"])] for r in rows}
-open(sys.argv[1], "w").write(json.dumps(found))
-"""
-
-
-def by_ray(files: list[str], out: Path) -> Rows:
-    done = subprocess.run(
-        [sys.executable, "-c", RAY, str(out), *files], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows: Rows = json.loads(out.read_text())
-    return rows
-
-
-@pytest.mark.slow
-def test_standard_readers_read_the_same_rows(tmp_path: Path) -> None:
-    make_dataset(tmp_path / "set", {"train": 270}, shard_rows=140)
-    files = [str(path) for path in sorted((tmp_path / "set").glob("*.parquet"))]
-    wanted = {
-        one.key: [one.label, one.width, one.height, one.hash, digest(jpeg(i, 48, 40))]
-        for i, one in enumerate(row(i, 4) for i in range(270))
-    }
-    assert by_pyarrow(files) == wanted
-    assert by_duckdb(files) == wanted
-    assert by_datasets(files, tmp_path / "cache") == wanted
-    assert by_ray(files, tmp_path / "ray.json") == wanted
-
-
-def test_a_shard_is_plain_uncompressed_parquet(tmp_path: Path) -> None:
-    split = make_dataset(tmp_path, {"train": 270}).split("train")
-    table = pq.read_table(tmp_path / "train-00000.parquet")
-    assert table.column_names == COLUMNS
-    assert [one["bytes"] for one in table["image"].to_pylist()] == [
-        bytes(split.image(i)) for i in range(270)
-    ]
-    metadata = pq.read_metadata(tmp_path / "train-00000.parquet")
-    assert metadata.metadata[b"fingerprint"] == b"test" and metadata.num_row_groups == 2
-    for group in range(2):
-        images = next(
-            c
-            for i in range(7)
-            if (c := metadata.row_group(group).column(i)).path_in_schema == "image.bytes"
-        )
-        assert images.compression == "UNCOMPRESSED" and set(images.encodings) == {"PLAIN", "RLE"}
-        assert not images.has_dictionary_page and not images.is_stats_set
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=600), last=st.integers(0, 2_000_000)
-)
-def test_the_index_says_where_every_image_lies(sizes: list[int], last: int) -> None:
-    """Whatever the images' sizes: nothing at all, and more than one page would usually hold."""
-    data = [bytes([i % 251]) * size for i, size in enumerate([*sizes, last])]
-    rows = [Row(str(i), i, 1, 1, digest(one), one) for i, one in enumerate(data)]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "one.parquet"
-        write_shard(
-            path,
-            [rows[start : start + GROUP_ROWS] for start in range(0, len(rows), GROUP_ROWS)],
-            "f",
-        )
-        content, index = path.read_bytes(), np.load(index_path(path))
-        assert [
-            content[offset : offset + length] for offset, length in index[:2].T.tolist()
-        ] == data
-        assert index[2].tolist() == list(range(len(data)))
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
@@ -159,7 +45,14 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_damage_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_description_is_read_back_as_written(tmp_path: Path) -> None:
+    written = make_dataset(tmp_path, {"train": 10, "validation": 3}, shard_rows=4).description
+    assert DatasetDescription.read(tmp_path) == written
+    assert written.splits["train"].images_by_class == [3, 3, 2, 2]
+    assert [shard.rows for shard in written.shards()] == [4, 4, 2, 3]
+
+
+def test_truncated_or_missing_files_are_named_with_a_remedy(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"train": 30, "validation": 30})
     shard = tmp_path / "train-00000.parquet"
     whole = shard.read_bytes()
@@ -172,32 +65,144 @@ def test_damage_is_named_with_a_remedy(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(DataError, match=r"train-00000.parquet: cannot be read: No such file"):
         open_dataset(tmp_path).split("train")
+
+
+def test_index_of_another_dataset_is_named(tmp_path: Path) -> None:
+    make_dataset(tmp_path, {"validation": 30})
     index = index_path(tmp_path / "validation-00000.parquet")
     turned = np.load(index)[:, ::-1]
     with index.open("wb") as file:
         np.save(file, turned)
-    with pytest.raises(DataError, match=r"validation-00000.idx: does not belong"):
+    with pytest.raises(
+        DataError, match=r"validation-00000.idx: checksum mismatch: the index does not belong"
+    ):
         open_dataset(tmp_path).split("validation")
 
 
-def test_a_directory_that_is_no_dataset_is_said(tmp_path: Path) -> None:
+def test_directory_that_is_not_the_wanted_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no prepared dataset here"):
         open_dataset(tmp_path)
     make_dataset(tmp_path / "set", {"train": 2})
-    with pytest.raises(DataError, match="another dataset: fingerprint test, expected other"):
+    with pytest.raises(DataError, match=r"different dataset \(fingerprint: test, expected other\)"):
         open_dataset(tmp_path / "set", fingerprint="other")
     with pytest.raises(DataError, match="no split named 'validation'"):
         open_dataset(tmp_path / "set").split("validation")
-    (tmp_path / "set" / "dataset.json").write_text("{")
-    with pytest.raises(DataError, match="is damaged"):
-        open_dataset(tmp_path / "set")
+
+
+def without(*path: str | int) -> Callable[[dict[str, Any]], object]:
+    """An edit that removes the value at ``path``."""
+
+    def edit(description: Any) -> None:
+        for step in path[:-1]:
+            description = description[step]
+        del description[path[-1]]
+
+    return edit
+
+
+def replaced(value: object, *path: str | int) -> Callable[[dict[str, Any]], object]:
+    """An edit that replaces the value at ``path``."""
+
+    def edit(description: Any) -> None:
+        for step in path[:-1]:
+            description = description[step]
+        description[path[-1]] = value
+
+    return edit
+
+
+SHARD = ("splits", "train", "shards", 0)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        (without("fingerprint"), "fingerprint is missing"),
+        (without("splits"), "splits is missing"),
+        (without("splits", "train", "images"), "splits.train.images is missing"),
+        (without("splits", "train", "shards"), "splits.train.shards is not a list"),
+        (without(*SHARD, "digest"), "splits.train.shards.0.digest is missing"),
+        (replaced([], "splits"), "splits is not an object"),
+        (replaced(None, "splits", "train"), "splits.train is missing"),
+        (replaced("many", *SHARD, "rows"), "splits.train.shards.0.rows is not of type int"),
+        (replaced(7, *SHARD, "index_digest"), "0.index_digest is not of type str"),
+        (replaced(7, *SHARD), "splits.train.shards.0 is not an object"),
+    ],
+)
+def test_damaged_description_is_named(
+    edit: Callable[[dict[str, Any]], object], cause: str, remote: bool, tmp_path: Path
+) -> None:
+    make_dataset(tmp_path / "set", {"train": 2})
+    description = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    edit(description)
+    write_json(tmp_path / "set" / "dataset.json", description)
+    with pytest.raises(
+        DataError, match=rf"dataset\.json: is damaged: .*{cause}\n  -> run the prep"
+    ):
+        opened(tmp_path, remote)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"3"])
+def test_description_that_is_not_a_json_object_is_named(
+    content: bytes, remote: bool, tmp_path: Path
+) -> None:
+    make_dataset(tmp_path / "set", {"train": 2})
+    (tmp_path / "set" / "dataset.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"dataset\.json: is damaged: .*\n  -> run the prepare"):
+        opened(tmp_path, remote)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"3", b"[3]", b'[{"id": "c0"}]'])
+def test_damaged_class_list_is_named(content: bytes, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", {"train": 2})
+    (tmp_path / "set" / "classes.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"classes\.json: is damaged: .*\n  -> run the prepare"):
+        opened(tmp_path, remote=False)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_wrong_number_of_rows_is_named(remote: bool, tmp_path: Path) -> None:
+    make_dataset(tmp_path / "set", {"train": 9})
+    description = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    for rows in (1, 8, 10, 10**6):
+        description["splits"]["train"]["shards"][0]["rows"] = rows
+        write_json(tmp_path / "set" / "dataset.json", description)
+        with pytest.raises(DataError, match=r"train-00000\.idx: .*\n  -> "):
+            opened(tmp_path, remote).split("train")
+
+
+def test_other_format_asks_for_a_new_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_COMMAND", "./launch.sh")
+    make_dataset(tmp_path, {"train": 2})
+    (tmp_path / "dataset.json").write_text('{"format": 1}')
+    with pytest.raises(UnsupportedFormat):
+        DatasetDescription.read(tmp_path)
+    with pytest.raises(DataError, match="has format 1, this version reads 2") as raised:
+        open_dataset(tmp_path)
+    assert "./launch.sh run JOB --stage prepare --force" in raised.value.remedy
+
+
+def opened(folder: Path, remote: bool) -> Any:
+    """Open the dataset in ``folder``/set directly, or a copy of it behind a memory:// URL."""
+    if not remote:
+        return open_dataset(folder / "set")
+    store = fsspec.filesystem("memory")
+    for path in (folder / "set").iterdir():
+        store.pipe_file(f"/{folder.name}/{path.name}", path.read_bytes())
+    return open_dataset(f"memory://{folder.name}", cache=ShardCache(folder / "cache"))
 
 
 @pytest.mark.parametrize(
-    ("hard", "said"),
+    ("hard_limit", "output"),
     [(4096, "210"), (130, "Too many open files\n  -> raise the limit of open files")],
 )
-def test_more_shards_than_files_may_be_open(tmp_path: Path, hard: int, said: str) -> None:
+def test_limit_of_open_files_is_raised_as_far_as_allowed(
+    tmp_path: Path, hard_limit: int, output: str
+) -> None:
     make_dataset(tmp_path, {"train": 210}, shard_rows=2)
     code = f"""
 import resource
@@ -205,11 +210,11 @@ from pathlib import Path
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import DataError
 
-resource.setrlimit(resource.RLIMIT_NOFILE, (120, {hard}))
+resource.setrlimit(resource.RLIMIT_NOFILE, (120, {hard_limit}))
 try:
     print(len(open_dataset(Path({str(tmp_path)!r})).split("train")))
 except DataError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said in done.stdout
+    assert output in done.stdout

@@ -1,284 +1,309 @@
-"""Remote shards through a node's cache: the same images, whole and checked files only, bounded, fetched once."""
+"""The shard cache in one process: same images, verified files only, bounded size."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data import shard_cache as caching
+from pipeline.data import shard_cache
 from pipeline.data.dataset import PreparedDataset, Split, open_dataset
-from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.order import WindowedOrder
-from pipeline.data.shard_cache import ShardCache
+from pipeline.data.remote_shards import CachedContent
+from pipeline.data.shard_cache import RemoteFile, ShardCache
 from pipeline.errors import DataError, StageError
 from pipeline.files import file_digest
 from pipeline.sources import remote
-from tests.data.small_datasets import make_dataset
-from tests.storage import Proxy, environment, s3_server, upload
-
-MEMORY = "memory:///cached"
+from tests.data.remote_datasets import (
+    MEMORY,
+    assert_same_images,
+    bytes_for,
+    bytes_held,
+    cached_files,
+    largest_shard,
+    make_in_memory,
+    train_shards,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> PreparedDataset:
-    """Six shards of 40 images and three of 20, here and in memory://cached."""
-    dataset = make_dataset(
-        tmp_path_factory.mktemp("set"), {"train": 240, "validation": 50}, shard_rows=40
-    )
-    store = fsspec.filesystem("memory")
-    for path in dataset.path.iterdir():
-        store.pipe_file(f"/cached/{path.name}", path.read_bytes())
-    return dataset
+    return make_in_memory(tmp_path_factory.mktemp("set"))
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
 
 
-def shard_sizes(dataset: PreparedDataset) -> list[int]:
-    return [shard["bytes"] for shard in dataset.description["splits"]["train"]["shards"]]
+@pytest.fixture
+def open_cached(tmp_path: Path, local: PreparedDataset) -> Callable[[float], Split]:
+    """The remote training split through a cache in tmp_path/cache for this many shards."""
+
+    def open_train(shards: float) -> Split:
+        cache = ShardCache(tmp_path / "cache", bytes_for(local, shards))
+        return open_dataset(MEMORY, cache=cache).split("train")
+
+    return open_train
 
 
-def small(dataset: PreparedDataset, shards: float) -> int:
-    """Bytes for so many shards and all indexes."""
-    return int(shards * max(shard_sizes(dataset))) + sum(
-        path.stat().st_size for path in dataset.path.glob("*.idx")
-    )
+Intercept = Callable[[str, bytes], bytes]
 
 
-def held(cache: ShardCache) -> int:
-    with cache._locked("room"):
-        return sum(entry.stat().st_size for entry in os.scandir(cache.directory))
+def intercept_reads(monkeypatch: pytest.MonkeyPatch, intercept: Intercept) -> None:
+    """Pass (path, data) of every read from the memory store through ``intercept``."""
+    original = MemoryFileSystem.cat_file
+
+    def cat_file(
+        self: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None
+    ) -> bytes:
+        return intercept(path, bytes(original(self, path, start=start, end=end)))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
 
 
-def eventually(condition: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come about")
-
-
-def assert_same(remote_split: Split, split: Split) -> None:
-    assert len(remote_split) == len(split)
-    np.testing.assert_array_equal(remote_split.labels, split.labels)
-    for i in np.random.default_rng(0).permutation(len(split)).tolist():
-        assert bytes(remote_split.image(i)) == bytes(split.image(i))
+def file_of(split: Split, shard: int) -> RemoteFile:
+    content = split._contents[shard]
+    assert isinstance(content, CachedContent)
+    return content.file
 
 
 @pytest.mark.parametrize("shards", [1.5, 2.5, 100])
-def test_every_image_is_the_same_whatever_the_bound(
+def test_images_are_the_same_whatever_the_size_of_the_cache(
     tmp_path: Path, local: PreparedDataset, shards: float
 ) -> None:
-    dataset = open_dataset(MEMORY, "test", ShardCache(tmp_path / "cache", small(local, shards)))
+    dataset = open_dataset(MEMORY, "test", ShardCache(tmp_path / "cache", bytes_for(local, shards)))
     assert dataset.classes == local.classes
     for name in ("train", "validation"):
-        assert_same(dataset.split(name), local.split(name))
+        assert_same_images(dataset.split(name), local.split(name))
     assert dataset.split("train").place(45) == f"{MEMORY}/train-00001.parquet, row 5"
     if shards == 100:
         kept = [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".")]
         assert all(file_digest(path) == path.name for path in kept)
 
 
-def test_batches_are_those_of_the_local_dataset(tmp_path: Path, local: PreparedDataset) -> None:
-    dataset = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 2.5)))
+def contents(batch: Batch) -> tuple[bytes, list[int], list[int]]:
+    return batch.images.numpy().tobytes(), batch.labels.tolist(), batch.samples.tolist()
+
+
+def test_batches_equal_those_of_the_local_dataset(tmp_path: Path, local: PreparedDataset) -> None:
+    dataset = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", bytes_for(local, 2.5)))
 
     def batches(source: PreparedDataset) -> list[tuple[bytes, list[int], list[int]]]:
-        settings = {
-            "seed": 3,
-            "image_size": 32,
-            "global_batch": 24,
-            "micro_batch": 24,
-            "threads": 2,
-        }
-        with TrainLoader(source.split("train"), augment=AugmentConfig(), **settings) as loader:  # type: ignore[arg-type]
-            train = [
-                (b.images.numpy().tobytes(), b.labels.tolist(), b.samples.tolist())
-                for b in islice(loader, 12)
-            ]
-        with EvalLoader(
+        train = TrainLoader(
+            source.split("train"),
+            seed=3,
+            image_size=32,
+            augment=AugmentConfig(),
+            global_batch=24,
+            micro_batch=24,
+            threads=2,
+        )
+        evaluation = EvalLoader(
             source.split("validation"), image_size=32, resize=1.1, batch=16, threads=2
-        ) as passes:
-            return train + [
-                (b.images.numpy().tobytes(), b.labels.tolist(), b.samples.tolist()) for b in passes
-            ]
+        )
+        with train, evaluation:
+            trained = [contents(batch) for batch in islice(train, 12)]
+            return trained + [contents(batch) for batch in evaluation]
 
     assert batches(dataset) == batches(local)
 
 
-def test_the_bound_holds_at_every_moment(tmp_path: Path, local: PreparedDataset) -> None:
-    bound, most, done = small(local, 3.2), 0, threading.Event()
-    cache = ShardCache(tmp_path / "cache", bound)
-    split = open_dataset(MEMORY, cache=cache).split("train")
+def test_cache_never_exceeds_its_size(
+    local: PreparedDataset, tmp_path: Path, open_cached: Callable[[float], Split]
+) -> None:
+    split = open_cached(3.2)
+    limit = bytes_for(local, 3.2)
+    cache = ShardCache(tmp_path / "cache", limit)
+    largest = 0
+    done = threading.Event()
 
     def watch() -> None:
-        nonlocal most
+        nonlocal largest
         while not done.wait(0.001):
-            most = max(most, held(cache))
+            largest = max(largest, bytes_held(cache))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     expected = [bytes(local.split("train").image(i)) for i in range(240)]
     wanted = np.random.default_rng(1).integers(0, 240, 400).tolist()
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda i: bytes(split.image(i)), wanted))
+        images = list(pool.map(lambda i: bytes(split.image(i)), wanted))
     done.set()
     watcher.join()
-    assert found == [expected[i] for i in wanted]
-    assert 2 * max(shard_sizes(local)) < most <= bound
+    assert images == [expected[i] for i in wanted]
+    assert 2 * largest_shard(local) < largest <= limit
 
 
-def test_the_least_recently_read_goes_first(
-    tmp_path: Path, local: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+def test_least_recently_read_shard_is_deleted_first(
+    tmp_path: Path,
+    local: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    open_cached: Callable[[float], Split],
 ) -> None:
-    monkeypatch.setattr(caching, "TOUCH", 0.0)
-    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 3.2))).split(
-        "train"
-    )
-    digests = [shard["digest"] for shard in local.description["splits"]["train"]["shards"]]
-    for shard in (0, 1, 2, 0, 3):  # 1 has waited longest when 3 comes
+    monkeypatch.setattr(shard_cache, "TOUCH_SECONDS", 0.0)
+    split = open_cached(3.2)
+    for shard in (0, 1, 2, 0, 3):  # shard 1 is the least recently read one when 3 is downloaded
         split.image(40 * shard)
         time.sleep(0.02)
-    assert [(tmp_path / "cache" / digest).exists() for digest in digests[:4]] == [
-        True,
-        False,
-        True,
-        True,
-    ]
+    present = [(tmp_path / "cache" / shard.digest).exists() for shard in train_shards(local)[:4]]
+    assert present == [True, False, True, True]
 
 
-def test_what_is_being_read_stays(
-    tmp_path: Path, local: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+def test_shard_that_is_being_read_is_not_deleted(
+    tmp_path: Path,
+    local: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    open_cached: Callable[[float], Split],
 ) -> None:
-    monkeypatch.setattr(caching, "PATIENCE", 3)
-    cache = ShardCache(tmp_path / "cache", small(local, 1.5))
-    split = open_dataset(MEMORY, cache=cache).split("train")
-    reading = cache.open(split._maps[0].file)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shard_cache, "MAX_IDLE_POLLS", 3)
+    split = open_cached(1.5)
+    cache = ShardCache(tmp_path / "cache", bytes_for(local, 1.5))
+    reading = cache.open(file_of(split, 0))
     with pytest.raises(
-        StageError, match=r"no room for a shard of \d+ bytes.*\n  -> let the cache be larger"
+        StageError, match=r"no room for a shard of \d+ bytes.*\n  -> raise the size of the cache"
     ):
         split.image(40)
-    assert (tmp_path / "cache" / split._maps[0].file.digest).exists()  # type: ignore[attr-defined]
+    assert (tmp_path / "cache" / file_of(split, 0).digest).exists()
     os.close(reading)
     assert bytes(split.image(40)) == bytes(local.split("train").image(40))
 
 
-def test_shards_come_ahead_of_need(tmp_path: Path, local: PreparedDataset) -> None:
-    local.split("train").ahead([1, 2])
-    shards = [shard["digest"] for shard in local.description["splits"]["train"]["shards"]]
-    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "few", small(local, 3.5))).split(
-        "train"
-    )
-    split.ahead([4, 2])
-    eventually(lambda: all((tmp_path / "few" / shards[i]).exists() for i in (2, 4)))
-    assert not (tmp_path / "few" / shards[0]).exists()
-    open_dataset(MEMORY, cache=ShardCache(tmp_path / "all")).split("train")
-    eventually(lambda: all((tmp_path / "all" / digest).exists() for digest in shards))
-
-
-def test_in_windows_an_epoch_fetches_each_shard_once(
-    tmp_path: Path, local: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+def test_announced_shards_are_prefetched(
+    tmp_path: Path, local: PreparedDataset, open_cached: Callable[[float], Split]
 ) -> None:
-    whole, fetched = MemoryFileSystem.cat_file, Counter[str]()
+    local.split("train").ahead([1, 2])  # no effect on a local dataset
+    digests = [shard.digest for shard in train_shards(local)]
+    open_cached(3.5).ahead([4, 2])
+    wait_until(lambda: all((tmp_path / "cache" / digests[i]).exists() for i in (2, 4)))
+    assert not (tmp_path / "cache" / digests[0]).exists()
 
-    def cat_file(
-        self: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None
-    ) -> bytes:
-        fetched[Path(path).name] += path.endswith(".parquet")
-        return bytes(whole(self, path, start=start, end=end))
 
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 3.5))).split(
-        "train"
+def test_dataset_that_fits_is_prefetched_completely(tmp_path: Path, local: PreparedDataset) -> None:
+    digests = [shard.digest for shard in train_shards(local)]
+    open_dataset(MEMORY, cache=ShardCache(tmp_path / "all")).split("train")
+    wait_until(lambda: all((tmp_path / "all" / digest).exists() for digest in digests))
+
+
+def test_windowed_epoch_downloads_each_shard_once(
+    local: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    open_cached: Callable[[float], Split],
+) -> None:
+    downloads = Counter[str]()
+
+    def count_downloads(path: str, data: bytes) -> bytes:
+        downloads[Path(path).name] += path.endswith(".parquet")
+        return data
+
+    intercept_reads(monkeypatch, count_downloads)
+    split = open_cached(3.5)
+    loader = TrainLoader(
+        split,
+        seed=5,
+        image_size=32,
+        augment=AugmentConfig(),
+        global_batch=8,
+        micro_batch=8,
+        threads=2,
+        order=WindowedOrder([40] * 6, seed=5, window_shards=1),
+        prefetch_bytes=1,
     )
-    order = WindowedOrder([40] * 6, seed=5, window_shards=1)
-    settings = {
-        "seed": 5,
-        "image_size": 32,
-        "global_batch": 8,
-        "micro_batch": 8,
-        "threads": 2,
-        "prefetch_bytes": 1,
-    }
-    with TrainLoader(split, augment=AugmentConfig(), order=order, **settings) as loader:  # type: ignore[arg-type]
+    with loader:
         seen = [sample for batch in islice(loader, 30) for sample in batch.samples.tolist()]
         labels = [int(split.labels[sample]) for sample in seen]
     assert sorted(seen) == list(range(240))
     assert labels == [local.split("train").label(sample) for sample in seen]
-    assert all(
-        1 <= fetched[f"train-{shard:05d}.parquet"] <= 2 for shard in range(6)
-    )  # the next epoch's are fetched ahead
-    assert fetched.total() <= 9
+    # Shards of the next epoch are prefetched at the end of this one: some are downloaded twice.
+    assert all(1 <= downloads[f"train-{shard:05d}.parquet"] <= 2 for shard in range(6))
+    assert downloads.total() <= 9
 
 
-@pytest.mark.parametrize("times", [1, 1000])
-def test_a_wrong_digest_is_fetched_again_then_named(
-    tmp_path: Path, local: PreparedDataset, monkeypatch: pytest.MonkeyPatch, times: int
+def flip_bits_of_shard_2(monkeypatch: pytest.MonkeyPatch, times: int) -> Counter[str]:
+    """Damage the first ``times`` reads of shard 2; returns a counter of damaged reads."""
+    damaged = Counter[str]()
+
+    def flip_one_bit(path: str, data: bytes) -> bytes:
+        changed = bytearray(data)
+        if path.endswith("train-00002.parquet") and damaged["reads"] < times:
+            damaged["reads"] += 1
+            changed[len(changed) // 2] ^= 1
+        return bytes(changed)
+
+    intercept_reads(monkeypatch, flip_one_bit)
+    return damaged
+
+
+def test_shard_with_a_wrong_digest_is_downloaded_again(
+    local: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    open_cached: Callable[[float], Split],
 ) -> None:
-    whole, spoilt = MemoryFileSystem.cat_file, 0
-
-    def cat_file(
-        self: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None
-    ) -> bytes:
-        nonlocal spoilt
-        data = bytearray(whole(self, path, start=start, end=end))
-        if path.endswith("train-00002.parquet") and spoilt < times:
-            spoilt += 1
-            data[len(data) // 2] ^= 1
-        return bytes(data)
-
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 3.5))).split(
-        "train"
-    )
-    if times == 1:
-        assert bytes(split.image(85)) == bytes(local.split("train").image(85))
-    else:
-        with pytest.raises(
-            DataError,
-            match=r"memory:///cached/train-00002.parquet: is not what was written: its digest",
-        ):
-            split.image(85)
-        assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tmp"]
-        assert bytes(split.image(5)) == bytes(local.split("train").image(5))
-    assert spoilt == min(times, 3)
+    damaged = flip_bits_of_shard_2(monkeypatch, times=1)
+    assert bytes(open_cached(3.5).image(85)) == bytes(local.split("train").image(85))
+    assert damaged["reads"] == 1
 
 
-def test_a_shard_that_the_disk_has_lost_a_part_of_is_fetched_again(
-    tmp_path: Path, local: PreparedDataset
+def test_shard_with_a_wrong_digest_each_time_is_named(
+    tmp_path: Path,
+    local: PreparedDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    open_cached: Callable[[float], Split],
 ) -> None:
-    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 3.5))).split(
-        "train"
-    )
+    monkeypatch.setenv("PIPELINE_COMMAND", "./launch.sh")
+    damaged = flip_bits_of_shard_2(monkeypatch, times=1000)
+    split = open_cached(3.5)
+    with pytest.raises(
+        DataError,
+        match=r"memory:///cached/train-00002.parquet: checksum mismatch: its digest is \w{32}, ",
+    ) as raised:
+        split.image(85)
+    assert raised.value.remedy.endswith("./launch.sh verify PATH")
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tmp"]
+    assert bytes(split.image(5)) == bytes(local.split("train").image(5))
+    assert damaged["reads"] == 3
+
+
+def test_command_named_in_the_remedy_of_a_wrong_digest_exists() -> None:
+    help_of_verify = [sys.executable, "-m", "pipeline", "verify", "--help"]
+    done = subprocess.run(help_of_verify, capture_output=True, text=True, check=True)
+    assert "verify" in done.stdout
+
+
+def test_truncated_file_in_the_cache_is_downloaded_again(
+    tmp_path: Path, local: PreparedDataset, open_cached: Callable[[float], Split]
+) -> None:
+    split = open_cached(3.5)
     split.image(0)
-    path = tmp_path / "cache" / local.description["splits"]["train"]["shards"][0]["digest"]
-    os.truncate(path, 100)
+    os.truncate(tmp_path / "cache" / train_shards(local)[0].digest, 100)
     assert bytes(split.image(39)) == bytes(local.split("train").image(39))
 
 
-def test_what_cannot_be_is_said(
-    tmp_path: Path, local: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+def test_remote_dataset_without_cache_or_dataset_is_an_error(
+    tmp_path: Path, local: PreparedDataset
 ) -> None:
     with pytest.raises(DataError, match="memory:///cached: is remote, and there is no cache"):
         open_dataset(MEMORY)
     with pytest.raises(DataError, match="memory:///nothing: no prepared dataset here"):
         open_dataset("memory://nothing", cache=ShardCache(tmp_path / "cache"))
+
+
+def test_unusable_cache_directory_is_an_error(tmp_path: Path, local: PreparedDataset) -> None:
     with pytest.raises(
         StageError, match=r"no room for a shard of \d+ bytes: the cache may hold 1000"
     ):
@@ -286,116 +311,36 @@ def test_what_cannot_be_is_said(
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match="file/cache: cannot be written: Not a directory"):
         ShardCache(tmp_path / "file" / "cache")
-    split = open_dataset(MEMORY, cache=ShardCache(tmp_path / "cache", small(local, 1.5))).split(
-        "train"
-    )
-    whole = MemoryFileSystem.cat_file
 
-    def throttled(self: MemoryFileSystem, path: str, **span: int) -> bytes:
+
+def test_store_that_does_not_answer_is_not_a_fault_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, open_cached: Callable[[float], Split]
+) -> None:
+    split = open_cached(1.5)
+    original = MemoryFileSystem.cat_file
+
+    def throttled(self: MemoryFileSystem, path: str, **span: Any) -> bytes:
         if path.endswith(".parquet"):
             raise TimeoutError("slow down")
-        return bytes(whole(self, path, **span))
+        return bytes(original(self, path, **span))
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", throttled)
+    # Not a DataError: no other image may replace one that the network holds back.
     with pytest.raises(
         StageError, match=r"train-00000.parquet: could not be read in 8 attempts: slow down"
     ):
-        split.image(
-            0
-        )  # no DataError: no other image may stand in for one that the network keeps back
+        split.image(0)
 
 
-READ_ALL = """
-import sys
-from pathlib import Path
-from pipeline.data.shard_cache import ShardCache
-from pipeline.data.dataset import open_dataset
-from pipeline.files import digest
-
-cache = ShardCache(Path(sys.argv[2]), int(sys.argv[3]))
-split = open_dataset(sys.argv[1], cache=cache).split("train")
-print(digest(b"".join(bytes(split.image(i)) for i in range(len(split)))))
-"""
-
-
-@pytest.fixture
-def proxy(local: PreparedDataset) -> Iterator[Proxy]:
-    with s3_server() as address:
-        upload(*address, local.path, "bucket", acl="public-read")
-        proxy = Proxy(*address)
-        yield proxy
-        proxy.close()
-
-
-def start(proxy: Proxy, cache: Path, bound: int = 1 << 30) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", READ_ALL, "s3://bucket", str(cache), str(bound)],
-        env=os.environ | environment(proxy.url),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def everything(local: PreparedDataset) -> str:
-    from pipeline.files import digest
-
-    split = local.split("train")
-    return digest(b"".join(bytes(split.image(i)) for i in range(len(split))))
-
-
-def test_a_dataset_behind_http(tmp_path: Path, local: PreparedDataset, proxy: Proxy) -> None:
-    proxy.share, proxy.seed = 0.3, 2
-    dataset = open_dataset(f"{proxy.url}/bucket", cache=ShardCache(tmp_path / "cache"))
-    assert_same(dataset.split("train"), local.split("train"))
-    assert proxy.faults.total() > 0
-    with pytest.raises(DataError, match=r"http://.*/nothing: no prepared dataset here"):
-        open_dataset(f"{proxy.url}/bucket/nothing", cache=ShardCache(tmp_path / "cache"))
-    proxy.always = "refused"
-    with pytest.raises(DataError, match=r"http://.*/dataset.json: access is refused"):
-        open_dataset(f"{proxy.url}/bucket", cache=ShardCache(tmp_path / "cache"))
-
-
-def test_two_processes_fetch_a_shard_once(
-    tmp_path: Path, local: PreparedDataset, proxy: Proxy
+def test_damaged_digest_in_the_description_never_becomes_a_file_name(
+    tmp_path: Path, local: PreparedDataset
 ) -> None:
-    readers = [start(proxy, tmp_path / "cache") for _ in range(2)]
-    assert [reader.communicate(timeout=60)[0].strip() for reader in readers] == [
-        everything(local)
-    ] * 2
-    fetched = {
-        path: count
-        for (method, path, _), count in proxy.seen.items()
-        if method == "GET" and "train-" in path
-    }
-    assert len(fetched) == 12
-    assert set(fetched.values()) == {1}
-
-
-def test_two_processes_share_a_cache_too_small_for_the_dataset(
-    tmp_path: Path, local: PreparedDataset, proxy: Proxy
-) -> None:
-    readers = [start(proxy, tmp_path / "cache", small(local, 1.5)) for _ in range(2)]
-    assert [reader.communicate(timeout=60)[0].strip() for reader in readers] == [
-        everything(local)
-    ] * 2
-    assert held(ShardCache(tmp_path / "cache")) <= small(local, 1.5)
-
-
-def test_killed_while_fetching_leaves_nothing_half_written(
-    tmp_path: Path, local: PreparedDataset, proxy: Proxy
-) -> None:
-    folder, cut_short = tmp_path / "cache", local.description["splits"]["train"]["shards"][3]
-    proxy.held = cut_short["file"]
-    reader = start(proxy, folder, small(local, 1.5))
-    eventually(lambda: (folder / f"{cut_short['digest']}.tmp").exists())
-    reader.send_signal(signal.SIGKILL)
-    reader.communicate()
-    proxy.held = ""
-    proxy.go.set()
-    kept = [
-        path for path in folder.iterdir() if not path.name.startswith(".") and path.suffix != ".tmp"
-    ]
-    assert all(file_digest(path) == path.name for path in kept)
-    again = start(proxy, folder, small(local, 1.5))
-    assert again.communicate(timeout=60)[0].strip() == everything(local)
-    assert not list(folder.glob("*.tmp"))
+    store = MemoryFileSystem()
+    text = (local.path / "dataset.json").read_text()
+    name = "/other/dataset.json"
+    store.pipe_file(name, text.replace(train_shards(local)[0].digest, "../../x").encode())
+    store.pipe_file("/other/classes.json", (local.path / "classes.json").read_bytes())
+    dataset = open_dataset("memory:///other", cache=ShardCache(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"dataset\.json: is damaged: '../../x' is not a digest"):
+        dataset.split("train")
+    assert cached_files(tmp_path / "cache") == []

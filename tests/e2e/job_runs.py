@@ -1,4 +1,4 @@
-"""A whole job in small, run as a user runs it, and what there is to compare afterwards."""
+"""A small job with every stage, run as a user runs it, and its results for comparison."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ model: {{channels: [8, 16, 24, 32], depths: [1, 1, 2, 1], columns: 4, drop_path:
 data: {{root: {root}, min_side: 16, shard_rows: 30}}
 stages:
   prepare: {{}}
-  pretrain: {{image_size: 32, epochs: 4, global_batch: 16, precision: fp32, base_lr: 1e-3, base_lr_batch: 16, warmup_epochs: 1,
-             log_every_steps: 1, checkpoint_every_steps: 5, eval_every_epochs: 2}}
-  finetune: {{from: pretrain, image_size: 64, epochs: 2, global_batch: 16, precision: fp32, base_lr: 1e-3, base_lr_batch: 16,
-             intermediate_supervision: false, layer_decay: 0.9, ema_decay: 0.9, log_every_steps: 1, checkpoint_every_steps: 4,
-             augment: {{mixup: 0, cutmix: 0}}}}
+  pretrain:
+    {{image_size: 32, epochs: 4, global_batch: 16, precision: fp32,
+     base_lr: 1e-3, base_lr_batch: 16, warmup_epochs: 1,
+     log_every_steps: 1, checkpoint_every_steps: 5, eval_every_epochs: 2}}
+  finetune:
+    {{from: pretrain, image_size: 64, epochs: 2, global_batch: 16, precision: fp32,
+     base_lr: 1e-3, base_lr_batch: 16, intermediate_supervision: false, layer_decay: 0.9,
+     ema_decay: 0.9, log_every_steps: 1, checkpoint_every_steps: 4,
+     augment: {{mixup: 0, cutmix: 0}}}}
   evaluate: {{from: finetune}}
   export: {{from: finetune}}
 """
@@ -43,7 +47,7 @@ def make_job(folder: Path) -> Path:
 
 
 def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``python -m pipeline`` on a job, in the job's folder."""
+    """Start ``python -m pipeline`` on a job, in the folder of the job."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_BUILD_OPS": "0"}
     command = [sys.executable, "-m", "pipeline", str(job), *arguments]
     return subprocess.Popen(
@@ -58,7 +62,7 @@ def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
-    """(exit code, all that was printed)."""
+    """Wait for the end; returns (exit code, output)."""
     try:
         out, _ = process.communicate(timeout=seconds)
     finally:
@@ -68,7 +72,7 @@ def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
 
 
 def run(job: Path, *arguments: str) -> str:
-    """Run a job to its end; returns what it printed."""
+    """Run a job that must succeed; returns its output."""
     code, out = finish(start(job, *arguments))
     assert code == 0, out
     return out
@@ -87,7 +91,7 @@ def state(job: Path, stage: str) -> str:
 def wait_for(
     condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120
 ) -> bool:
-    """Whether the condition came true while the process was running."""
+    """True once the condition is, False if it is not when the process or the time ends."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         if condition():
@@ -103,23 +107,23 @@ def losses(run_dir: Path, stage: str) -> dict[int, float]:
 
 def results(run_dir: Path) -> dict[str, str]:
     """Digests of every result file: prepared data, weights and export."""
-    found = [
+    files = [
         *run_dir.glob("stages/prepare/images/*"),
         *run_dir.glob("stages/*/weights.safetensors"),
         *run_dir.glob("export/*"),
     ]
     return {
         str(path.relative_to(run_dir)): file_digest(path)
-        for path in sorted(found)
+        for path in sorted(files)
         if path.is_file()
     }
 
 
 def metrics(run_dir: Path) -> dict[str, dict[str, float]]:
-    """What each stage came to, without what depends on the clock."""
+    """Metrics of each stage, except those that depend on the clock."""
     stages = json.loads((run_dir / "run.json").read_text())["stages"]
-    clock = {"images_per_s", "data_wait_share", "seconds"}
+    timed = {"images_per_s", "data_wait_share", "seconds"}
     return {
-        name: {key: value for key, value in stage["metrics"].items() if key not in clock}
+        name: {key: value for key, value in stage["metrics"].items() if key not in timed}
         for name, stage in stages.items()
     }

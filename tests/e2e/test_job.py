@@ -1,4 +1,4 @@
-"""Must show of the whole way: a job runs, does nothing the second time, and survives every interruption."""
+"""A whole job: it runs, does nothing the second time, and survives every interruption."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from tests.e2e.job_runs import (
 )
 
 pytestmark = pytest.mark.slow
-STAGES = ["prepare", "pretrain", "finetune", "evaluate", "export"]
+# Each stage, and the longest time (seconds) after its start at which its driver is killed.
+KILLED_WITHIN = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The job file of a run that was left alone."""
+    """The job file of a run that was not interrupted."""
     job = make_job(tmp_path_factory.mktemp("undisturbed"))
     out = run(job)
     assert "evaluate: done" in out
@@ -39,61 +40,70 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -> None:
     run_dir = undisturbed.parent / "runs" / "small"
-    assert [record(undisturbed)["stages"][stage]["state"] for stage in STAGES] == ["done"] * 5
-    assert record(undisturbed)["stages"]["evaluate"]["metrics"]["images"] == 33
-    assert record(undisturbed)["stages"]["export"]["metrics"]["reload_difference"] == 0
+    stages = record(undisturbed)["stages"]
+    assert [stages[stage]["state"] for stage in KILLED_WITHIN] == ["done"] * 5
+    assert stages["evaluate"]["metrics"]["images"] == 33
+    assert stages["export"]["metrics"]["reload_difference"] == 0
     assert sorted(losses(run_dir, "pretrain")) == list(range(1, 29))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     out = run(undisturbed)
-    assert "nothing to do: every stage is done and nothing has changed" in out
+    assert "pretrain: up to date" in out
+    assert "nothing to do: every stage is up to date" in out
     touched = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert sorted(touched) == [".lock", "run.json", "run.log", "run.yaml"]
 
 
-def test_killed_in_every_stage_it_ends_with_the_same_files(
+def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
+    """Start a job, wait for a stage, then that long, and kill the driver alone."""
+    process = start(job)
+    if not wait_for(lambda: state(job, stage) == "running", process):
+        pytest.fail(f"{stage} was not reached:\n{finish(process)[1]}")
+    wait_for(lambda: state(job, stage) != "running", process, seconds)
+    process.kill()  # its workers have to notice
+    process.communicate()
+
+
+def test_a_job_killed_in_every_stage_produces_the_same_files(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    job, choices = make_job(tmp_path), random.Random(7)
-    for stage in STAGES:
-        process = start(job)
-        waits = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}[
-            stage
-        ] * choices.random()
-        assert wait_for(lambda stage=stage: state(job, stage) == "running", process), finish(
-            process
-        )  # type: ignore[misc]
-        wait_for(lambda stage=stage: state(job, stage) != "running", process, waits)  # type: ignore[misc]
-        process.kill()  # the driver alone: its workers have to notice
-        process.communicate()
+    choices = random.Random(7)
+    job = make_job(tmp_path)
+    for stage, longest in KILLED_WITHIN.items():
+        _kill_driver_during(job, stage, longest * choices.random())
     run(job)
-    disturbed, reference = tmp_path / "runs" / "small", undisturbed.parent / "runs" / "small"
+    disturbed = tmp_path / "runs" / "small"
+    reference = undisturbed.parent / "runs" / "small"
     assert results(disturbed) == results(reference)
     assert metrics(disturbed) == metrics(reference)
     for stage in ("pretrain", "finetune"):
         assert losses(disturbed, stage) == losses(reference, stage)
 
 
-def test_a_killed_rank_is_replaced_without_a_trace_in_the_result(
-    undisturbed: Path, tmp_path: Path
-) -> None:
-    job = make_job(tmp_path)
-    process = start(job, "--stage", "prepare", "--stage", "pretrain")
-    run_dir = tmp_path / "runs" / "small"
-    assert wait_for(
-        lambda: len(list((run_dir / "checkpoints").glob("pretrain/step-*"))) > 0, process
-    ), finish(process)
-    ranks = subprocess.run(
+def _worker_pids(process: subprocess.Popen[str]) -> list[int]:
+    """The training processes of a driver, which run in its session."""
+    listed = subprocess.run(
         ["pgrep", "-s", str(process.pid), "-f", "ray::Worker"],
         capture_output=True,
         text=True,
         check=False,
     )
-    workers = [int(pid) for pid in ranks.stdout.split()]
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def test_a_killed_rank_is_replaced_and_the_result_is_the_same(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    job = make_job(tmp_path)
+    process = start(job, "--stage", "prepare", "--stage", "pretrain")
+    run_dir = tmp_path / "runs" / "small"
+    if not wait_for(lambda: any((run_dir / "checkpoints").glob("pretrain/step-*")), process):
+        pytest.fail(f"no checkpoint was written:\n{finish(process)[1]}")
+    workers = _worker_pids(process)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     code, out = finish(process)
     assert code == 0, out
-    assert "starting the processes again from the last checkpoint" in out
+    assert "restarting the processes from the last checkpoint" in out
     reference = undisturbed.parent / "runs" / "small"
     assert losses(run_dir, "pretrain") == losses(reference, "pretrain")
     weights = Path("stages/pretrain/weights.safetensors")
@@ -101,28 +111,27 @@ def test_a_killed_rank_is_replaced_without_a_trace_in_the_result(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_on_request_is_resumable(
+def test_a_stop_request_exits_with_75_and_the_same_command_resumes(
     undisturbed: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
+    reference = undisturbed.parent / "runs" / "small"
+    run_dir = tmp_path / "runs" / "small"
     job = tmp_path / "small.yaml"
     shutil.copy(undisturbed, job)
-    shutil.copytree(
-        undisturbed.parent / "runs" / "small" / "stages" / "prepare",
-        tmp_path / "runs/small/stages/prepare",
-    )
-    run_dir = tmp_path / "runs" / "small"
+    shutil.copytree(reference / "stages/prepare", run_dir / "stages/prepare")
     process = start(job, "--stage", "prepare", "--stage", "pretrain")
+    events = run_dir / "logs/pretrain.jsonl"
     assert wait_for(
-        lambda: (
-            (run_dir / "logs/pretrain.jsonl").exists() and len(losses(run_dir, "pretrain")) >= 2
-        ),
+        lambda: events.exists() and len(losses(run_dir, "pretrain")) >= 2,
         process,
     )
     process.send_signal(number)
     code, out = finish(process)
     assert code == 75, out
-    assert "the same command goes on from there" in out
+    assert "warning: stopping after the current step" in out
+    assert "pretrain stopped after step" in out
+    assert "the same command" in out
     assert state(job, "pretrain") == "pending"
     out = run(job, "--stage", "pretrain")
-    assert "pretrain: was interrupted, goes on" in out
-    assert losses(run_dir, "pretrain") == losses(undisturbed.parent / "runs" / "small", "pretrain")
+    assert "pretrain: interrupted, resuming" in out
+    assert losses(run_dir, "pretrain") == losses(reference, "pretrain")

@@ -1,4 +1,4 @@
-"""launch.sh: makes its environment once, again when the pins change, safely when two start at once; respects an active one."""
+"""launch.sh creates the environment once, adds sets of packages, keeps an active environment."""
 
 from __future__ import annotations
 
@@ -12,75 +12,162 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-INSTALLING = "installing the pinned dependencies"
+INSTALLING = "installing"
+PRINT_WHAT_RUNS = """
+import os, sys
+print(sys.prefix, sys.argv[1:], os.environ["PIPELINE_COMMAND"])
+sys.exit(int(sys.argv[-1]))
+"""
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with a package that tells its interpreter, and without dependencies."""
+    """A checkout whose lock files are empty and whose package prints what launch.sh started."""
     folder = tmp_path / "a checkout"
     (folder / "pipeline").mkdir(parents=True)
     (folder / "pipeline" / "__init__.py").touch()
-    (folder / "pipeline" / "__main__.py").write_text(
-        "import sys; print(sys.prefix, sys.argv[1:]); sys.exit(int(sys.argv[-1]))"
-    )
-    (folder / "requirements.txt").write_text("# nothing\n")
+    (folder / "pipeline" / "__main__.py").write_text(PRINT_WHAT_RUNS)
+    (folder / "requirements").mkdir()
+    for name in ("run", "dev", "bench", "s3"):
+        (folder / "requirements" / f"{name}.txt").write_text("# nothing\n")
     shutil.copy(ROOT / "launch.sh", folder)
     return folder
 
 
 def launch(checkout: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    kept = {
-        key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PYTHONPATH")
-    }
-    command = [str(checkout / "launch.sh"), *arguments]
-    settings = kept | {"PYTHON": sys.executable} | environment
+    """Start launch.sh in the checkout. It finds this interpreter and no active environment."""
+    hidden = ("VIRTUAL_ENV", "PYTHONPATH", "PIPELINE_COMMAND")
+    kept = {key: value for key, value in os.environ.items() if key not in hidden}
     return subprocess.Popen(
-        command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ["./launch.sh", *arguments],
+        cwd=checkout,
+        env=kept | {"PYTHON": sys.executable} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error)."""
     out, error = process.communicate(timeout=120)
     return process.returncode, out, error
 
 
-def test_the_environment_is_made_once_and_again_when_the_pins_change(checkout: Path) -> None:
-    code, out, error = ended(launch(checkout, "jobs/a b.yaml", "7"))
-    assert (code, out) == (7, f"{checkout / '.venv'} ['jobs/a b.yaml', '7']\n")
-    assert INSTALLING in error
-    assert INSTALLING not in ended(launch(checkout, "0"))[2]
-    with open(checkout / "requirements.txt", "a") as pins:
-        pins.write("# only a comment\n")
-    assert INSTALLING not in ended(launch(checkout, "0"))[2]
-    version = subprocess.run(
+def installs(checkout: Path, *arguments: str) -> bool:
+    """True if this launch installs something."""
+    code, _, error = finish(launch(checkout, *arguments))
+    assert code == 0, error
+    return INSTALLING in error
+
+
+def installed_sets(checkout: Path) -> set[str]:
+    return {stamp.name.removeprefix(".installed-") for stamp in checkout.glob(".venv/.installed-*")}
+
+
+def set_pins(checkout: Path, name: str, text: str) -> None:
+    (checkout / "requirements" / f"{name}.txt").write_text(text)
+
+
+def pip_version(checkout: Path) -> str:
+    """Version of the one distribution in a fresh environment: a pin that needs no network."""
+    printed = subprocess.run(
         [checkout / ".venv/bin/python", "-c", "import pip; print(pip.__version__)"],
         capture_output=True,
         text=True,
         check=True,
     )
-    (checkout / "requirements.txt").write_text(f"pip=={version.stdout.strip()}\n")
-    assert INSTALLING in ended(launch(checkout, "0"))[2]
-    (checkout / ".venv" / ".pins").unlink()  # as if the install had been cut short
-    assert INSTALLING in ended(launch(checkout, "0"))[2]
+    return printed.stdout.strip()
 
 
-def test_two_at_once_install_once(checkout: Path) -> None:
+def test_arguments_exit_code_and_the_typed_command_pass_through(checkout: Path) -> None:
+    code, out, error = finish(launch(checkout, "jobs/a b.yaml", "7"))
+    assert code == 7
+    assert out == f"{checkout / '.venv'} ['jobs/a b.yaml', '7'] ./launch.sh\n"
+    assert INSTALLING in error
+
+
+def test_environment_is_created_once_and_again_when_pins_change(checkout: Path) -> None:
+    assert installs(checkout, "0")
+    assert not installs(checkout, "0")
+    set_pins(checkout, "run", "# nothing\n# only a comment\n")
+    assert not installs(checkout, "0")
+    set_pins(checkout, "run", f"pip=={pip_version(checkout)}\n")
+    assert installs(checkout, "0")
+    (checkout / ".venv" / ".installed-run").unlink()  # as if the installation had been interrupted
+    assert installs(checkout, "0")
+
+
+def test_a_job_installs_no_test_tools(checkout: Path) -> None:
+    assert installs(checkout, "0")
+    assert installed_sets(checkout) == {"run"}
+    assert installs(checkout, "test", "0")
+    assert installed_sets(checkout) == {"run", "dev"}
+    assert not installs(checkout, "test", "0")
+
+
+def test_other_sets_are_added_to_the_same_environment(checkout: Path) -> None:
+    assert installs(checkout, "0")
+    marker = checkout / ".venv" / "marker"
+    marker.touch()
+    assert installs(checkout, "install", "s3")
+    assert installs(checkout, "bench", "0")
+    assert marker.exists()
+    assert installed_sets(checkout) == {"run", "s3", "bench"}
+    set_pins(checkout, "bench", f"pip=={pip_version(checkout)}\n")
+    assert installs(checkout, "bench", "0")
+    assert marker.exists()
+
+
+def test_an_unknown_set_is_refused_with_the_known_ones(checkout: Path) -> None:
+    code, _, error = finish(launch(checkout, "install", "s4"))
+    assert code == 2
+    assert "unknown set of packages 's4'" in error
+    assert "bench.txt dev.txt run.txt s3.txt" in error
+    assert not (checkout / ".venv").exists()
+
+
+def test_two_launches_at_once_install_once(checkout: Path) -> None:
     both = [launch(checkout, "0") for _ in range(2)]
-    results = [ended(process) for process in both]
+    results = [finish(process) for process in both]
     assert [code for code, _, _ in results] == [0, 0]
     assert sum(INSTALLING in error for _, _, error in results) == 1
 
 
-def test_an_active_environment_is_used_as_it_is(checkout: Path, tmp_path: Path) -> None:
+def test_an_active_environment_with_the_packages_is_used_as_it_is(
+    checkout: Path, tmp_path: Path
+) -> None:
     active = tmp_path / "active"
     subprocess.run([sys.executable, "-m", "venv", active], check=True)
-    code, out, _ = ended(launch(checkout, "0", VIRTUAL_ENV=str(active)))
-    assert (code, out) == (0, f"{active} ['0']\n")
+    code, out, _ = finish(launch(checkout, "0", VIRTUAL_ENV=str(active)))
+    assert code == 0
+    assert out == f"{active} ['0'] ./launch.sh\n"
     assert not (checkout / ".venv").exists()
 
 
-def test_an_unfit_interpreter_is_told(checkout: Path) -> None:
-    code, _, error = ended(launch(checkout, "0", PYTHON="/nowhere/python"))
+def test_an_active_environment_that_lacks_a_package_is_left_alone(
+    checkout: Path, tmp_path: Path
+) -> None:
+    active = tmp_path / "active"
+    subprocess.run([sys.executable, "-m", "venv", active], check=True)
+    set_pins(checkout, "run", "a-package-that-no-environment-has==1.0\n")
+    other = {"VIRTUAL_ENV": str(active), "PYTHON": "/nowhere/python"}
+    code, _, error = finish(launch(checkout, "0", **other))
+    assert code == 2  # it wants to create .venv, which this interpreter cannot
+    assert "set PYTHON=" in error
+
+
+def test_nothing_is_added_to_an_active_environment(checkout: Path, tmp_path: Path) -> None:
+    active = tmp_path / "active"
+    subprocess.run([sys.executable, "-m", "venv", active], check=True)
+    set_pins(checkout, "s3", "a-package-that-no-environment-has==1.0\n")
+    code, _, error = finish(launch(checkout, "install", "s3", VIRTUAL_ENV=str(active)))
+    assert code == 2
+    assert "pip install -r requirements/s3.txt" in error
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_missing_interpreter_is_reported(checkout: Path) -> None:
+    code, _, error = finish(launch(checkout, "0", PYTHON="/nowhere/python"))
     assert code == 2
     assert "set PYTHON=" in error

@@ -1,6 +1,6 @@
-"""The stored evaluation of the exact columns' arithmetic: plain operations under plain autograd, straight-through rounding.
+"""Reference for exact columns: the same arithmetic with stored activations under plain autograd.
 
-Written apart from the model's own passes, so that the two can be compared.
+Written independently of the model's own kernels, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -18,29 +18,35 @@ SCALE = 2.0**18
 
 
 class FixedPoint:
-    """quantize(F) + alpha * c_prev in whole float64 numbers; value exact, gradients those of F + alpha * c_prev."""
+    """quantize(F) + alpha * c_prev in whole float64 numbers, with the gradients of the float sum.
+
+    ``value`` is c_prev as a float map, ``integers`` in steps of the stream. None: column 0.
+    """
 
     def __init__(self, value: Tensor | None, integers: Tensor | None) -> None:
-        self.value, self.integers = value, integers
+        self.value = value
+        self.integers = integers
 
     def __call__(self, f: Tensor, alpha: Tensor) -> Tensor:
-        total, plain = torch.floor(f.detach().double() * SCALE + 0.5), f
+        total = torch.floor(f.detach().double() * SCALE + 0.5)
+        plain = f
         if self.integers is not None and self.value is not None:
             magnitude = (alpha.detach().double().abs() * SCALE + 0.5).floor().clamp(min=263) / SCALE
             sign = torch.where(alpha.detach() < 0, -1.0, 1.0).double()
             total = total + sign * torch.floor(magnitude * self.integers + 0.5)
             plain = f + ((magnitude * sign).to(f.dtype) + (alpha - alpha.detach())) * self.value
         self.integers = total
+        # The second term is 0. It only carries the gradient (straight-through rounding).
         return (total / SCALE).to(f.dtype) + (plain - plain.detach())
 
 
 def features(
     backbone: Backbone, images: Tensor, uniforms: Tensor | None = None, taps: tuple[int, ...] = ()
 ) -> tuple[Tensor, ...]:
-    """What ``Backbone.features`` gives, with everything stored."""
+    """Compute what ``Backbone.features`` computes, with all activations stored."""
     x = backbone.stem(images)
     x = x.float() if x.dtype == torch.bfloat16 else x  # the stream is never narrower
-    keep = backbone._keep(x, uniforms)
+    scales = backbone._drop_path_scales(x, uniforms)
     previous: list[Tensor] = []
     integers: list[Any] = [None] * 4
     tapped = []
@@ -49,11 +55,11 @@ def features(
         begin = 0
         for i, level in enumerate(column.levels):  # type: ignore[union-attr,arg-type]
             residual = FixedPoint(previous[i] if t else None, integers[i])
-            kept = None if keep is None else keep[t, begin : begin + len(level.blocks)]
+            scale = None if scales is None else scales[t, begin : begin + len(level.blocks)]
             begin += len(level.blocks)
             upper = previous[i + 1] if t and i < 3 else None
             top = previous[3] if t and i == 0 and backbone.spec.huge else None
-            maps.append(level(maps[i - 1] if i else x, upper, top, kept, residual))
+            maps.append(level(maps[i - 1] if i else x, upper, top, scale, residual))
             integers[i] = residual.integers
         previous = maps
         if t in taps:
@@ -62,6 +68,6 @@ def features(
 
 
 def as_reference(network: Network) -> Network:
-    """The network, computing its features as above."""
+    """Make the network compute its features with the reference arithmetic. Returns the network."""
     network.features = partial(features, network)  # type: ignore[method-assign]
     return network

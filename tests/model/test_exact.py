@@ -1,4 +1,4 @@
-"""Exact columns against the stored evaluation of the same arithmetic: nothing may differ, whatever the network."""
+"""Exact columns equal the reference with stored activations, for every kind of network."""
 
 from __future__ import annotations
 
@@ -12,120 +12,78 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.blocks import registry
 from pipeline.model import Network, build
+from tests.model.networks import KINDS, MIXED, Block, backward, has_running_statistics, network_with
 from tests.model.reference import as_reference
 
-COLUMNS, PRECISIONS, ALPHAS = (
-    (4, 8, 16, 32),
-    ("fp32", "bf16"),
-    ("initial", "trained", "wide", "limit"),
-)
-BLOCKS = tuple(registry.facts())
-EVERY = list(itertools.product(COLUMNS, PRECISIONS, ALPHAS, (False, True), BLOCKS))
+COLUMNS = (4, 8, 16, 32)
+PRECISIONS = ("fp32", "bf16")
+ALPHAS = ("initial", "trained", "wide", "limit")
+EVERY = list(itertools.product(COLUMNS, PRECISIONS, ALPHAS, (False, True), KINDS))
 
 
-def network_with(alphas: str, **options: Any) -> Network:
-    """A small network; ``alphas``: 'initial' weights, or trained-like ones with alpha in [0.1, 1], [-2, 2] or +-1e-3."""
-    torch.manual_seed(0)
-    network = build(
-        **{"channels": [8, 12, 16, 20], "depths": [1, 1, 2, 1], "num_classes": 5, **options}
-    )
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if alphas != "initial" and name.rpartition(".")[2].startswith("gamma"):
-                parameter.uniform_(-0.5, 0.5)
-            if name.endswith("alpha") and alphas == "trained":
-                parameter.uniform_(0.1, 1)
-            if name.endswith("alpha") and alphas == "wide":
-                parameter.uniform_(-2, 2)
-            if name.endswith("alpha") and alphas == "limit":
-                parameter.fill_(1e-3).mul_(torch.where(torch.rand_like(parameter) < 0.5, -1.0, 1.0))
-    return network
-
-
-def backward(
-    network: Network,
-    images: torch.Tensor,
-    precision: str = "fp32",
-    uniforms: torch.Tensor | None = None,
-) -> Any:
-    """(outputs, {parameter: gradient}) of one pass."""
-    network.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        out = network(images, uniforms)
-        loss = sum((value.float() ** 2).mean() for value in (*out.logits, *out.reconstructions))
-    assert isinstance(loss, torch.Tensor)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = {
-        name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None
-    }
-    return (*out.logits, *out.reconstructions), gradients
-
-
-def compare(
+def assert_equals_reference(
     network: Network,
     images: torch.Tensor,
     precision: str = "fp32",
     uniforms: torch.Tensor | None = None,
 ) -> None:
+    """Outputs have equal bits, gradients differ by rounding only, the record is clean."""
     outputs, gradients = backward(network, images, precision, uniforms)
     expected, reference = backward(as_reference(deepcopy(network)), images, precision, uniforms)
     assert network.consistency.report() == []
     assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    assert all(
-        not gradients[name].any() for name in gradients.keys() - reference.keys()
-    )  # alpha of column 0
-    ours, theirs = (
-        torch.cat([g[name].flatten() for name in reference]).double()
-        for g in (gradients, reference)
-    )
+    # Only alpha of column 0 has a gradient here and none in the reference.
+    assert all(not gradients[name].any() for name in gradients.keys() - reference.keys())
+    ours = torch.cat([gradients[name].flatten() for name in reference]).double()
+    theirs = torch.cat([gradient.flatten() for gradient in reference.values()]).double()
     assert float((ours - theirs).norm()) <= 1e-6 * float(theirs.norm())
 
 
 def check(columns: int, precision: str, alphas: str, huge: bool, block: str) -> None:
     images = torch.randn(2, 3, 64, 32, generator=torch.Generator().manual_seed(1))
-    compare(
-        network_with(alphas, columns=columns, huge=huge, supervised=True, block=block),
-        images,
-        precision,
-    )
+    network = network_with(alphas, columns=columns, huge=huge, supervised=True, block=block)
+    assert_equals_reference(network, images, precision)
 
 
-@pytest.mark.parametrize(
-    "case", EVERY[::11], ids=str
-)  # a stride that meets every value of every axis
-def test_equals_the_stored_evaluation(case: Any) -> None:
+# A stride that meets every value of every axis.
+@pytest.mark.parametrize("case", EVERY[::11], ids=str)
+def test_exact_columns_equal_the_reference(case: Any) -> None:
     check(*case)
+
+
+def test_the_sample_of_cases_contains_every_value() -> None:
+    for every, sample in zip(zip(*EVERY, strict=True), zip(*EVERY[::11], strict=True), strict=True):
+        assert set(every) == set(sample)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=str)
-def test_equals_the_stored_evaluation_everywhere(case: Any) -> None:
+def test_exact_columns_equal_the_reference_in_every_combination(case: Any) -> None:
     check(*case)
 
 
 @settings(max_examples=15, deadline=None)
 @given(
-    st.integers(1, 5),
-    st.integers(32, 75),
-    st.integers(32, 75),
-    st.lists(st.integers(2, 11), min_size=4, max_size=4),
-    st.integers(1, 6),
-    st.booleans(),
-    st.sampled_from(["convnext", "transformer", ("convnext", "convnext", "transformer", "c2f")]),
+    batch=st.integers(1, 5),
+    height=st.integers(32, 75),
+    width=st.integers(32, 75),
+    channels=st.lists(st.integers(2, 11), min_size=4, max_size=4),
+    columns=st.integers(1, 6),
+    huge=st.booleans(),
+    block=st.sampled_from([*KINDS, MIXED]),
 )
-def test_any_shape(
-    batch: int, height: int, width: int, channels: list[int], columns: int, huge: bool, block: Any
+def test_exact_columns_equal_the_reference_for_any_shape(
+    batch: int, height: int, width: int, channels: list[int], columns: int, huge: bool, block: Block
 ) -> None:
-    batch += block[-1] == "c2f"  # BatchNorm needs more than one value a channel
+    batch += has_running_statistics(block)  # BatchNorm needs more than one value per channel
     network = network_with("wide", channels=channels, columns=columns, huge=huge, block=block)
-    compare(network, torch.randn(batch, 3, height, width))
+    assert_equals_reference(network, torch.randn(batch, 3, height, width))
 
 
 @pytest.mark.parametrize("stored", [1, 3, 6])
-@pytest.mark.parametrize("block", ["convnext", "c2f"])
-def test_stored_columns_change_nothing(stored: int, block: str) -> None:
+@pytest.mark.parametrize("block", KINDS)
+def test_stored_columns_change_no_result(stored: int, block: str) -> None:
     options = {
         "columns": 6,
         "huge": True,
@@ -133,10 +91,10 @@ def test_stored_columns_change_nothing(stored: int, block: str) -> None:
         "block": block,
         "stored_columns": stored,
     }
-    compare(network_with("wide", **options), torch.randn(3, 3, 64, 64))
+    assert_equals_reference(network_with("wide", **options), torch.randn(3, 3, 64, 64))
 
 
-def test_weights_in_bf16_as_under_deepspeed_give_the_same_bits() -> None:
+def test_bf16_weights_as_under_deepspeed_give_the_same_bits() -> None:
     network = network_with("wide", columns=6, huge=True, supervised=True).bfloat16()
     network.compute_in(torch.bfloat16)
     images = torch.randn(2, 3, 64, 64)
@@ -153,26 +111,27 @@ def test_weights_in_bf16_as_under_deepspeed_give_the_same_bits() -> None:
     assert network.consistency.report() == []
 
 
-def test_stochastic_depth_is_an_input() -> None:
+def test_stochastic_depth_depends_on_its_input_only() -> None:
     network = network_with("trained", columns=5, drop_path=0.5)
-    images, uniforms = torch.randn(3, 3, 32, 32), torch.rand(3, network.uniforms)
-    compare(network, images, uniforms=uniforms)
+    images = torch.randn(3, 3, 32, 32)
+    uniforms = torch.rand(3, network.uniforms)
+    assert_equals_reference(network, images, uniforms=uniforms)
     _, first = backward(network, images, uniforms=uniforms)
     _, other = backward(network, images, uniforms=1 - uniforms)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_parts_may_be_frozen() -> None:
-    for frozen in ("stem.", "columns.0.", "columns.", ""):
-        network = network_with("wide", columns=4)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(
-                not name.startswith(frozen) or not frozen or name.startswith("classifiers")
-            )
-        compare(network, torch.randn(2, 3, 32, 32))
+@pytest.mark.parametrize("frozen", ["stem.", "columns.0.", "columns.", ""])
+def test_frozen_parts_change_no_result(frozen: str) -> None:
+    network = network_with("wide", columns=4)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(
+            not name.startswith(frozen) or not frozen or name.startswith("classifiers")
+        )
+    assert_equals_reference(network, torch.randn(2, 3, 32, 32))
 
 
-def test_evaluation_is_the_training_forward_pass_and_near_the_stored_one() -> None:
+def test_evaluation_equals_training_and_is_close_to_the_float_columns() -> None:
     network = network_with("trained", columns=8, huge=True)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -184,8 +143,19 @@ def test_evaluation_is_the_training_forward_pass_and_near_the_stored_one() -> No
     assert 0 < float(difference.norm() / evaluated.norm()) < 1e-4  # bf16: 1e-2
 
 
+def test_each_forward_pass_starts_a_new_consistency_record() -> None:
+    network = network_with("trained", columns=4)
+    backward(network, torch.randn(2, 3, 32, 32))
+    first = network.consistency
+    largest = first.max_abs.clone()
+    backward(network, torch.randn(2, 3, 32, 32) * 2)
+    assert network.consistency is not first
+    assert torch.equal(first.max_abs, largest)
+    assert not torch.equal(network.consistency.max_abs, largest)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", KINDS)
 def test_compiled_levels_run_the_same_graph_twice(block: str) -> None:
     network = network_with("wide", columns=3, block=block, compile=True)
     backward(network, torch.randn(2, 3, 32, 32))

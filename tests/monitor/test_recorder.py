@@ -1,13 +1,16 @@
-"""TensorBoard's own reader sees what the recorder wrote, and training outlives an unwritable directory."""
+"""TensorBoard's own reader reads the recorder's files; an unwritable directory is no error."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from pipeline.layout import RunDir
+from pipeline.monitor import tags
 from pipeline.monitor.events import read_events
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.tensorboard import grid
@@ -31,7 +34,7 @@ def _train(run: Path, first: int, last: int) -> None:
     recorder.close()
 
 
-def test_scalars_images_hparams_and_layout_come_back(tmp_path: Path) -> None:
+def test_tensorboard_reads_scalars_images_hparams_and_layout(tmp_path: Path) -> None:
     _train(tmp_path, 0, 4)
     board = _board(tmp_path)
     assert [(point.step, point.value) for point in board.Scalars("loss/total")] == [
@@ -42,9 +45,26 @@ def test_scalars_images_hparams_and_layout_come_back(tmp_path: Path) -> None:
     ]
     image = board.Images("reconstruction")[0]
     assert (image.width, image.height) == (15, 4)
-    plugins = board.PluginTagToContent("custom_scalars"), board.PluginTagToContent("hparams")
-    assert all(plugins)
+    assert board.PluginTagToContent("custom_scalars")
+    assert board.PluginTagToContent("hparams")
     assert {path.name for path in (tmp_path / "tensorboard").iterdir()} == {"pretrain"}
+
+
+def test_the_layout_has_exactly_one_chart_per_metric(tmp_path: Path) -> None:
+    _train(tmp_path, 0, 1)
+    config = _board(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto
+    layout = layout_pb2.Layout.FromString(config.string_val[0])
+    patterns = [
+        re.compile(pattern)
+        for category in layout.category
+        for chart in category.chart
+        for pattern in chart.multiline.tag
+    ]
+    metrics = [value for name, value in vars(tags).items() if name.isupper()]
+    metrics += [tags.classification_loss(12), tags.reconstruction_loss(3)]
+    metrics.remove(tags.SKIPPED_STEPS)  # shown in the list of all scalars only
+    matches = {tag: sum(bool(pattern.fullmatch(tag)) for pattern in patterns) for tag in metrics}
+    assert matches == dict.fromkeys(metrics, 1)
 
 
 def test_a_resumed_run_replaces_later_steps(tmp_path: Path) -> None:
@@ -60,7 +80,9 @@ def test_a_resumed_run_replaces_later_steps(tmp_path: Path) -> None:
     assert steps == [1.0, 2.0, 23.0, 24.0, 25.0, 26.0]
 
 
-def test_an_unwritable_board_is_one_warning_and_the_events_go_on(tmp_path: Path) -> None:
+def test_an_unwritable_tensorboard_directory_costs_one_warning_only(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "tensorboard").write_text("a file where the directory should be")
     _train(tmp_path, 0, 3)
     events = read_events(RunDir(tmp_path).events("pretrain"))
@@ -68,8 +90,8 @@ def test_an_unwritable_board_is_one_warning_and_the_events_go_on(tmp_path: Path)
     assert [event.step for event in events if event.kind == "step"] == [1, 2, 3]
 
 
-def test_grid_tiles_in_reading_order() -> None:
+def test_grid_tiles_row_by_row() -> None:
     images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    sheet = grid(images, columns=2)
-    assert sheet.shape == (4, 4, 3)
-    assert sheet[::2, ::2, 0].tolist() == [[0, 1], [2, 0]]
+    tiled = grid(images, columns=2)
+    assert tiled.shape == (4, 4, 3)
+    assert tiled[::2, ::2, 0].tolist() == [[0, 1], [2, 0]]

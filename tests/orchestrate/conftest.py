@@ -1,4 +1,4 @@
-"""One Ray session for all tests here: Ray's core reads the access token once in the life of a process."""
+"""One Ray session for all tests here: a process can read Ray's access token only once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def session() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def by_value(session: None, request: pytest.FixtureRequest) -> None:
-    """Functions of test modules, which Ray's workers cannot import, travel whole."""
+@pytest.fixture
+def ray_workers(session: None, request: pytest.FixtureRequest) -> None:
+    """Ray, with the functions of the test module pickled by value: workers cannot import it."""
     import ray
 
     ray.cloudpickle.register_pickle_by_value(request.module)

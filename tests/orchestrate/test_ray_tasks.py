@@ -1,4 +1,4 @@
-"""Ray tasks: every item once, errors with their own type, lost workers' pieces done again."""
+"""Ray tasks: one result per item, errors keep their type, tasks of lost workers are retried."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.errors import DataError, StageError
 from pipeline.orchestrate.ray_tasks import map_tasks
+
+pytestmark = pytest.mark.usefixtures("ray_workers")
 
 
 def _square(number: int) -> int:
@@ -36,19 +38,19 @@ def _fail(kind: str, number: int) -> int:
     return number
 
 
-def test_every_item_has_its_result() -> None:
+def test_every_item_has_one_result() -> None:
     assert dict(map_tasks(_square, range(50))) == {number: number * number for number in range(50)}
     assert list(map_tasks(_square, [])) == []
 
 
-def test_a_killed_workers_piece_is_done_again(tmp_path: Path) -> None:
+def test_the_task_of_a_killed_worker_is_retried(tmp_path: Path) -> None:
     assert dict(map_tasks(partial(_die_once, tmp_path), range(12))) == {
         number: number for number in range(12)
     }
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_errors_arrive_as_what_they_are() -> None:
+def test_errors_keep_their_type() -> None:
     with pytest.raises(DataError, match=r"n01\.tar: bad tar\n  -> mend it"):
         list(map_tasks(partial(_fail, "user"), range(20)))
     with pytest.raises(

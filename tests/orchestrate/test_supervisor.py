@@ -1,4 +1,4 @@
-"""Groups of real Ray actors: errors, deaths, stops and restarts, in one Ray session."""
+"""Groups of real Ray actors: environment, errors, deaths and restarts, in one Ray session."""
 
 from __future__ import annotations
 
@@ -13,87 +13,60 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, Interrupted, StageError
-from pipeline.layout import RunDir
-from pipeline.orchestrate.supervisor import Placement, run_supervised
+from pipeline import command
+from pipeline.errors import DataError, StageError
 from pipeline.runtime.dist_env import DistEnv
+from tests.orchestrate.supervised import SupervisedRun, alive, wait_until
 
+pytestmark = pytest.mark.usefixtures("ray_workers")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _never() -> bool:
-    return False
-
-
-class Run:
-    """Runs an entry in a group of two and remembers what was said."""
-
-    def __init__(self, path: Path) -> None:
-        self.placement = Placement(
-            "pretrain", processes=2, threads=1, device="cpu", run_dir=RunDir(path)
-        )
-        self.said: list[str] = []
-        self.steps = 0
-
-    def __call__(
-        self,
-        entry: Callable[[DistEnv, Callable[[], bool]], dict[str, float]],
-        stop: Callable[[], bool] = _never,
-    ) -> dict[str, float]:
-        return run_supervised(
-            entry,
-            self.placement,
-            stop=stop,
-            tick=lambda: self.steps,
-            log=lambda text, level: self.said.append(text),
-        )
-
-
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+def run(tmp_path: Path) -> SupervisedRun:
+    return SupervisedRun(tmp_path)
 
 
-def _alive(pids: list[int]) -> list[int]:
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
-
-
-def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def test_ranks_get_torchruns_environment_and_their_output_goes_to_logs(run: Run) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+def test_ranks_have_the_environment_of_torchrun_and_a_log_each(run: SupervisedRun) -> None:
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
         import torch
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        total = torch.tensor([world.rank + 1.0])
+        total = torch.tensor([dist_env.rank + 1.0])
         dist.all_reduce(total)
         dist.destroy_process_group()
         print(
             "threads",
             torch.get_num_threads(),
             os.environ["LOCAL_RANK"],
+            os.environ["LOCAL_SIZE"],
             os.environ["DS_ACCELERATOR"],
         )
-        return {"sum": total.item(), "rank": world.rank, "size": world.size}
+        return {"sum": total.item(), "rank": dist_env.rank, "size": dist_env.size}
 
-    assert run(entry) == {"sum": 3.0, "rank": 0, "size": 2}
-    assert "threads 1 1 cpu" in run.placement.run_dir.log("pretrain", 1).read_text()
+    assert run(stage_fn) == {"sum": 3.0, "rank": 0, "size": 2}
+    assert "threads 1 1 2 cpu" in run.placement.log(1).read_text()
+
+
+def test_remedies_of_workers_name_the_command_of_the_user(
+    run: SupervisedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(command.VARIABLE, "./launch.sh")
+
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+        raise DataError("shard is damaged", remedy=command.command("verify", "runs/a"))
+
+    with pytest.raises(DataError, match=r"  -> \./launch\.sh verify runs/a$"):
+        run(stage_fn)
 
 
 def test_an_error_in_one_rank_ends_its_hanging_peer_and_shows_its_traceback(
-    run: Run, tmp_path: Path
+    run: SupervisedRun, tmp_path: Path
 ) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
-        (tmp_path / f"pid{world.rank}").write_text(str(os.getpid()))
-        if world.rank == 1:
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+        (tmp_path / f"pid{dist_env.rank}").write_text(str(os.getpid()))
+        if dist_env.rank == 1:
             while not (tmp_path / "pid0").exists():
                 time.sleep(0.05)
             raise ZeroDivisionError("the planted error")
@@ -101,19 +74,19 @@ def test_an_error_in_one_rank_ends_its_hanging_peer_and_shows_its_traceback(
         return {}
 
     with pytest.raises(StageError) as caught:
-        run(entry)
+        run(stage_fn)
     message = str(caught.value)
     assert "rank 1 failed" in message
     assert "Traceback" in message
     assert "ZeroDivisionError: the planted error" in message
-    assert run.said == []  # an error without any progress is not tried again
+    assert run.messages == []  # an exception before any progress is not retried
     pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in range(2)]
-    assert _wait_until(lambda: not _alive(pids), 5)
+    assert wait_until(lambda: not alive(pids), 5)
 
 
-def test_errors_for_the_user_keep_their_type(run: Run) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
-        if world.rank == 0:
+def test_errors_for_the_user_keep_their_type(run: SupervisedRun) -> None:
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+        if dist_env.rank == 0:
             raise DataError("shard is damaged", place="train-00000.parquet", remedy="prepare again")
         time.sleep(600)
         return {}
@@ -121,91 +94,69 @@ def test_errors_for_the_user_keep_their_type(run: Run) -> None:
     with pytest.raises(
         DataError, match=r"train-00000\.parquet: shard is damaged\n  -> prepare again"
     ):
-        run(entry)
+        run(stage_fn)
 
 
-def test_a_killed_process_is_replaced_and_blamed_before_its_peers(run: Run, tmp_path: Path) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+def test_a_killed_process_is_replaced_and_reported_before_its_peers(run: SupervisedRun) -> None:
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
         import torch
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
-        if world.generation == 0 and world.rank == 1:
+        if dist_env.generation == 0 and dist_env.rank == 1:
             print("about to die", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         dist.all_reduce(torch.ones(1))
-        return {"generation": world.generation}
+        assert dist_env.generation is not None
+        return {"generation": dist_env.generation}
 
-    assert run(entry) == {"generation": 1}
-    assert "the process of rank 1 died" in run.said[0]
-    assert "| about to die" in run.said[0]
+    assert run(stage_fn) == {"generation": 1}
+    assert "the process of rank 1 died" in run.messages[0]
+    assert "| about to die" in run.messages[0]
 
 
-def test_a_crash_loop_ends_after_three_restarts(run: Run) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
-        if world.rank == 0:
+def test_a_crash_loop_ends_after_three_restarts(run: SupervisedRun) -> None:
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+        if dist_env.rank == 0:
             os._exit(9)
         time.sleep(600)
         return {}
 
-    with pytest.raises(StageError, match="4 times without getting any further"):
-        run(entry)
-    assert len([text for text in run.said if text.startswith("starting the processes again")]) == 3
+    with pytest.raises(StageError, match="failed 4 times without progress"):
+        run(stage_fn)
+    restarts = [text for text in run.messages if text.startswith("restarting the processes")]
+    assert len(restarts) == 3
 
 
-def test_an_error_after_progress_is_tried_again(run: Run, tmp_path: Path) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
-        if world.generation == 0:
+def test_an_error_after_progress_is_retried(run: SupervisedRun, tmp_path: Path) -> None:
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+        if dist_env.generation == 0:
             (tmp_path / "progress").touch()
             time.sleep(1)
             raise RuntimeError("once")
         return {"done": 1.0}
 
-    def tick() -> int:
+    def highest_step() -> int:
         return int((tmp_path / "progress").exists())
 
-    assert run_supervised(
-        entry, run.placement, stop=_never, tick=tick, log=lambda text, level: None
-    ) == {"done": 1.0}
-
-
-def test_a_stop_request_reaches_all_ranks_and_waits_for_the_slowest(
-    run: Run, tmp_path: Path
-) -> None:
-    def entry(world: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
-        (tmp_path / f"running{world.rank}").touch()
-        while not stop():
-            time.sleep(0.02)
-        if world.rank == 0:
-            time.sleep(2)  # writes its checkpoint while rank 1 is done already
-            (tmp_path / "checkpoint").touch()
-        raise Interrupted("stopped")
-
-    with pytest.raises(Interrupted):
-        run(
-            entry,
-            stop=lambda: (tmp_path / "running0").exists() and (tmp_path / "running1").exists(),
-        )
-    assert (tmp_path / "checkpoint").exists()
+    assert run(stage_fn, highest_step=highest_step) == {"done": 1.0}
 
 
 def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
     driver = textwrap.dedent(
         """
         import os, pathlib, sys, time
-        from pipeline.layout import RunDir
         from pipeline.orchestrate.ray_session import ray_session
-        from pipeline.orchestrate.supervisor import Placement, run_supervised
+        from tests.orchestrate.supervised import SupervisedRun
 
         folder = pathlib.Path(sys.argv[1])
 
-        def entry(world, stop):
-            (folder / f"pid{world.rank}").write_text(str(os.getpid()))
+        def stage_fn(dist_env, stop):
+            (folder / f"pid{dist_env.rank}").write_text(str(os.getpid()))
             time.sleep(600)
 
         with ray_session(cpus=2, gpus=0, started=lambda: None):
-            placement = Placement("pretrain", 2, 1, "cpu", RunDir(folder))
-            run_supervised(entry, placement, stop=lambda: False, tick=lambda: 0, log=print)
+            SupervisedRun(folder)(stage_fn)
         """
     )
     process = subprocess.Popen(
@@ -213,8 +164,8 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
     )
     files = [tmp_path / f"pid{rank}" for rank in range(2)]
     try:
-        assert _wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
+        assert wait_until(lambda: all(file.exists() and file.read_text() for file in files), 60)
     finally:
         process.kill()
         process.wait()
-    assert _wait_until(lambda: not _alive([int(file.read_text()) for file in files]), 10)
+    assert wait_until(lambda: not alive([int(file.read_text()) for file in files]), 10)

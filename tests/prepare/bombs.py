@@ -1,4 +1,4 @@
-"""Whole, valid images of a few megabytes that would take gigabytes when decoded."""
+"""Decompression bombs: valid images of a few megabytes that decode to gigabytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def png_bomb(side: int) -> bytes:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    packer, line = zlib.compressobj(1), b"\0" + b"\xff" * -(-side // 8)
+    header = struct.pack(">IIBBBBB", *(side, side, 1, 0, 0, 0, 0))  # 1 bit, grey
+    packer = zlib.compressobj(1)
+    line = b"\0" + b"\xff" * -(-side // 8)  # filter type 0, then white pixels
     data = b"".join([*(packer.compress(line) for _ in range(side)), packer.flush()])
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
@@ -28,10 +29,11 @@ def png_bomb(side: int) -> bytes:
 def jpeg_bomb(side: int) -> bytes:
     """A grey JPEG of side x side pixels (a multiple of 16).
 
-    Its blocks all say 'as the one before, and nothing else': six bits (001010) in the standard Huffman tables.
+    Every block is "same as the one before": six bits (001010) in the standard Huffman tables.
     """
     small = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 1), 128, np.uint8), 90, "GRAY", "Gray"))
-    frame, scan = small.index(b"\xff\xc0"), small.index(b"\xff\xda")
+    frame = small.index(b"\xff\xc0")
+    scan = small.index(b"\xff\xda")
     sized = small[: frame + 5] + struct.pack(">HH", side, side) + small[frame + 9 : scan]
     begin = scan + 2 + int.from_bytes(small[scan + 2 : scan + 4], "big")
     return (

@@ -1,7 +1,7 @@
-"""Preparation of a made-up listing: the driver's own work at any scale, with facts in place of images.
+"""Prepare a synthetic listing: the driver's own work at any scale, without images.
 
-``python -m tests.prepare.scale FOLDER IMAGES ROWS`` (images a unit) prints the dataset's metrics, the seconds of CPU and the
-peak memory of that process as JSON.
+``python -m tests.prepare.scale FOLDER IMAGES UNIT_ROWS`` prints the dataset's metrics, the CPU
+seconds and the peak memory of that process as JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,76 +21,106 @@ import pyarrow.parquet as pq
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.shards import ShardInfo
 from pipeline.prepare import build
-from pipeline.prepare.extract import FACTS, BuildContext, UnitRecord
+from pipeline.prepare.context import BuildContext
 from pipeline.prepare.plan import ShardPlan, read_order
-from pipeline.sources.units import Part, Survey, Unit, listing
+from pipeline.prepare.unit_record import IMAGE_RECORD, UnitRecord
+from pipeline.sources.units import Part, Survey, Unit, fingerprint_items
 
 CLASSES = 21_841
-REPEATS = 100  # one unit in so many has a content twice and a name twice
+REPEATS = 100  # every 100th unit has one repeated content and one repeated name
 ROOT = "/images"
 
 
-def made_up_survey(images: int, unit_rows: int) -> Survey:
+def synthetic_survey(images: int, unit_rows: int) -> Survey:
     """Class folders cut into units."""
     classes = [(f"n{number:08d}", f"n{number:08d}") for number in range(CLASSES)]
     units = []
     for number, first in enumerate(range(0, images, unit_rows)):
-        rows, label = min(unit_rows, images - first), number % CLASSES
+        rows = min(unit_rows, images - first)
+        label = number % CLASSES
         name = classes[label][0]
-        units.append(
-            Unit(
-                number,
-                "",
-                (Part("folder", f"{ROOT}/{name}", 0, rows, name, label, size=rows * 110_000),),
-            )
+        part = Part(
+            kind="folder",
+            path=f"{ROOT}/{name}",
+            first=0,
+            last=rows,
+            group=name,
+            label=label,
+            size=rows * 110_000,
         )
-    return Survey("class_folders", classes, units, listing(ROOT, units), [])
+        units.append(Unit(number, "", (part,)))
+    return Survey(
+        layout="class_folders",
+        classes=classes,
+        units=units,
+        fingerprint_items=fingerprint_items(ROOT, units),
+        notes=[],
+    )
 
 
-def made_up_unit(place: BuildContext, unit: Unit) -> UnitRecord:
-    """What ``spill_unit`` leaves of a unit, but the images."""
+def synthetic_unit(context: BuildContext, unit: Unit) -> UnitRecord:
+    """Write what ``extract_unit`` leaves of a unit, except the images."""
     rows = unit.parts[0].last
-    facts = np.empty(rows, dtype=FACTS)
+    records = np.empty(rows, dtype=IMAGE_RECORD)
     numbers = np.random.default_rng(unit.number).integers(0, 2**64, (3, rows), dtype=np.uint64)
-    facts["high"], facts["low"], facts["key"] = numbers
-    facts["label"] = unit.parts[0].label
+    records["high"], records["low"], records["key"] = numbers
+    records["label"] = unit.parts[0].label
     if unit.number % REPEATS == 0:
         for field, row in (("high", 1), ("low", 1), ("key", 3)):
-            facts[field][row] = facts[field][row - 1]
+            records[field][row] = records[field][row - 1]
         pq.write_table(
             pa.table({"key": [f"{unit.number}/{row}" for row in range(rows)]}),
-            place.spill(unit.number),
+            context.unit_shard(unit.number),
         )
-    np.save(place.facts(unit.number), facts)
-    entry = {"key": f"{unit.number}/bad", "reason": "truncated", "detail": "", "file": ""}
-    record = UnitRecord(rows, {"bytes": 0}, [entry], {}, [0.5] * 6, {"256": rows})
-    place.record(unit.number).write_text(json.dumps(asdict(record)))
+    np.save(context.image_records(unit.number), records)
+    record = UnitRecord(
+        images=rows,
+        shard=ShardInfo(file="", rows=rows, bytes=0, digest="", index_digest=""),
+        rejected=[
+            {"key": f"{unit.number}/bad", "reason": "truncated", "detail": "", "file": ""},
+        ],
+        changed={},
+        moments=[0.5] * 6,
+        sides={"256": rows},
+    )
+    record.write(context.unit_record(unit.number))
     return record
 
 
-def made_up_tasks(
+def synthetic_tasks(
     function: Callable[[Any], Any], items: Sequence[Any]
 ) -> Iterator[tuple[Any, Any]]:
-    (place,) = function.args  # type: ignore[attr-defined]  # a partial
+    """In place of the tasks of both phases: nothing is extracted, no shard is written."""
+    (context,) = function.args  # type: ignore[attr-defined]  # a partial
     for item in items:
         if isinstance(item, ShardPlan):
-            yield item, ShardInfo(item.file, len(read_order(place, item)), 0, "", "")
+            rows = len(read_order(context, item))
+            yield item, ShardInfo(file=item.file, rows=rows, bytes=0, digest="", index_digest="")
         else:
-            yield item, made_up_unit(place, item)
+            yield item, synthetic_unit(context, item)
 
 
 def main(folder: str, images: int, unit_rows: int) -> None:
-    began = time.process_time()
+    start = time.process_time()
     config = DatasetConfig(root=ROOT, max_rejected=0.01)
-    with mock.patch.object(build, "survey", lambda _: made_up_survey(images, unit_rows)):
+    with mock.patch.object(build, "survey", lambda _: synthetic_survey(images, unit_rows)):
         metrics = build.prepare_dataset(
-            "set", config, Path(folder), 0, made_up_tasks, lambda *_: None, lambda *_: None
+            name="set",
+            config=config,
+            target=Path(folder),
+            seed=0,
+            tasks=synthetic_tasks,
+            progress=lambda *_: None,
+            log=lambda *_: None,
         )
-    print(json.dumps({**metrics, "seconds": time.process_time() - began, "peak_mb": peak_mb()}))
+    print(json.dumps({**metrics, "seconds": time.process_time() - start, "peak_mb": peak_mb()}))
 
 
 def peak_mb() -> float:
-    """Of this program alone: ``getrusage`` counts the process that it was forked from as well."""
+    """Peak memory of this process.
+
+    ``getrusage`` would include the process that it was forked from.
+    """
     words = Path("/proc/self/status").read_text().split()
     return int(words[words.index("VmHWM:") + 1]) / 1024
 

@@ -1,4 +1,4 @@
-"""Small image sources in every layout, and a preparation without Ray."""
+"""Small image sources in every layout, and preparation without Ray."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Files = Mapping[str, bytes]
 
 
 def serial(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """The tasks in this process, in order."""
+    """Run the tasks in this process, in order."""
     for item in items:
         yield item, function(item)
 
 
 def backwards(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    """The tasks in the opposite order: as if the last worker were the fastest."""
+    """Run the tasks in reverse order, as if the last worker were the fastest."""
     return serial(function, list(reversed(items)))
 
 
@@ -30,10 +30,19 @@ def prepare(
     root: Path | str, target: Path, tasks: Any = serial, seed: int = 0, **settings: Any
 ) -> dict[str, float]:
     config = DatasetConfig(root=str(root), **{"max_rejected": 1.0, "min_side": 16, **settings})
-    return prepare_dataset("set", config, target, seed, tasks, lambda *_: None, lambda *_: None)
+    return prepare_dataset(
+        name="set",
+        config=config,
+        target=target,
+        seed=seed,
+        tasks=tasks,
+        progress=lambda *_: None,
+        log=lambda *_: None,
+    )
 
 
 def images(label: int, count: int, first: int = 0) -> dict[str, bytes]:
+    """Different JPEGs of 40 x 32 pixels by name; ``first`` shifts the content, not the names."""
     return {f"c{label}_{i}.JPEG": jpeg(1000 * label + first + i, 40, 32) for i in range(count)}
 
 
@@ -53,10 +62,10 @@ def write_tar(path: Path, files: Files) -> None:
 
 
 def class_tars(root: Path, classes: int = 3, count: int = 20, validation: int = 6) -> Path:
-    """train/ and val/ folders of class tars (only the former's content, at the top, where ``validation`` is 0)."""
+    """Write train/ and val/ folders of class tars; with ``validation`` 0, class tars at the top."""
     for label in range(classes):
-        where = root / "train" if validation else root
-        write_tar(where / f"c{label}.tar", images(label, count))
+        train = root / "train" if validation else root
+        write_tar(train / f"c{label}.tar", images(label, count))
         if validation:
             write_tar(root / "val" / f"c{label}.tar", images(label, validation, first=500))
     return root

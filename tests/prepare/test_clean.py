@@ -1,4 +1,4 @@
-"""Every kind of dirt of the catalogue (D1, D2), each under its reason."""
+"""Every kind of unusable file (faults D1 and D2: damaged and unusual images) gets its reason."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.prepare.clean import Kept, clean
-from pipeline.sources.reader import Rejected
+from pipeline.prepare.clean import CleanImage, clean
+from pipeline.sources.member import Rejection
 from tests.data.small_datasets import jpeg, picture
 
 CONFIG = DatasetConfig(root="x", min_side=16, max_pixels=1_000_000)
@@ -41,7 +41,7 @@ def huge_png(side: int) -> bytes:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *(side, side, 8, 2, 0, 0, 0))  # 8 bits, RGB
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -63,23 +63,25 @@ REJECTED = {
 
 
 @pytest.mark.parametrize("reason", REJECTED)
-def test_unusable_files_are_rejected_under_their_reason(reason: str) -> None:
-    judged = clean(*REJECTED[reason], CONFIG)
-    assert isinstance(judged, Rejected)
-    assert judged.reason == reason
-    assert judged.detail
+def test_unusable_files_are_rejected_with_their_reason(reason: str) -> None:
+    cleaned = clean(*REJECTED[reason], CONFIG)
+    assert isinstance(cleaned, Rejection)
+    assert cleaned.reason == reason
+    assert cleaned.detail
 
 
-def test_a_warning_that_the_decoder_stops_at_is_a_rejection() -> None:
-    """Stray bytes between the tables: libjpeg only warns, but not every decoder goes on."""
+def test_a_warning_that_other_decoders_stop_at_is_a_rejection() -> None:
+    """Stray bytes between the tables: libjpeg only warns, but not every decoder continues."""
     table = GOOD.index(b"\xff\xc4")
-    judged = clean(GOOD[:table] + b"\0" * 5 + GOOD[table:], "a.JPEG", CONFIG)
-    assert judged == Rejected("corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4")
+    cleaned = clean(GOOD[:table] + b"\0" * 5 + GOOD[table:], "a.JPEG", CONFIG)
+    assert cleaned == Rejection(
+        "corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4"
+    )
 
 
 @pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG"])
-def test_litter_of_operating_systems_is_no_image(name: str) -> None:
-    assert clean(GOOD, name, CONFIG) == Rejected(
+def test_files_left_by_operating_systems_are_rejected(name: str) -> None:
+    assert clean(GOOD, name, CONFIG) == Rejection(
         "not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}"
     )
 
@@ -99,11 +101,11 @@ def test_litter_of_operating_systems_is_no_image(name: str) -> None:
     ids=["png", "gif", "grey png", "alpha", "cmyk", "webp", "tiff", "16 bit"],
 )
 def test_other_formats_become_jpegs_that_look_the_same(data: bytes) -> None:
-    judged = clean(data, "a.JPEG", CONFIG)
-    assert isinstance(judged, Kept)
-    assert judged.changed == "converted"
-    assert (judged.width, judged.height) == (48, 40)
-    shown = simplejpeg.decode_jpeg(judged.data).astype(int)
+    cleaned = clean(data, "a.JPEG", CONFIG)
+    assert isinstance(cleaned, CleanImage)
+    assert cleaned.changed == "converted"
+    assert (cleaned.width, cleaned.height) == (48, 40)
+    shown = simplejpeg.decode_jpeg(cleaned.data).astype(int)
     with Pillow.open(io.BytesIO(data)) as original:
         wanted = picture(5, 48, 40) if data == png16() else np.asarray(original.convert("RGB"))
     assert np.abs(shown - wanted.astype(int)).mean() < 12
@@ -115,11 +117,11 @@ def test_good_jpegs_keep_their_bytes() -> None:
         encoded("L", "JPEG"),
         GOOD + b"trailing bytes",
         GOOD[:-2],
-    ):  # the last: only the end marker is missing
-        judged = clean(data, "a.JPEG", CONFIG)
-        assert isinstance(judged, Kept), judged
-        assert judged.data == data
-        assert judged.changed == ""
+    ):  # only the end marker is missing
+        cleaned = clean(data, "a.JPEG", CONFIG)
+        assert isinstance(cleaned, CleanImage), cleaned
+        assert cleaned.data == data
+        assert cleaned.changed == ""
 
 
 @pytest.mark.parametrize(
@@ -127,28 +129,30 @@ def test_good_jpegs_keep_their_bytes() -> None:
 )
 def test_absurd_exif_changes_nothing(exif: bytes) -> None:
     data = GOOD[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + GOOD[2:]
-    judged = clean(data, "a.JPEG", CONFIG)
-    assert isinstance(judged, Kept), judged
-    assert (judged.data, judged.width, judged.height, judged.changed) == (data, 48, 40, "")
+    cleaned = clean(data, "a.JPEG", CONFIG)
+    assert isinstance(cleaned, CleanImage), cleaned
+    assert (cleaned.data, cleaned.width, cleaned.height, cleaned.changed) == (data, 48, 40, "")
 
 
 def test_gzipped_images_are_unpacked() -> None:
-    judged = clean(gzip.compress(GOOD), "a.JPEG", CONFIG)
-    assert isinstance(judged, Kept)
-    assert (judged.data, judged.changed) == (GOOD, "unpacked")
+    cleaned = clean(gzip.compress(GOOD), "a.JPEG", CONFIG)
+    assert isinstance(cleaned, CleanImage)
+    assert (cleaned.data, cleaned.changed) == (GOOD, "unpacked")
 
 
 def test_a_gzip_bomb_is_not_unpacked() -> None:
     bomb = gzip.compress(bytes(300 << 20), 9)
-    assert clean(bomb, "a.JPEG", CONFIG) == Rejected(
+    assert clean(bomb, "a.JPEG", CONFIG) == Rejection(
         "damaged_gzip", "does not unpack, or to more than 256 MiB"
     )
 
 
 def test_large_images_are_scaled_down_and_small_ones_never_up() -> None:
     config = CONFIG.model_copy(update={"short_side": 64})
-    large, small = clean(jpeg(1, 200, 128), "a", config), clean(jpeg(1, 60, 50), "a", config)
-    assert isinstance(large, Kept) and isinstance(small, Kept)
+    large = clean(jpeg(1, 200, 128), "a", config)
+    small = clean(jpeg(1, 60, 50), "a", config)
+    assert isinstance(large, CleanImage)
+    assert isinstance(small, CleanImage)
     assert (large.width, large.height, large.changed) == (100, 64, "resized")
     assert (small.width, small.height, small.changed) == (60, 50, "")
 
@@ -174,27 +178,28 @@ SOUND = [
     changes=st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=8),
     kept=st.floats(0.0, 1.0),
 )
-def test_whatever_the_damage_a_file_is_kept_or_rejected_with_a_reason(
+def test_any_damaged_file_is_kept_or_rejected_with_a_reason(
     which: int, changes: list[tuple[int, int]], kept: float
 ) -> None:
-    """Decoders raise errors of many kinds: none of them reaches the work on the other files."""
+    """Decoders raise many kinds of errors; none of them may stop the preparation of other files."""
     data = bytearray(SOUND[which])
-    for place, value in changes:
-        data[place % len(data)] = value
-    judged = clean(bytes(data[: round(len(data) * (0.5 + kept))]), "a.JPEG", CONFIG)
-    if isinstance(judged, Kept):
-        assert simplejpeg.decode_jpeg_header(judged.data, strict=False)[:2] == (
-            judged.height,
-            judged.width,
+    for offset, value in changes:
+        data[offset % len(data)] = value
+    cleaned = clean(bytes(data[: round(len(data) * (0.5 + kept))]), "a.JPEG", CONFIG)
+    if isinstance(cleaned, CleanImage):
+        assert simplejpeg.decode_jpeg_header(cleaned.data, strict=False)[:2] == (
+            cleaned.height,
+            cleaned.width,
         )
-        assert np.isfinite(judged.moments).all()
+        assert np.isfinite(cleaned.moments).all()
     else:
-        assert judged.reason and judged.detail
+        assert cleaned.reason
+        assert cleaned.detail
 
 
 def test_moments_are_those_of_the_pixels() -> None:
-    judged = clean(GOOD, "a", CONFIG)
-    assert isinstance(judged, Kept)
+    cleaned = clean(GOOD, "a", CONFIG)
+    assert isinstance(cleaned, CleanImage)
     pixels = simplejpeg.decode_jpeg(GOOD).reshape(-1, 3) / 255
-    np.testing.assert_allclose(judged.moments[:3], pixels.mean(0), atol=0.01)
-    np.testing.assert_allclose(judged.moments[3:], (pixels**2).mean(0), atol=0.01)
+    np.testing.assert_allclose(cleaned.moments[:3], pixels.mean(0), atol=0.01)
+    np.testing.assert_allclose(cleaned.moments[3:], (pixels**2).mean(0), atol=0.01)

@@ -1,4 +1,4 @@
-"""The plan against a plain one in memory, for any facts, buckets and interruptions; and how little memory it takes."""
+"""The plan equals a simple one in memory, for any hashes, buckets and interruptions."""
 
 from __future__ import annotations
 
@@ -19,54 +19,61 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.hashing import key_of, mix
-from pipeline.prepare import buckets, plan
-from pipeline.prepare import shuffle as mixing
-from pipeline.prepare.extract import FACTS, BuildContext
-from pipeline.prepare.plan import REASONS, SPLITS, make_plan, read_order
-from pipeline.sources import survey, units
+from pipeline.prepare import buckets, plan, shuffle
+from pipeline.prepare.context import BuildContext
+from pipeline.prepare.plan import DROP_REASONS, SPLITS, make_plan, read_order
+from pipeline.prepare.unit_record import IMAGE_RECORD
+from pipeline.sources import units
+from pipeline.sources.layouts import class_tars as class_tars_layout
 from pipeline.sources.units import SplitName, Unit
 from tests.prepare.scale import REPEATS
 from tests.prepare.source_folders import class_tars, images, prepare, shard_bytes, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 3
-Fact = tuple[int, int, int, int]  # high, low, key, label
-Facts = Sequence[tuple[SplitName, Sequence[Fact]]]  # of each unit
-Where = tuple[int, int]  # unit, row
+Record = tuple[int, int, int, int]  # high, low, key, label
+UnitRecords = Sequence[tuple[SplitName, Sequence[Record]]]  # of each unit
+RowRef = tuple[int, int]  # unit, row
 
-FEW = st.sampled_from([0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
-SOME = st.one_of(FEW, st.integers(0, 2**64 - 1))
-FACT = st.tuples(FEW, st.one_of(st.integers(0, 3), SOME), SOME, st.integers(0, CLASSES - 1))
-FACTS_OF_UNITS = st.lists(
-    st.tuples(st.sampled_from(["train", "validation", ""]), st.lists(FACT, max_size=12)), max_size=8
+REPEATED_HASHES = st.sampled_from([0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
+ANY_HASHES = st.one_of(REPEATED_HASHES, st.integers(0, 2**64 - 1))
+RECORD = st.tuples(
+    REPEATED_HASHES,
+    st.one_of(st.integers(0, 3), ANY_HASHES),
+    ANY_HASHES,
+    st.integers(0, CLASSES - 1),
+)
+RECORDS_OF_UNITS = st.lists(
+    st.tuples(st.sampled_from(["train", "validation", ""]), st.lists(RECORD, max_size=12)),
+    max_size=8,
 )
 
 
-def plain_plan(
-    facts: Facts, config: DatasetConfig, seed: int
-) -> tuple[dict[str, list[Where]], dict[str, list[Where]]]:
-    """What the plan says, in dictionaries of Python: reason -> images dropped, file -> images of a shard."""
-    rows = [(where, split, fact) for where, split, fact in _rows(facts, config, seed)]
-    held_out = {fact[:2] for _, split, fact in rows if split == "validation"}
-    first_of_key: dict[int, Where] = {}
-    first_of_content: dict[Any, Where] = {}
-    for where, split, (high, low, key, label) in rows:
-        first_of_key.setdefault(key, where)
-        first_of_content.setdefault((high, low, split, label), where)
-    dropped: dict[str, list[Where]] = {}
-    kept: dict[str, list[tuple[int, Where]]] = {name: [] for name in SPLITS}
-    for where, split, (high, low, key, label) in rows:
-        if first_of_key[key] != where:
-            dropped.setdefault("duplicate_name", []).append(where)
+def simple_plan(
+    records: UnitRecords, config: DatasetConfig, seed: int
+) -> tuple[dict[str, list[RowRef]], dict[str, list[RowRef]]]:
+    """The plan, made with dictionaries: images dropped by reason, images of a shard by file."""
+    rows = [(row_ref, split, record) for row_ref, split, record in _rows(records, config, seed)]
+    held_out = {record[:2] for _, split, record in rows if split == "validation"}
+    first_of_key: dict[int, RowRef] = {}
+    first_of_content: dict[Any, RowRef] = {}
+    for row_ref, split, (high, low, key, label) in rows:
+        first_of_key.setdefault(key, row_ref)
+        first_of_content.setdefault((high, low, split, label), row_ref)
+    dropped: dict[str, list[RowRef]] = {}
+    kept: dict[str, list[tuple[int, RowRef]]] = {name: [] for name in SPLITS}
+    for row_ref, split, (high, low, key, label) in rows:
+        if first_of_key[key] != row_ref:
+            dropped.setdefault("duplicate_name", []).append(row_ref)
         elif split == "train" and (high, low) in held_out:
-            dropped.setdefault("in_validation", []).append(where)
-        elif first_of_content[high, low, split, label] != where:
-            dropped.setdefault("duplicate", []).append(where)
+            dropped.setdefault("in_validation", []).append(row_ref)
+        elif first_of_content[high, low, split, label] != row_ref:
+            dropped.setdefault("duplicate", []).append(row_ref)
         else:
-            kept[split].append((key, where))
+            kept[split].append((key, row_ref))
     shards = {}
     for name in SPLITS:
-        order = [where for _, where in sorted(kept[name])]
+        order = [row_ref for _, row_ref in sorted(kept[name])]
         count = -(-len(order) // config.shard_rows)
         for i in range(count):
             rows_of = slice(len(order) * i // count, len(order) * (i + 1) // count)
@@ -74,36 +81,43 @@ def plain_plan(
     return dropped, shards
 
 
-def _rows(facts: Facts, config: DatasetConfig, seed: int) -> Iterator[tuple[Where, str, Fact]]:
+def _rows(
+    records: UnitRecords, config: DatasetConfig, seed: int
+) -> Iterator[tuple[RowRef, str, Record]]:
     limit = min(int(config.validation_fraction * 2.0**64), 2**64 - 1)
-    for unit, (split, rows) in enumerate(facts):
-        for row, fact in enumerate(rows):
-            hashed = mix(fact[1] ^ key_of("validation", seed))
-            yield (unit, row), split or ("validation" if hashed < limit else "train"), fact
+    for unit, (split, rows) in enumerate(records):
+        for row, record in enumerate(rows):
+            hashed = mix(record[1] ^ key_of("validation", seed))
+            yield (unit, row), split or ("validation" if hashed < limit else "train"), record
 
 
-def spilled(
-    folder: Path, facts: Facts, config: DatasetConfig, seed: int
+def write_units(
+    folder: Path, records: UnitRecords, config: DatasetConfig, seed: int
 ) -> tuple[BuildContext, list[Unit], np.ndarray[Any, Any]]:
-    place = BuildContext(folder, config, "", seed)
-    place.work.mkdir(exist_ok=True)
-    for number, (_, rows) in enumerate(facts):
-        np.save(place.facts(number), np.array(rows, dtype=FACTS))
-    listed = [Unit(number, split, ()) for number, (split, _) in enumerate(facts)]
-    return place, listed, np.array([len(rows) for _, rows in facts], dtype=np.int64)
+    context = BuildContext(target=folder, config=config, fingerprint="", seed=seed)
+    context.work.mkdir(exist_ok=True)
+    for number, (_, rows) in enumerate(records):
+        np.save(context.image_records(number), np.array(rows, dtype=IMAGE_RECORD))
+    unit_list = [Unit(number, split, ()) for number, (split, _) in enumerate(records)]
+    return context, unit_list, np.array([len(rows) for _, rows in records], dtype=np.int64)
 
 
 @settings(deadline=None, max_examples=100)
 @given(
-    FACTS_OF_UNITS,
-    st.sampled_from([1, 2, 7, 1 << 20]),
-    st.sampled_from([1, 5, 1 << 18]),
-    st.integers(1, 9),
-    st.sampled_from([0.0, 0.1, 0.5]),
-    st.integers(0, 3),
+    records=RECORDS_OF_UNITS,
+    bucket_rows=st.sampled_from([1, 2, 7, 1 << 20]),
+    chunk_rows=st.sampled_from([1, 5, 1 << 18]),
+    shard_rows=st.integers(1, 9),
+    fraction=st.sampled_from([0.0, 0.1, 0.5]),
+    seed=st.integers(0, 3),
 )
-def test_the_plan_is_the_plain_one(
-    facts: Facts, bucket_rows: int, chunk_rows: int, shard_rows: int, fraction: float, seed: int
+def test_the_plan_equals_the_simple_one(
+    records: UnitRecords,
+    bucket_rows: int,
+    chunk_rows: int,
+    shard_rows: int,
+    fraction: float,
+    seed: int,
 ) -> None:
     config = DatasetConfig(root="", shard_rows=shard_rows, validation_fraction=fraction)
     with (
@@ -111,58 +125,60 @@ def test_the_plan_is_the_plain_one(
         mock.patch.object(buckets, "BUCKET_ROWS", bucket_rows),
         mock.patch.object(plan, "CHUNK_ROWS", chunk_rows),
     ):
-        place, listed, counts = spilled(Path(folder), facts, config, seed)
-        found = make_plan(place, listed, counts, CLASSES)
-        shards = {shard.file: read_order(place, shard).tolist() for shard in found.shards}
-        fates = np.load(place.fates).tolist()
+        context, unit_list, counts = write_units(Path(folder), records, config, seed)
+        result = make_plan(context, unit_list, counts, CLASSES)
+        shards = {shard.file: read_order(context, shard).tolist() for shard in result.shards}
+        drop_reasons = np.load(context.drop_reasons).tolist()
         assert sorted(
-            path.name for path in place.work.iterdir() if not path.name.startswith("unit-")
+            path.name for path in context.work.iterdir() if not path.name.startswith("unit-")
         ) == [
-            "fates.npy",
+            "drop_reasons.npy",
             "train.order",
             "validation.order",
         ]
-    dropped, wanted = plain_plan(facts, config, seed)
-    assert shards == wanted
-    assert found.dropped == {
-        reason: len(dropped[reason]) for reason in REASONS if reason in dropped
+    dropped, expected = simple_plan(records, config, seed)
+    assert shards == expected
+    assert result.dropped == {
+        reason: len(dropped[reason]) for reason in DROP_REASONS if reason in dropped
     }
-    places = [(unit, row) for unit, (_, rows) in enumerate(facts) for row in range(len(rows))]
-    for fate, reason in enumerate(REASONS, 1):
+    row_refs = [(unit, row) for unit, (_, rows) in enumerate(records) for row in range(len(rows))]
+    for code, reason in enumerate(DROP_REASONS, 1):
         assert [
-            where for where, one in zip(places, fates, strict=True) if one == fate
+            row_ref
+            for row_ref, drop_code in zip(row_refs, drop_reasons, strict=True)
+            if drop_code == code
         ] == dropped.get(reason, [])
     for name in SPLITS:
         labels = Counter(
-            facts[unit][1][row][3]
-            for file, rows in wanted.items()
+            records[unit][1][row][3]
+            for file, rows in expected.items()
             if file.startswith(name)
             for unit, row in rows
         )
-        assert found.labels[name].tolist() == [labels[label] for label in range(CLASSES)]
+        assert result.labels[name].tolist() == [labels[label] for label in range(CLASSES)]
 
 
-def test_buckets_are_ranges_of_their_hash(tmp_path: Path) -> None:
+def test_buckets_are_equal_ranges_of_the_hash(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 2**64, 5000, dtype=np.uint64)
     records = np.array(
         [(value, i) for i, value in enumerate(values)], dtype=[("hash", "<u8"), ("number", "<i8")]
     )
-    made = buckets.Buckets(tmp_path, "hash", 7, records.dtype)
+    target = buckets.Buckets(tmp_path, "hash", 7, records.dtype)
     for first in range(0, 5000, 999):
-        made.add(records[first : first + 999])
-    found = list(made)
-    assert len(found) == 7
-    assert max(map(len, found)) < 1.2 * 5000 / 7
+        target.add(records[first : first + 999])
+    read = list(target)
+    assert len(read) == 7
+    assert max(map(len, read)) < 1.2 * 5000 / 7
     assert np.array_equal(
-        np.concatenate([np.sort(bucket["hash"]) for bucket in found]), np.sort(values)
+        np.concatenate([np.sort(bucket["hash"]) for bucket in read]), np.sort(values)
     )
-    assert all((np.diff(bucket["number"]) > 0).all() for bucket in found)
+    assert all((np.diff(bucket["number"]) > 0).all() for bucket in read)
     assert not list(tmp_path.iterdir())
     assert [buckets.bucket_count(rows) for rows in (0, 1, 1 << 20, 14_000_000)] == [1, 1, 1, 14]
 
 
 def _source(root: Path) -> Path:
-    """Two splits with everything that a plan drops, and files that are no images, in many units."""
+    """Two splits in many units, with every kind of dropped image and a file that is no image."""
     class_tars(root, count=24)
     first = images(0, 24)
     leaked = images(0, 6, first=500)["c0_2.JPEG"]
@@ -174,40 +190,40 @@ def _source(root: Path) -> Path:
 
 
 @pytest.fixture
-def cut(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for module in (survey, units):
+def small_units(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 8000)
     return monkeypatch
 
 
-def _small_pieces(patch: pytest.MonkeyPatch) -> None:
+def _use_small_buckets(patch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (buckets, "BUCKET_ROWS", 9),
         (plan, "CHUNK_ROWS", 20),
-        (mixing, "OPEN_SPILLS", 2),
+        (shuffle, "MAX_OPEN_UNITS", 2),
     ):
         patch.setattr(module, name, value)
 
 
-def test_buckets_and_open_files_do_not_change_a_byte(
-    tmp_path: Path, cut: pytest.MonkeyPatch
+def test_bucket_size_and_open_files_do_not_change_a_byte(
+    tmp_path: Path, small_units: pytest.MonkeyPatch
 ) -> None:
     source = _source(tmp_path / "in")
     prepare(source, tmp_path / "whole", shard_rows=20)
-    _small_pieces(cut)
+    _use_small_buckets(small_units)
     prepare(source, tmp_path / "cut", shard_rows=20)
     assert shard_bytes(tmp_path / "cut") == shard_bytes(tmp_path / "whole")
 
 
-def test_the_rejected_are_listed_by_unit_then_by_reason(
-    tmp_path: Path, cut: pytest.MonkeyPatch
+def test_rejected_images_are_listed_by_unit_then_by_reason(
+    tmp_path: Path, small_units: pytest.MonkeyPatch
 ) -> None:
     source = _source(tmp_path / "in")
     doubled = images(1, 24)
     write_tar(
         source / "train" / "c1.tar", {**doubled, "z.JPEG": doubled["c1_9.JPEG"], "bad.JPEG": b""}
     )
-    _small_pieces(cut)
+    _use_small_buckets(small_units)
     prepare(source, tmp_path / "out")
     listed = [
         json.loads(line)
@@ -223,38 +239,41 @@ def test_the_rejected_are_listed_by_unit_then_by_reason(
 
 
 class Killed(BaseException):
-    """In place of a signal."""
+    """Stands for the kill signal."""
 
 
-@pytest.mark.parametrize("moment", ["_members", "_repeated_contents", "_order", "fsync_dir"])
-def test_an_interrupted_plan_is_made_again(
-    moment: str, tmp_path: Path, cut: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "moment", ["_plan_records", "_find_repeated_contents", "_write_orders", "fsync_dir"]
+)
+def test_an_interrupted_plan_is_made_from_scratch(
+    moment: str, tmp_path: Path, small_units: pytest.MonkeyPatch
 ) -> None:
-    _small_pieces(cut)
+    _use_small_buckets(small_units)
     source = _source(tmp_path / "in")
-    prepare(source, tmp_path / "undisturbed", shard_rows=20)
+    prepare(source, tmp_path / "uninterrupted", shard_rows=20)
     whole = getattr(plan, moment)
-    for calls in (0, 1):  # before it, and after its first
-        left = iter(range(calls))
+    for calls in (0, 1):  # killed before the first call, and before the second
+        remaining = iter(range(calls))
 
-        def dying(*args: Any, left: Iterator[int] = left) -> Any:
-            if next(left, None) is None:
+        def dying(*args: Any, remaining: Iterator[int] = remaining) -> Any:
+            if next(remaining, None) is None:
                 raise Killed
             return whole(*args)
 
         with mock.patch.object(plan, moment, dying), pytest.raises(Killed):
             prepare(source, tmp_path / "out", shard_rows=20)
-            raise Killed  # called once only
+            raise Killed  # the function was called only once
     prepare(source, tmp_path / "out", shard_rows=20)
-    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "undisturbed")
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize(
     ("count", "unit_rows"), [(700_000, 512), pytest.param(14_000_000, 4096, marks=pytest.mark.slow)]
 )
-def test_memory_does_not_grow_with_the_images(count: int, unit_rows: int, tmp_path: Path) -> None:
-    """The driver's whole work but for the images themselves, in a process of its own: 280 and 390 MB when written, of which
-    its imports are 100."""
+def test_memory_does_not_grow_with_the_number_of_images(
+    count: int, unit_rows: int, tmp_path: Path
+) -> None:
+    """The driver's own work, without images, in a process of its own. Its imports take 100 MB."""
     command = [
         sys.executable,
         "-m",
@@ -263,11 +282,11 @@ def test_memory_does_not_grow_with_the_images(count: int, unit_rows: int, tmp_pa
         str(count),
         str(unit_rows),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    metrics = json.loads(done.stdout)
-    repeated = -(-count // unit_rows // REPEATS)  # units
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    metrics = json.loads(process.stdout)
+    units_with_repeats = -(-count // unit_rows // REPEATS)
     assert metrics["images"] + metrics["validation"] + metrics["duplicates"] == count
-    assert (
-        repeated <= metrics["duplicates"] <= 2 * repeated
-    )  # where the two of a name are of one split
+    # Each has a repeated content and a repeated name. The content counts only if both images are
+    # in the same split, which is drawn per image here.
+    assert units_with_repeats <= metrics["duplicates"] <= 2 * units_with_repeats
     assert metrics["peak_mb"] < 600

@@ -1,4 +1,4 @@
-"""Sources in object stores that throttle and cut: the same dataset, or a clear error; never an image lost on the way."""
+"""Stores that throttle and drop connections: the same dataset or a clear error, no image lost."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import s3fs
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.errors import DataError
-from pipeline.sources import reader, remote, survey, units
-from pipeline.sources.remote import ATTEMPTS, LONGEST_DELAY, delay, without_secrets
+from pipeline.sources import reader, remote, units
+from pipeline.sources.layouts import class_tars as class_tars_layout
+from pipeline.sources.remote import MAX_ATTEMPTS, MAX_DELAY, retry_delay, without_secrets
 from tests.data.small_datasets import jpeg
 from tests.prepare.source_folders import (
     class_folders,
@@ -37,7 +38,7 @@ def server() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture
 def proxy(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy before the server, where the environment says the store is; botocore tries once."""
+    """A proxy in front of the server, at the address that the environment gives for the store."""
     proxy = Proxy(*server)
     for name, value in environment(proxy.url).items():
         monkeypatch.setenv(name, value)
@@ -59,27 +60,28 @@ def imagenet_tars(root: Path) -> Path:
     return root
 
 
-MAKERS = {"class-tars": class_tars, "class-folders": class_folders, "imagenet-tars": imagenet_tars}
+LAYOUTS = {"class-tars": class_tars, "class-folders": class_folders, "imagenet-tars": imagenet_tars}
 
 
-@pytest.mark.parametrize("layout", list(MAKERS))
-def test_throttling_and_cut_connections_change_nothing(
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_throttling_and_dropped_connections_change_no_byte(
     tmp_path: Path,
     server: tuple[str, int],
     proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
     layout: str,
 ) -> None:
-    source = MAKERS[layout](tmp_path / "in")
+    source = LAYOUTS[layout](tmp_path / "in")
     (source / "synsets.txt").write_text(
         "".join(f"{p}{i}\n" for i in range(3) for p in ("c", "n0000000"))
     )
     upload(*server, source, layout)
     prepare(source, tmp_path / "local", shard_rows=25)
     monkeypatch.setattr(reader, "BLOCK", 4096)
-    for module in (survey, units):
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 1 << 30)
-    proxy.share, proxy.seed = 0.3, 7
+    proxy.share = 0.3
+    proxy.seed = 7
     metrics = prepare(f"s3://{layout}", tmp_path / "remote", shard_rows=25)
     assert metrics["rejected"] == 0
     assert shard_bytes(tmp_path / "remote") == shard_bytes(tmp_path / "local")
@@ -87,21 +89,22 @@ def test_throttling_and_cut_connections_change_nothing(
     assert proxy.faults.total() > 5
 
 
-def test_large_tars_are_scanned_and_cut_alike(
+def test_large_remote_tars_are_cut_like_local_ones(
     tmp_path: Path, server: tuple[str, int], proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = class_tars(tmp_path / "in")
     upload(*server, source, "scanned")
-    for module in (survey, units):
+    for module in (class_tars_layout, units):
         monkeypatch.setattr(module, "UNIT_BYTES", 5000)
     prepare(source, tmp_path / "local")
-    proxy.share, proxy.seed = 0.3, 1
+    proxy.share = 0.3
+    proxy.seed = 1
     prepare("s3://scanned", tmp_path / "remote")
     assert shard_bytes(tmp_path / "remote") == shard_bytes(tmp_path / "local")
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
-def test_a_hugging_face_dataset_in_a_store(
+def test_a_remote_hugging_face_dataset_equals_the_local_one(
     tmp_path: Path, server: tuple[str, int], proxy: Proxy, kind: str
 ) -> None:
     import datasets
@@ -111,11 +114,11 @@ def test_a_hugging_face_dataset_in_a_store(
             "image": [jpeg(first + i, 40, 32) for i in range(count)],
             "label": [i % 3 for i in range(count)],
         }
-        made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         if kind == "saved":
-            made.save_to_disk(str(tmp_path / "in" / split))
+            dataset.save_to_disk(str(tmp_path / "in" / split))
         else:
-            made.to_parquet(str(tmp_path / "in" / f"{split}-00000.parquet"))
+            dataset.to_parquet(str(tmp_path / "in" / f"{split}-00000.parquet"))
     if kind == "saved":
         (tmp_path / "in" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
     upload(*server, tmp_path / "in", f"hub-{kind}")
@@ -137,7 +140,7 @@ def test_a_hugging_face_dataset_in_a_store(
 
 
 @pytest.mark.parametrize("fault", ["throttled", "cut", "reset"])
-def test_a_store_that_stays_away_is_said_and_gone_on_with_later(
+def test_an_unreachable_store_is_an_error_and_a_later_rerun_completes(
     tmp_path: Path,
     server: tuple[str, int],
     proxy: Proxy,
@@ -150,14 +153,14 @@ def test_a_store_that_stays_away_is_said_and_gone_on_with_later(
     prepare(source, tmp_path / "local")
     read_unit = reader.members
     monkeypatch.setattr(
-        "pipeline.prepare.extract.members", lambda *what: _break(proxy, fault, read_unit, *what)
+        "pipeline.prepare.extract.members", lambda *args: _break(proxy, fault, read_unit, *args)
     )
     with pytest.raises(DataError) as caught:
         prepare(f"s3://{bucket}", tmp_path / "out")
     text = caught.value.message
     assert text.startswith(f"s3://{bucket}/")
-    assert f"could not be read in {ATTEMPTS} attempts" in text
-    assert "-> see whether the store is up" in text
+    assert f"could not be read in {MAX_ATTEMPTS} attempts" in text
+    assert "-> check that the store is up" in text
     assert SECRET not in text
     assert not list((tmp_path / "out" / "quarantine").rglob("*"))
     monkeypatch.undo()
@@ -168,12 +171,12 @@ def test_a_store_that_stays_away_is_said_and_gone_on_with_later(
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "local")
 
 
-def _break(proxy: Proxy, fault: str, read_unit: Any, *what: Any) -> Any:
+def _break(proxy: Proxy, fault: str, read_unit: Any, *args: Any) -> Any:
     proxy.always = fault
-    return read_unit(*what)
+    return read_unit(*args)
 
 
-def test_what_stays_is_said_at_once(
+def test_permanent_errors_are_raised_at_once(
     tmp_path: Path, server: tuple[str, int], proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DataError, match="s3://no-such-bucket: there is no such folder"):
@@ -200,14 +203,12 @@ def test_what_stays_is_said_at_once(
 
 
 class ShortAnswers:
-    """Ends answers of a memory:// store early without any error, twice for each request, or always."""
+    """Cuts answers of a memory:// store without an error, twice per request or always."""
 
     def __init__(self, always: bool = False) -> None:
-        self.always, self.seen, self.whole = (
-            always,
-            Counter[tuple[Any, ...]](),
-            MemoryFileSystem.cat_file,
-        )
+        self.always = always
+        self.seen = Counter[tuple[Any, ...]]()
+        self.whole = MemoryFileSystem.cat_file
 
     def cat_file(
         self, store: MemoryFileSystem, path: str, start: int | None = None, end: int | None = None
@@ -219,11 +220,12 @@ class ShortAnswers:
 
 
 @pytest.mark.parametrize("layout", ["class-tars", "class-folders"])
-def test_a_partial_read_is_no_damaged_image(
+def test_a_short_answer_is_not_taken_for_a_damaged_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    source, store = MAKERS[layout](tmp_path / "in"), fsspec.filesystem("memory")
+    source = LAYOUTS[layout](tmp_path / "in")
+    store = fsspec.filesystem("memory")
     for path in source.rglob("*"):
         if path.is_file():
             store.pipe_file(f"/{layout}/{path.relative_to(source)}", path.read_bytes())
@@ -233,7 +235,7 @@ def test_a_partial_read_is_no_damaged_image(
             patch.setattr(
                 MemoryFileSystem,
                 "cat_file",
-                lambda *what, short=short, **span: short.cat_file(*what, **span),
+                lambda *args, short=short, **span: short.cat_file(*args, **span),
             )
             if not short.always:
                 assert prepare(f"memory://{layout}", tmp_path / "remote")["rejected"] == 0
@@ -247,29 +249,29 @@ def test_a_partial_read_is_no_damaged_image(
     assert not list((tmp_path / "never" / "quarantine").rglob("*"))
 
 
-def test_delays_grow_up_to_a_bound_and_are_spread() -> None:
+def test_retry_delays_double_up_to_a_limit_and_differ_per_path() -> None:
     for attempt in range(1, 20):
-        longest = min(0.5 * 2 ** (attempt - 1), LONGEST_DELAY)
-        delays = [delay(f"bucket/{i}", attempt) for i in range(50)]
-        assert all(longest / 2 <= one < longest for one in delays)
+        longest = min(0.5 * 2 ** (attempt - 1), MAX_DELAY)
+        delays = [retry_delay(f"bucket/{i}", attempt) for i in range(50)]
+        assert all(longest / 2 <= seconds < longest for seconds in delays)
         assert max(delays) > 1.5 * min(delays)
-        assert delays == [delay(f"bucket/{i}", attempt) for i in range(50)]
+        assert delays == [retry_delay(f"bucket/{i}", attempt) for i in range(50)]
 
 
-def test_slow_attempts_end_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_end_after_the_maximum_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_DELAY", 0.001)
-    monkeypatch.setattr(remote, "LONGEST", -1.0)
+    monkeypatch.setattr(remote, "MAX_RETRY_TIME", -1.0)
 
-    def late(*_: Any, **__: Any) -> bytes:
+    def time_out(*_: Any, **__: Any) -> bytes:
         raise TimeoutError("no answer")
 
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", late)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", time_out)
     storage, path = remote.open_storage("memory://late")
     with pytest.raises(DataError, match="could not be read in 1 attempts: no answer"):
         storage.read(path)
 
 
-def test_what_a_store_was_given_to_keep_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_a_store_do_not_appear_in_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> bytes:
         raise OSError(errno.EINVAL, f"signature of {SECRET} with token t0k3n-planted is wrong")
 
@@ -281,7 +283,7 @@ def test_what_a_store_was_given_to_keep_is_not_told(monkeypatch: pytest.MonkeyPa
     assert caught.value.__cause__ is None
 
 
-def test_urls_are_shown_without_what_is_secret() -> None:
+def test_urls_are_shown_without_secrets() -> None:
     text = "GET 'https://me:pass@host/a/b.tar?X-Amz-Signature=abc&x=1' failed: 500, see s3://bucket/key"
     assert (
         without_secrets(text)

@@ -1,4 +1,4 @@
-"""Made-up sets: the same bytes however they are made, disjoint, in the layout of the real set, dirty, and learnable."""
+"""Synthetic sources: reproducible, disjoint, in the real layouts, with corrupt files, learnable."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from pipeline.data.decode import decode_any, decode_jpeg
 from pipeline.errors import ConfigError
 from pipeline.files import digest
 from pipeline.sources.class_lists import class_list
+from pipeline.synthetic import contents as file_contents
 from pipeline.synthetic import generate
-from pipeline.synthetic.drawing import picture
+from pipeline.synthetic.contents import CORRUPT_KINDS, encode_unusual
+from pipeline.synthetic.drawing import draw_image
 
-MIN, MAX = 48, 80
+MIN = 48
+MAX = 80
 
 
-def settings(layout: str = "class_tars", listed: str = "auto", **made_up: Any) -> DatasetConfig:
-    sizes = {
+def settings(layout: str = "class_tars", listed: str = "auto", **synthetic: Any) -> DatasetConfig:
+    defaults = {
         "min_size": MIN,
         "max_size": MAX,
         "classes": 4,
@@ -41,18 +44,18 @@ def settings(layout: str = "class_tars", listed: str = "auto", **made_up: Any) -
         {
             "layout": layout,
             "classes": listed,
-            "synthetic": SyntheticConfig.model_validate(sizes | made_up),
+            "synthetic": SyntheticConfig.model_validate(defaults | synthetic),
         }
     )
 
 
 def build(config: DatasetConfig, target: Path, order: int | None = None) -> Path:
-    pieces = generate.pieces(config, target)
+    files = generate.plan_files(config, target)
     if order is not None:
-        random.Random(order).shuffle(pieces)
-    for piece in pieces:
-        generate.make(pickle.loads(pickle.dumps(piece)))
-    generate.finish(config, target)
+        random.Random(order).shuffle(files)
+    for file in files:
+        generate.write_file(pickle.loads(pickle.dumps(file)))
+    generate.finish_source(config, target)
     return target
 
 
@@ -66,7 +69,8 @@ def contents(target: Path) -> dict[str, bytes]:
 
 def members(tar: bytes) -> dict[str, bytes]:
     with tarfile.open(fileobj=BytesIO(tar)) as opened:
-        return {one.name: opened.extractfile(one).read() for one in opened}  # type: ignore[union-attr]
+        files = {info.name: opened.extractfile(info) for info in opened}
+        return {name: file.read() for name, file in files.items() if file is not None}
 
 
 def images(target: Path, split: str) -> dict[str, bytes]:
@@ -78,17 +82,17 @@ def images(target: Path, split: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("layout", ["class_tars", "class_folders", "imagenet_tars"])
-def test_same_bytes_in_any_order_when_repeated_and_when_completed(
+def test_bytes_are_the_same_in_any_order_after_a_repeat_and_after_an_interruption(
     layout: str, tmp_path: Path
 ) -> None:
     config = settings(layout)
     first = contents(build(config, tmp_path / "a"))
     assert contents(build(config, tmp_path / "b", order=1)) == first
     (target := tmp_path / "c").mkdir()
-    for piece in generate.pieces(config, target)[1::2]:
-        generate.make(piece)
+    for file in generate.plan_files(config, target)[1::2]:
+        generate.write_file(file)
     (target / "train").mkdir(exist_ok=True)
-    (target / "train" / ".n1.tar.7.tmp").write_bytes(b"left by a process that was killed")
+    (target / "train" / ".n1.tar.7.tmp").write_bytes(b"left by a killed process")
     assert contents(build(config, target)) == first
     before = {
         path: path.stat().st_mtime_ns
@@ -101,44 +105,44 @@ def test_same_bytes_in_any_order_when_repeated_and_when_completed(
     )
 
 
-def test_a_missing_tar_is_made_again(tmp_path: Path) -> None:
+def test_a_missing_tar_is_written_again(tmp_path: Path) -> None:
     config = settings()
     first = contents(build(config, tmp_path))
     next((tmp_path / "train").glob("*.tar")).unlink()
     assert contents(build(config, tmp_path)) == first
 
 
-def test_imagenet_tars_interrupted_between_the_outer_tars(tmp_path: Path) -> None:
+def test_an_interruption_between_the_two_imagenet_archives_is_recovered(tmp_path: Path) -> None:
     config = settings("imagenet_tars")
     first = contents(build(config, tmp_path))
     (tmp_path / "ILSVRC2012_img_val.tar").unlink()
     assert contents(build(config, tmp_path)) == first
 
 
-def test_a_failing_piece_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
     for layout in ("class_tars", "class_folders"):
         target = tmp_path / layout
-        piece = generate.pieces(settings(layout), target)[0]
+        file = generate.plan_files(settings(layout), target)[0]
         with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-            patch.setattr(generate, "picture", fail)
-            generate.make(piece)
+            patch.setattr(file_contents, "draw_image", fail)
+            generate.write_file(file)
         assert not list((target / "train").iterdir())
 
 
-def test_splits_and_seeds_are_disjoint(tmp_path: Path) -> None:
+def test_no_image_occurs_in_two_splits_or_two_seeds(tmp_path: Path) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_text("n00000001\nn00000002\n")
     config = settings(listed=str(ids), classes=2, corrupt_fraction=0.0)
-    found = [
+    digests_per_split = [
         {digest(data) for data in images(target, split).values()}
         for target in (build(config, tmp_path / "0"), build(_seeded(config, 1), tmp_path / "1"))
         for split in ("train", "val")
     ]
-    assert [len(digests) for digests in found] == [12, 6, 12, 6]
-    assert len(set().union(*found)) == 36
+    assert [len(digests) for digests in digests_per_split] == [12, 6, 12, 6]
+    assert len(set().union(*digests_per_split)) == 36
     assert not (tmp_path / "0" / "synsets.txt").exists()
 
 
@@ -149,22 +153,23 @@ def _seeded(config: DatasetConfig, seed: int) -> DatasetConfig:
     )
 
 
-def test_sizes_and_varied_shapes(tmp_path: Path) -> None:
+def test_images_have_the_configured_sizes_and_varied_shapes(tmp_path: Path) -> None:
     shapes = [
         decode_jpeg(data).shape
         for data in images(build(settings(corrupt_fraction=0.0), tmp_path), "train").values()
     ]
     assert all(MIN <= side <= MAX for shape in shapes for side in shape[:2])
     assert len(set(shapes)) > len(shapes) // 2
-    assert picture(0, "n1", "train", 0, (64, 64)).shape == (64, 64, 3)
-    height, width, _ = picture(0, "n1", "train", 0, (700, 1200)).shape
+    assert draw_image(0, "n1", "train", 0, (64, 64)).shape == (64, 64, 3)
+    height, width, _ = draw_image(0, "n1", "train", 0, (700, 1200)).shape
     assert 700 <= min(height, width) <= max(height, width) <= 1200
 
 
-def test_classes_are_drawn_from_the_list_in_its_order(tmp_path: Path) -> None:
+def test_classes_are_drawn_from_the_class_list_and_keep_its_order(tmp_path: Path) -> None:
     target = build(settings(), tmp_path)
     drawn = (target / "synsets.txt").read_text().split()
-    assert drawn == sorted(drawn, key=class_list("fall11_21841").index) and len(drawn) == 4
+    assert drawn == sorted(drawn, key=class_list("fall11_21841").index)
+    assert len(drawn) == 4
     assert (
         {path.stem for path in target.glob("train/*")}
         == {path.stem for path in target.glob("val/*")}
@@ -176,21 +181,22 @@ def test_classes_are_drawn_from_the_list_in_its_order(tmp_path: Path) -> None:
 
 
 def _names(config: DatasetConfig) -> set[str]:
-    return {piece.path.stem for piece in generate.pieces(config, Path("nowhere"))}
+    return {file.path.stem for file in generate.plan_files(config, Path("nowhere"))}
 
 
-def test_imagenet_tars_is_the_published_layout(tmp_path: Path) -> None:
-    found = contents(build(settings("imagenet_tars", corrupt_fraction=0.05), tmp_path))
-    labels = found["imagenet_2012_validation_synset_labels.txt"].decode().split()
-    train = members(found["ILSVRC2012_img_train.tar"])
-    val = members(found["ILSVRC2012_img_val.tar"])
-    assert set(found) == {
+def test_imagenet_tars_has_the_published_layout(tmp_path: Path) -> None:
+    files = contents(build(settings("imagenet_tars", corrupt_fraction=0.05), tmp_path))
+    labels = files["imagenet_2012_validation_synset_labels.txt"].decode().split()
+    train = members(files["ILSVRC2012_img_train.tar"])
+    val = members(files["ILSVRC2012_img_val.tar"])
+    assert set(files) == {
         "ILSVRC2012_img_train.tar",
         "ILSVRC2012_img_val.tar",
         "imagenet_2012_validation_synset_labels.txt",
         "synsets.txt",
     }
-    assert set(train) == {f"{wnid}.tar" for wnid in labels} and len(train) == 4
+    assert set(train) == {f"{wnid}.tar" for wnid in labels}
+    assert len(train) == 4
     assert list(val) == [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 13)]
     assert labels != sorted(labels)
     for name, tar in train.items():
@@ -198,23 +204,24 @@ def test_imagenet_tars_is_the_published_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["class_tars", "imagenet_tars"])
-def test_all_kinds_of_dirt_are_there(layout: str, tmp_path: Path) -> None:
+def test_every_kind_of_corrupt_file_occurs(layout: str, tmp_path: Path) -> None:
     config = settings(layout)
-    kinds = generate.dirt_kinds(config)
-    assert kinds == dict.fromkeys(generate.KINDS, 1)
-    found = contents(build(config, tmp_path))
+    kinds = generate.corrupt_counts(config)
+    assert kinds == dict.fromkeys(CORRUPT_KINDS, 1)
+    files = contents(build(config, tmp_path))
     if layout == "class_tars":
-        train, val = images(tmp_path, "train"), images(tmp_path, "val")
+        train = images(tmp_path, "train")
+        val = images(tmp_path, "val")
     else:
-        inner = members(found["ILSVRC2012_img_train.tar"]).values()
+        inner = members(files["ILSVRC2012_img_train.tar"]).values()
         train = {name: data for tar in inner for name, data in members(tar).items()}
-        val = members(found["ILSVRC2012_img_val.tar"])
+        val = members(files["ILSVRC2012_img_val.tar"])
     assert len(train) == 4 * 6 + sum(kinds.values())
-    assert sorted(_kinds(train, set(val.values()))) == sorted(generate.KINDS)
+    assert sorted(_kinds(train, set(val.values()))) == sorted(CORRUPT_KINDS)
 
 
 def _kinds(train: dict[str, bytes], val: set[bytes]) -> list[str]:
-    """What a look at the bytes says of each file that is no sound image of its own."""
+    """The kind of each file that is not an ordinary image, judged by its bytes."""
     seen: set[bytes] = set()
     kinds = []
     for name, data in train.items():
@@ -253,31 +260,31 @@ def _kind(name: str, data: bytes) -> str:
     return {"Gray": "grey", "CMYK": "cmyk", "YCCK": "cmyk"}.get(space, "")
 
 
-def test_odd_files_show_the_same_picture() -> None:
-    image = picture(0, "n1", "train", 0, (64, 64))
-    found = {kind: generate._odd(image, kind, 16) for kind in ("png", "deep", "cmyk")}
-    assert np.array_equal(decode_any(found["png"]), image)
-    assert np.array_equal(decode_any(found["deep"]), image)
-    with Image.open(BytesIO(found["cmyk"])) as opened:
+def test_unusual_encodings_show_the_same_image() -> None:
+    image = draw_image(0, "n1", "train", 0, (64, 64))
+    encoded = {kind: encode_unusual(image, kind, 16) for kind in ("png", "deep", "cmyk")}
+    assert np.array_equal(decode_any(encoded["png"]), image)
+    assert np.array_equal(decode_any(encoded["deep"]), image)
+    with Image.open(BytesIO(encoded["cmyk"])) as opened:
         assert opened.mode == "CMYK"
         assert np.abs(np.asarray(opened.convert("RGB")).astype(int) - image).mean() < 8
 
 
-def test_dirt_is_the_share_asked_for_and_spread() -> None:
+def test_corrupt_files_have_the_configured_share_and_are_spread_over_the_classes() -> None:
     config = settings(classes=24, images_per_class=60, corrupt_fraction=0.05)
     counts = [
-        len(piece.dirt)
-        for piece in generate.pieces(config, Path("nowhere"))
-        if piece.split == "train"
+        len(file.corrupt)
+        for file in generate.plan_files(config, Path("nowhere"))
+        if file.split == "train"
     ]
-    assert sum(counts) == sum(generate.dirt_kinds(config).values()) == 72
+    assert sum(counts) == sum(generate.corrupt_counts(config).values()) == 72
     assert max(counts) == min(counts) == 3
-    assert not generate.dirt_kinds(settings(corrupt_fraction=0.0))
-    assert sum(generate.dirt_kinds(settings(corrupt_fraction=0.001)).values()) == 1
+    assert not generate.corrupt_counts(settings(corrupt_fraction=0.0))
+    assert sum(generate.corrupt_counts(settings(corrupt_fraction=0.001)).values()) == 1
 
 
-def test_learnable_above_chance_but_not_by_mean_colour() -> None:
-    """Nearest centroids of a set's colour histograms tell 8 classes of another set, far from perfectly; mean colours, worse."""
+def test_classes_can_be_learned_but_not_from_the_mean_colour() -> None:
+    """Centroids of one seed classify the images of another: chance is 0.125 for 8 classes."""
     wnids = class_list("imagenet1k")[::125]
     colours, histograms = (
         [
@@ -291,7 +298,7 @@ def test_learnable_above_chance_but_not_by_mean_colour() -> None:
 
 
 def _pixels(seed: int, wnid: str, number: int) -> NDArray[np.uint8]:
-    return picture(seed, wnid, "train", number, (64, 64))
+    return draw_image(seed, wnid, "train", number, (64, 64))
 
 
 def _mean_colour(seed: int, wnid: str, number: int) -> NDArray[np.float64]:
@@ -305,6 +312,6 @@ def _histogram(seed: int, wnid: str, number: int) -> NDArray[np.float64]:
 
 
 def _accuracy(train: NDArray[np.float64], val: NDArray[np.float64]) -> float:
-    """Of nearest centroids; both of shape (classes, images, features)."""
+    """Accuracy of nearest centroids; both arrays have shape (classes, images, features)."""
     distances = np.linalg.norm(val[:, :, None] - train.mean(axis=1), axis=-1)
     return float((distances.argmin(axis=-1) == np.arange(len(val))[:, None]).mean())

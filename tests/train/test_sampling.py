@@ -57,7 +57,7 @@ def test_a_bad_sample_stops_training_unless_the_job_replaces_it(damaged: RunDir)
     assert replaced(damaged)[-(4 - first_bad_step) :] == expected[first_bad_step + 1 :]
     log = staging.messages(damaged)
     assert f"sample replaced since step {first_bad_step + 1} (on_bad_sample: replace): " in log
-    assert "the image is not what was written" in log
+    assert "checksum mismatch: the image changed after preparation" in log
 
 
 def test_the_count_of_replaced_samples_survives_an_interruption(damaged: RunDir) -> None:

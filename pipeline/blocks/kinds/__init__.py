@@ -1,1 +1,1 @@
-"""One file per kind of block. Each defines ``FACTS`` (read without torch) and ``KIND`` (the modules)."""
+"""One file per block kind. Each defines ``FACTS`` (read without torch) and ``KIND`` (modules)."""

@@ -1,4 +1,4 @@
-"""ConvNeXt block (Liu et al., CVPR 2022), as RevCol uses it: depthwise 3x3."""
+"""ConvNeXt block (Liu et al., CVPR 2022) as RevCol uses it: depthwise convolution 3x3."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from pipeline.blocks.facts import BlockFacts
 from pipeline.blocks.kind import BlockKind
-from pipeline.blocks.layers import Conv, LayerNorm, Linear, drop_samples
+from pipeline.blocks.layers import Conv, LayerNorm, Linear, drop_path
 
 FACTS = BlockFacts(
     title="ConvNeXt",
@@ -17,7 +17,7 @@ FACTS = BlockFacts(
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block on (N, H, W, C): depthwise 3x3, norm, expansion, GELU, projection, layer scale, stochastic depth."""
+    """(N, H, W, C): depthwise 3x3, norm, expansion, GELU, projection, layer scale, drop path."""
 
     def __init__(self, channels: int, expansion: int = 4) -> None:
         super().__init__()
@@ -25,14 +25,14 @@ class ConvNeXtBlock(nn.Module):
         self.norm = LayerNorm(channels)
         self.expand = Linear(channels, expansion * channels)
         self.project = Linear(expansion * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-6))  # layer scale
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """``keep`` (N,): 0 where the sample skips this block, else 1 / (1 - rate)."""
+    def forward(self, x: Tensor, drop_path_scale: Tensor | None = None) -> Tensor:
+        """Run the block. ``drop_path_scale`` (N,): 0 to skip it, else 1 / (1 - rate)."""
         branch = self.gamma * self.project(
             functional.gelu(self.expand(self.norm(self.depthwise(x))))
         )
-        return x + drop_samples(branch, keep)
+        return x + drop_path(branch, drop_path_scale)
 
 
-KIND = BlockKind(ConvNeXtBlock)
+KIND = BlockKind(block=ConvNeXtBlock)

@@ -1,46 +1,42 @@
-"""The JSON Schema of a job *file* for editors: references by name, one dataset without a name, values left to 'auto'."""
+"""The JSON Schema of a job *file*, for completion and checks in editors.
+
+A job file may write more than the resolved job that ``describe.job_schema`` describes: references
+to files by name, a single dataset without a name, and 'auto' for values chosen from the images.
+"""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from pipeline.config.auto_values import AUTO, KEYS
 from pipeline.config.schema_text import describe
+from pipeline.config.schema_text.describe import JsonSchema
 from pipeline.config.yaml_tree.references import Fragments
 from pipeline.shipped import CONFIGS
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> JsonSchema:
     """JSON Schema (draft 2020-12) of a job file as a user writes it."""
-    schema = copy.deepcopy(describe.raw_schema())
+    schema = copy.deepcopy(describe.job_schema())
     definitions = schema["$defs"]
-    for name, kind in (
-        ("ModelConfig", "model"),
-        ("ClusterConfig", "cluster"),
-        ("DatasetConfig", "data"),
-    ):
-        _allow_base(definitions[name], kind)
+    # 1. A section may start from a file: `model: {base: revcol_huge, drop_path: 0.4}`.
+    _allow_base(definitions["ModelConfig"], "model")
+    _allow_base(definitions["ClusterConfig"], "cluster")
+    _allow_base(definitions["DatasetConfig"], "data")
+    # 2. A stage need not have any key, because its recipe may provide them all.
     training = definitions["TrainConfig"]
-    training.pop("required", None)  # a recipe may have them
+    training.pop("required", None)
     training["properties"]["recipe"]["examples"] = _names("recipe")
+    # 3. Values chosen from the images.
     for key in KEYS:
         training["properties"][key] = _or_auto(training["properties"][key])
-    fraction = definitions["DatasetConfig"]["properties"]
-    fraction["validation_fraction"] = _or_auto(fraction["validation_fraction"])
+    dataset = definitions["DatasetConfig"]["properties"]
+    dataset["validation_fraction"] = _or_auto(dataset["validation_fraction"])
+    # 4. A name instead of a mapping: `model: revcol_huge`; one dataset without a name.
     properties = schema["properties"]
     properties["model"] = _or_name(properties["model"], "model")
     properties["cluster"] = _or_name(properties["cluster"], "cluster")
-    named = properties["data"]
-    one = {"$ref": "#/$defs/DatasetConfig"}
-    named["patternProperties"] = {
-        pattern: _or_name(dict(one), "data") for pattern in named["patternProperties"]
-    }
-    named["additionalProperties"] = False
-    properties["data"] = {
-        "anyOf": [_name("data"), one, named],
-        "description": named.pop("description", ""),
-    }
+    properties["data"] = _data(properties["data"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A pipeline job",
@@ -48,11 +44,22 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def _data(named: JsonSchema) -> JsonSchema:
+    """Datasets by name, one dataset without a name, or the name of a file."""
+    dataset = {"$ref": "#/$defs/DatasetConfig"}
+    named["patternProperties"] = {
+        pattern: _or_name(dict(dataset), "data") for pattern in named["patternProperties"]
+    }
+    named["additionalProperties"] = False
+    description = named.pop("description", "")
+    return {"anyOf": [_name("data"), dataset, named], "description": description}
+
+
 def _names(kind: str) -> list[str]:
     return Fragments(CONFIGS).names(kind)
 
 
-def _name(kind: str) -> dict[str, Any]:
+def _name(kind: str) -> JsonSchema:
     return {
         "type": "string",
         "description": f"Name of a file in configs/{kind}.",
@@ -60,23 +67,24 @@ def _name(kind: str) -> dict[str, Any]:
     }
 
 
-def _or_name(schema: dict[str, Any], kind: str) -> dict[str, Any]:
+def _or_name(schema: JsonSchema, kind: str) -> JsonSchema:
     description = schema.pop("description", "")
     return {"anyOf": [_name(kind), schema], "description": description}
 
 
-def _or_auto(schema: dict[str, Any]) -> dict[str, Any]:
-    described: dict[str, Any] = {
+def _or_auto(schema: JsonSchema) -> JsonSchema:
+    # Editors show the description of the outer schema, so the annotations move there.
+    annotations: JsonSchema = {
         key: schema.pop(key) for key in ("description", "default", "title") if key in schema
     }
-    return {"anyOf": [schema, {"const": AUTO}], **described}
+    return {"anyOf": [schema, {"const": AUTO}], **annotations}
 
 
-def _allow_base(definition: dict[str, Any], kind: str) -> None:
-    """A mapping with `base` need not have what the base has."""
+def _allow_base(definition: JsonSchema, kind: str) -> None:
+    """Allow ``base`` in a section; with it, the required keys may come from the base."""
     definition["properties"]["base"] = {
         **_name(kind),
-        "description": f"Name of a file in configs/{kind} that this changes.",
+        "description": f"Name of a file in configs/{kind} that this section starts from.",
     }
     required = definition.pop("required", [])
     if required:

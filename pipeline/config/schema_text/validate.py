@@ -1,64 +1,81 @@
-"""A tree of values -> a checked Job; everything that is wrong is told by file:line, key, expectation and remedy."""
+"""Validates a tree of values against the schema and reports every problem in plain words.
+
+Pydantic's errors name internal types and union branches. Each is translated to file:line, the key,
+the values that it accepts and a remedy.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from pipeline.config.schema import Job
 from pipeline.config.schema_text import describe
-from pipeline.config.yaml_tree.diagnostics import Problem, refuse
+from pipeline.config.yaml_tree.diagnostics import Problem, raise_problems
 from pipeline.config.yaml_tree.reading import Node, scalar
 from pipeline.suggest import closest, did_you_mean
 
-Location = Sequence[int | str]
+LONGEST_VALUE = 60  # characters of a value that a message quotes
 
 
 def validate(tree: Node) -> Job:
-    """Check a tree against the schema, strictly: no text for numbers, no fractions for whole numbers.
+    """Check a tree against the schema, strictly: no text for numbers, no 3.0 for whole numbers.
 
-    Raises one ConfigError that names every problem (C1, C4).
+    Raises:
+        ConfigError: names every problem (C1, C4).
     """
     try:
+        # As JSON, because only there strict mode accepts a list for a tuple.
         return Job.model_validate_json(json.dumps(tree.data()), strict=True)
     except ValidationError as error:
-        refuse(_problems(tree, error.errors(include_url=False, include_context=True)))
+        raise_problems(_problems(tree, error.errors(include_url=False, include_context=True)))
         raise  # a validation error without problems would be a bug; never hide it
 
 
-def _problems(tree: Node, errors: Sequence[Any]) -> list[Problem]:
-    unknown: dict[str, Problem] = {}  # told first: others may follow from them
-    wrong: dict[str, Problem] = {}
+def _problems(tree: Node, errors: Sequence[ErrorDetails]) -> list[Problem]:
+    # Unknown keys come first: a mistyped required key is unknown and missing at the same time, and
+    # the first of the two messages explains the second.
+    unknown: dict[str, Problem] = {}
+    invalid: dict[str, Problem] = {}
     for error in errors:
-        path, known = _path(error["loc"])
+        path, key = _path(error["loc"])
         if error["type"] == "extra_forbidden":
             path = [*path, str(error["loc"][len(path)])]
-            unknown[".".join(path)] = _unknown_key(tree, path, known)
+            unknown[".".join(path)] = _unknown_key(tree, path, key)
         elif error["loc"] and error["loc"][-1] == "[key]":
-            cause = f"'{path[-1]}' cannot be the name of a dataset: letters, digits, '-' and '_', a letter or digit first"
-            wrong[".".join(path)] = Problem(_place(tree, path), cause, "rename it")
+            cause = (
+                f"'{path[-1]}' cannot be the name of a dataset: use letters, digits, '-' and '_', "
+                "with a letter or a digit first"
+            )
+            invalid[".".join(path)] = Problem(_place(tree, path), cause, "rename it")
         else:
-            wrong.setdefault(".".join(path), _wrong_value(tree, path, known))
-    return [*unknown.values(), *wrong.values()]
+            # One value can violate several branches of a union; the first message is enough.
+            invalid.setdefault(".".join(path), _invalid_value(tree, path, key))
+    return [*unknown.values(), *invalid.values()]
 
 
-def _path(location: Location) -> tuple[list[str], describe.Field]:
-    """The part of pydantic's location that is a path of keys; it also names union branches and list positions."""
+def _path(location: Sequence[int | str]) -> tuple[list[str], describe.SchemaKey]:
+    """The keys in a pydantic location, which also names union branches and list positions.
+
+    Example: ("stages", "pretrain", "micro_batch", "constrained-int") -> stages.pretrain.micro_batch
+    """
     path: list[str] = []
-    known = describe.root()
+    key = describe.root()
     for part in location:
-        child = known.child(part) if isinstance(part, str) and part != "[key]" else None
+        child = key.child(part) if isinstance(part, str) and part != "[key]" else None
         if child is None:
             break
-        path, known = [*path, str(part)], child
-    return path, known
+        path.append(str(part))
+        key = child
+    return path, key
 
 
 def _place(tree: Node, path: Sequence[str]) -> str:
-    """Where a key is written, or else the nearest section around it."""
+    """file:line of a key, or of the nearest section around it."""
     for depth in range(len(path), -1, -1):
         node = tree.get(*path[:depth])
         if node is not None:
@@ -66,54 +83,53 @@ def _place(tree: Node, path: Sequence[str]) -> str:
     return tree.origin
 
 
-def _unknown_key(tree: Node, path: list[str], section: describe.Field) -> Problem:
-    key, above = path[-1], ".".join(path[:-1])
-    cause = f"unknown key '{key}'" + (f" in {above}" if above else "")
-    if key == "base" and "recipe" in section.keys:
-        return Problem(_place(tree, path), cause, "did you mean 'recipe'?")
-    if not closest(key, section.keys, likeness=0.8):
-        elsewhere = [one.dotted for one in describe.all_fields() if one.path[-1] == key]
+def _unknown_key(tree: Node, path: list[str], section: describe.SchemaKey) -> Problem:
+    name = path[-1]
+    above = ".".join(path[:-1])
+    cause = f"unknown key '{name}'" + (f" in {above}" if above else "")
+    place = _place(tree, path)
+    if name == "base" and "recipe" in section.keys:
+        return Problem(place, cause, "did you mean 'recipe'?")
+    if not closest(name, section.keys, likeness=0.8):
+        # Not a typo of a key here: perhaps a correct key in the wrong section.
+        elsewhere = [key.dotted for key in describe.all_keys() if key.path[-1] == name]
         if elsewhere:
-            return Problem(_place(tree, path), cause, f"it belongs to {' or '.join(elsewhere)}")
-    return Problem(_place(tree, path), cause, did_you_mean(key, section.keys, "keys here"))
+            return Problem(place, cause, f"it belongs to {' or '.join(elsewhere)}")
+    return Problem(place, cause, did_you_mean(name, section.keys, "keys here"))
 
 
-def _wrong_value(tree: Node, path: list[str], known: describe.Field) -> Problem:
-    dotted = known.dotted or "the job"
+def _invalid_value(tree: Node, path: list[str], key: describe.SchemaKey) -> Problem:
+    dotted = key.dotted or "the job"
     node = tree.get(*path)
     if node is None:
-        cause = f"{dotted} is missing: expected {known.expectation}"
-        remedy = (
-            f"write it, or name a recipe that has it, or add --set {dotted}=VALUE"
-            if "stages" in path
-            else "write it"
-        )
+        cause = f"{dotted} is missing: expected {key.expectation}"
+        remedy = "write it"
+        if "stages" in path:
+            remedy = f"write it, or name a recipe that has it, or add --set {dotted}=VALUE"
         return Problem(_place(tree, path), cause, remedy)
     given = json.dumps(node.data(), ensure_ascii=False)
-    given = given if len(given) <= 60 else given[:57] + "..."
-    return Problem(
-        node.origin, f"{dotted}: expected {known.expectation}, given {given}", _hint(node, known)
-    )
+    if len(given) > LONGEST_VALUE:
+        given = f"{given[: LONGEST_VALUE - 3]}..."
+    cause = f"{dotted}: expected {key.expectation}, given {given}"
+    return Problem(node.origin, cause, _hint(node, key))
 
 
-def _hint(node: Node, known: describe.Field) -> str:
-    value, wanted = node.value, known.expectation
-    if (
-        isinstance(value, str)
-        and "number" in wanted
-        and isinstance(scalar(value.strip()), (int, float))
-    ):
-        return f"take the quotes away: {value.strip()}"
-    if isinstance(value, (int, float)) and wanted.startswith("text"):
+def _hint(node: Node, key: describe.SchemaKey) -> str:
+    """The remedy for an invalid value: the likely mistake, or else the meaning of the key."""
+    value = node.value
+    expected = key.expectation
+    if isinstance(value, str) and "number" in expected:
+        text = value.strip()
+        if isinstance(scalar(text), (int, float)):
+            return f"take the quotes away: {text}"
+    if isinstance(value, (int, float)) and expected.startswith("text"):
         return "put it in quotes"
-    if (
-        isinstance(value, float)
-        and "whole number" in wanted
-        and value.is_integer()
-        and value < 1e12
-    ):
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e12
+    if isinstance(value, float) and whole and "whole number" in expected:
         return f"write {int(value)}"
-    names = [name.strip("'") for name in wanted.replace("one of ", "").split(", ")]
-    if isinstance(value, str) and (best := closest(value, names)):
-        return f"did you mean '{best}'?"
-    return known.description
+    choices = re.findall(r"'([^']+)'", expected)
+    words = [item.value for item in value] if isinstance(value, list) else [value]
+    for word in words:
+        if isinstance(word, str) and word not in choices and (best := closest(word, choices)):
+            return f"did you mean '{best}'?"
+    return key.description

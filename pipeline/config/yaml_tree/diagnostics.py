@@ -1,4 +1,4 @@
-"""Several things wrong with a job, told in one message."""
+"""Collects several problems of a job, so that one message reports all of them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what, and what to do about it."""
+    """One problem: its place (file:line), its cause and a remedy."""
 
     place: str
     cause: str
     remedy: str = ""
 
 
-def refuse(problems: Sequence[Problem]) -> None:
-    """Raise one ConfigError that names every problem; do nothing if there is none."""
+def problem_of(error: ConfigError) -> Problem:
+    """The problem that an error describes, to report it together with others."""
+    return Problem(error.place, error.cause, error.remedy)
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Do nothing if there are no problems.
+
+    Raises:
+        ConfigError: names every problem, each of them once.
+    """
+    # Two stages that name the same recipe find its mistakes twice; dict.fromkeys keeps one each.
     errors = [
-        ConfigError(one.cause, place=one.place, remedy=one.remedy)
-        for one in dict.fromkeys(problems)
+        ConfigError(problem.cause, place=problem.place, remedy=problem.remedy)
+        for problem in dict.fromkeys(problems)
     ]
     if len(errors) == 1:
         raise errors[0]

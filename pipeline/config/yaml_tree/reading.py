@@ -1,7 +1,8 @@
-"""YAML text -> a tree that knows the file and line of every key and value.
+"""Reads YAML text into a tree that knows the file and line of every key and value.
 
-Plain YAML 1.2 scalars: ``1e-4`` is a number, ``yes`` and ``2024-01-01`` are text. YAML is data here: tags such as
-``!!python/object`` are refused, and what a value is follows from how it is written alone.
+Scalars follow YAML 1.2: ``1e-4`` is a number, ``yes`` and ``2024-01-01`` are text. A job is plain
+data: tags such as ``!!python/object`` are refused, and the type of a value follows only from how it
+is written.
 """
 
 from __future__ import annotations
@@ -15,30 +16,45 @@ from typing import Any, ClassVar, TypeAlias
 
 import yaml
 
-from pipeline.config.yaml_tree.diagnostics import Problem, refuse
+from pipeline.config.yaml_tree.diagnostics import Problem, raise_problems
 from pipeline.errors import ConfigError
 from pipeline.suggest import did_you_mean
 
 MAX_NODES = 100_000  # a job has hundreds; aliases of aliases can grow without bound
 MAX_DEPTH = 30
-MAX_DIGITS = 40  # of a whole number; the longest that means anything has half as many
-FROM_COMMAND_LINE = "--set"  # the name of a "file" that has no lines
+MAX_DIGITS = 40  # of a whole number; the longest meaningful one has half as many
+FROM_COMMAND_LINE = "--set"  # name of the "file" that has no lines
 
 Value: TypeAlias = "bool | int | float | str | list[Node] | dict[str, Node] | None"
 
 
 @dataclass(frozen=True)
 class Node:
-    """A YAML value and where it was written ("file:line"; of a mapping's entry, the line of its key)."""
+    """A YAML value and its place ("file:line"; for an entry of a mapping, the line of its key)."""
 
     value: Value
     origin: str
-    plain: bool = (
-        False  # an unquoted scalar: its type is decided again after ${VAR} has been replaced
-    )
+    plain: bool = False  # unquoted scalar: its type is decided again after ${VAR} is replaced
+
+    @classmethod
+    def of(cls, value: Any, origin: str = "") -> Node:
+        """The tree of plain values, as ``json`` loads them. Every node has the same origin."""
+        if isinstance(value, dict):
+            return cls({str(key): cls.of(below, origin) for key, below in value.items()}, origin)
+        if isinstance(value, list):
+            return cls([cls.of(item, origin) for item in value], origin)
+        return cls(value, origin)
+
+    def data(self) -> Any:
+        """The plain values, as ``json`` loads them."""
+        if isinstance(self.value, dict):
+            return {key: node.data() for key, node in self.value.items()}
+        if isinstance(self.value, list):
+            return [node.data() for node in self.value]
+        return self.value
 
     def entries(self) -> dict[str, Node]:
-        """The entries of a mapping; none for anything else."""
+        """The entries of a mapping; {} for anything else."""
         return self.value if isinstance(self.value, dict) else {}
 
     def get(self, *path: str) -> Node | None:
@@ -49,7 +65,10 @@ class Node:
         return node
 
     def replaced(self, path: tuple[str, ...], new: Node | None) -> Node:
-        """A copy with the node at ``path`` replaced (None: taken away); mappings on the way are made where missing."""
+        """A copy with the node at ``path`` replaced, or removed if ``new`` is None.
+
+        Missing mappings on the way to ``path`` are created.
+        """
         if not path:
             return new if new is not None else self
         entries = dict(self.entries())
@@ -60,19 +79,11 @@ class Node:
             entries[path[0]] = below.replaced(path[1:], new)
         return Node(entries, self.origin)
 
-    def data(self) -> Any:
-        """The bare values, as ``json`` would load them."""
-        if isinstance(self.value, dict):
-            return {key: node.data() for key, node in self.value.items()}
-        if isinstance(self.value, list):
-            return [node.data() for node in self.value]
-        return self.value
 
-
+# The C parser where PyYAML has it. Without resolvers no scalar gets a type from PyYAML, which knows
+# YAML 1.1 only ("yes" would be true, "1e-4" text); ``scalar`` below decides instead.
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The C parser where PyYAML has it, without YAML 1.1's idea of what a scalar is."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, object]] = {}
 
 
 _PREFIX = "tag:yaml.org,2002:"
@@ -81,7 +92,8 @@ _TAGS = {
     yaml.SequenceNode: _PREFIX + "seq",
     yaml.MappingNode: _PREFIX + "map",
 }
-_SCALARS: tuple[tuple[str, Callable[[str], Value]], ...] = (  # pattern, what it stands for
+# Pattern of an unquoted scalar -> its value. The first match counts; no match: text.
+_SCALARS: tuple[tuple[str, Callable[[str], Value]], ...] = (
     (r"~|null|Null|NULL|", lambda _: None),
     (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     (rf"[-+]?[0-9][0-9_]{{0,{MAX_DIGITS}}}", lambda text: int(text.replace("_", ""))),
@@ -91,164 +103,173 @@ _SCALARS: tuple[tuple[str, Callable[[str], Value]], ...] = (  # pattern, what it
 )
 
 
-def shown(path: Path) -> str:
-    """A path as messages name it: relative to the current folder where it lies below it."""
+def display_path(path: Path) -> str:
+    """A path for messages: relative to the current folder if it lies below it."""
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return absolute if relative.startswith("..") else relative
 
 
 def scalar(text: str) -> Value:
-    """The value of an unquoted scalar."""
-    return next(
-        (convert(text) for pattern, convert in _SCALARS if re.fullmatch(pattern, text)), text
-    )
+    """The value of an unquoted scalar: "3" -> 3, "1e-4" -> 0.0001, "yes" -> "yes"."""
+    for pattern, convert in _SCALARS:
+        if re.fullmatch(pattern, text):
+            return convert(text)
+    return text
 
 
 class _Reader:
-    """Turns composed YAML nodes into ours and gathers what is wrong on the way."""
+    """Converts PyYAML's nodes to ours and collects problems on the way."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.problems: list[Problem] = []
         self.count = 0
 
-    def at(self, node: yaml.Node) -> str:
-        return _place(self.name, node.start_mark.line + 1)
+    def read(self, node: yaml.Node, origin: str, ancestors: tuple[yaml.Node, ...] = ()) -> Node:
+        """Convert a node. ``ancestors``: the nodes that contain it, outermost first.
 
-    def read(self, node: yaml.Node, origin: str, above: tuple[yaml.Node, ...] = ()) -> Node:
-        self.count += 1
-        if self.count > MAX_NODES:
-            remedy = "is this a job file? look for repeated aliases"
-            raise ConfigError(f"more than {MAX_NODES} values", place=self.name, remedy=remedy)
-        if any(node is one for one in above):
-            self.problems.append(
-                Problem(self.at(node), "an alias that contains itself", "write the value out")
-            )
+        Raises:
+            ConfigError: the document is too large or nested too deeply to be a job.
+        """
+        self._check_size(node, ancestors)
+        # `a: &a [1, *a]` contains itself: converting it would never end.
+        if any(node is ancestor for ancestor in ancestors):
+            self._report(node, "an alias that contains itself", "write the value out")
             return Node(None, origin)
-        if len(above) > MAX_DEPTH:
-            raise ConfigError(
-                "nested too deeply", place=self.at(node), remedy="is this a job file?"
-            )
-        self.refuse_tag(node)
-        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
-            self.problems.append(
-                Problem(self.at(node), "a NUL character in a value", "take it away")
-            )
+        self._check_tag(node)
         if isinstance(node, yaml.MappingNode):
-            return Node(self._mapping(node, (*above, node)), origin)
+            return Node(self._mapping(node, (*ancestors, node)), origin)
         if isinstance(node, yaml.SequenceNode):
-            return Node(
-                [self.read(item, self.at(item), (*above, node)) for item in node.value], origin
-            )
+            inside = (*ancestors, node)
+            items = [self.read(item, self.origin(item), inside) for item in node.value]
+            return Node(items, origin)
+        if "\0" in node.value:
+            self._report(node, "a NUL character in a value", "remove it")
+        # PyYAML gives quoted and block scalars a style ('"', "'", "|", ">"): those are always text.
         plain = not node.style
         return Node(scalar(node.value) if plain else node.value, origin, plain)
 
-    def refuse_tag(self, node: yaml.Node) -> None:
-        if node.tag != _TAGS[type(node)]:
-            cause = f"the YAML tag '{node.tag.replace(_PREFIX, '!!')}' is not allowed: a job is plain data"
-            self.problems.append(Problem(self.at(node), cause, "take the tag away"))
+    def origin(self, node: yaml.Node) -> str:
+        return _origin(self.name, node.start_mark.line + 1)
 
-    def _mapping(self, node: yaml.MappingNode, above: tuple[yaml.Node, ...]) -> dict[str, Node]:
+    def _check_size(self, node: yaml.Node, ancestors: tuple[yaml.Node, ...]) -> None:
+        # Ten aliases of ten aliases of ... : a few lines can stand for billions of values.
+        self.count += 1
+        remedy = "check that this is a job file; look for repeated aliases"
+        if self.count > MAX_NODES:
+            cause = f"more than {MAX_NODES} values"
+            raise ConfigError(cause, place=self.name, remedy=remedy)
+        if len(ancestors) > MAX_DEPTH:
+            cause = f"nested more than {MAX_DEPTH} levels deep"
+            raise ConfigError(cause, place=self.origin(node), remedy=remedy)
+
+    def _check_tag(self, node: yaml.Node) -> None:
+        if node.tag != _TAGS[type(node)]:
+            tag = node.tag.replace(_PREFIX, "!!")
+            cause = f"the YAML tag '{tag}' is not allowed: a job is plain data"
+            self._report(node, cause, "remove the tag")
+
+    def _mapping(self, node: yaml.MappingNode, ancestors: tuple[yaml.Node, ...]) -> dict[str, Node]:
         entries: dict[str, Node] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(
-                    Problem(self.at(key_node), "a key must be a single word", "write `key: value`")
-                )
+                self._report(key_node, "a key must be a single word", "write `key: value`")
                 continue
-            self.refuse_tag(key_node)
-            key, origin = str(key_node.value), self.at(key_node)
+            self._check_tag(key_node)
+            key = str(key_node.value)
+            # YAML parsers keep the last of two equal keys without a word; here it is an error.
             if key in entries:
                 cause = f"the key '{key}' is written twice (first at {entries[key].origin})"
-                self.problems.append(Problem(origin, cause, "keep one of them"))
+                self._report(key_node, cause, "keep one of them")
                 continue
-            entries[key] = self.read(value_node, origin, above)
+            entries[key] = self.read(value_node, self.origin(key_node), ancestors)
         return entries
+
+    def _report(self, node: yaml.Node, cause: str, remedy: str) -> None:
+        self.problems.append(Problem(self.origin(node), cause, remedy))
 
 
 def parse(text: str, name: str) -> Node | None:
-    """Read one YAML document; None where there is nothing in it. ``name`` stands for the file in messages.
+    """Read one YAML document; None if it is empty. ``name``: the file's name in messages.
 
-    Raises ConfigError with file:line for anything that is not plain YAML, and for duplicate keys.
+    Raises:
+        ConfigError: with file:line, for anything but plain YAML and for duplicate keys.
     """
     try:
-        composed = yaml.compose(text, Loader=_Loader)
+        document = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise _syntax(error, text, name) from None
-    if composed is None:
+        raise _syntax_error(error, text, name) from None
+    if document is None:
         return None
     reader = _Reader(name)
-    node = reader.read(composed, reader.at(composed))
-    refuse(reader.problems)
+    node = reader.read(document, reader.origin(document))
+    raise_problems(reader.problems)
     return node
 
 
-def _place(name: str, line: int) -> str:
+def _origin(name: str, line: int) -> str:
     return name if name == FROM_COMMAND_LINE else f"{name}:{line}"
 
 
-def _syntax(error: yaml.YAMLError, text: str, name: str) -> ConfigError:
+def _syntax_error(error: yaml.YAMLError, text: str, name: str) -> ConfigError:
+    """PyYAML's error with a remedy for the usual mistakes."""
     mark = getattr(error, "problem_mark", None)
-    line = (
-        mark.line + 1
-        if mark is not None
-        else text.count("\n", 0, getattr(error, "position", 0)) + 1
-    )
+    if mark is not None:
+        number = mark.line + 1
+    else:  # an error of the reader (invalid characters) has a position only
+        number = text.count("\n", 0, getattr(error, "position", 0)) + 1
     lines = text.splitlines()
-    tabbed = [
-        number
-        for number, content in enumerate(lines[:line], 1)
-        if re.match(r" *\t\s*[^\s#]", content)
-    ]
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    # A tab misleads the parser, which often complains about a later line: look at all lines before.
+    tabbed = [
+        count for count, line in enumerate(lines[:number], 1) if re.match(r" *\t\s*[^\s#]", line)
+    ]
     if tabbed or "tab character" in problem:
-        place = _place(name, [line, *tabbed][-1])
-        return ConfigError(
-            "indented with a tab", place=place, remedy="YAML is indented with spaces only"
-        )
-    here = lines[line - 1] if line <= len(lines) else ""
+        place = _origin(name, tabbed[-1] if tabbed else number)
+        remedy = "indent with spaces: YAML does not accept tabs"
+        return ConfigError("indented with a tab", place=place, remedy=remedy)
+    line = lines[number - 1] if number <= len(lines) else ""
     if name == FROM_COMMAND_LINE:
         remedy = "put the value in double quotes inside single ones: --set 'KEY=\"VALUE\"'"
-    elif "${" in here:
+    elif "${" in line:
         remedy = 'put the value in quotes ("${NAME}"), or on a line of its own'
     else:
-        remedy = "look at this line and the one above: a colon, a quote or a bracket"
-    return ConfigError(f"not readable as YAML: {problem}", place=_place(name, line), remedy=remedy)
+        remedy = "check the colons, quotes and brackets of this line and of the line above"
+    cause = f"not readable as YAML: {problem}"
+    return ConfigError(cause, place=_origin(name, number), remedy=remedy)
 
 
 def read_mapping(path: Path) -> Node:
     """Read a YAML file that holds a mapping.
 
-    Raises ConfigError (missing, empty, not UTF-8, not a mapping, not YAML) naming the file and, where it can, the line.
+    Raises:
+        ConfigError: missing, empty, not UTF-8, not YAML or not a mapping; with file and, if
+            possible, line.
     """
-    name = shown(path)
+    name = display_path(path)
+    node = parse(_read_text(path, name), name)
+    if node is None:
+        remedy = "a job has a model, data and stages: see jobs/quickstart.yaml"
+        raise ConfigError("is empty", place=name, remedy=remedy)
+    if not isinstance(node.value, dict):
+        kind = "a list" if isinstance(node.value, list) else "a single value"
+        cause = f"holds {kind}, not a mapping"
+        raise ConfigError(cause, place=node.origin, remedy="write `key: value` lines")
+    return node
+
+
+def _read_text(path: Path, name: str) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        siblings = (
-            [str(one.relative_to(path.parent)) for one in path.parent.glob("*.yaml")]
-            if path.parent.is_dir()
-            else []
-        )
-        remedy = did_you_mean(path.name, siblings, f"YAML files in {shown(path.parent)}")
+        folder = path.parent
+        siblings = [sibling.name for sibling in folder.glob("*.yaml")] if folder.is_dir() else []
+        remedy = did_you_mean(path.name, siblings, f"YAML files in {display_path(folder)}")
         raise ConfigError(f"cannot be read: {error.strerror}", place=name, remedy=remedy) from None
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = _place(name, content.count(b"\n", 0, error.start) + 1)
+        place = _origin(name, content.count(b"\n", 0, error.start) + 1)
         cause = f"byte 0x{content[error.start]:02x} is not UTF-8 text"
         raise ConfigError(cause, place=place, remedy="save the file as UTF-8") from None
-    node = parse(text, name)
-    if node is None:
-        raise ConfigError(
-            "is empty",
-            place=name,
-            remedy="a job names its model, data and stages: see jobs/quickstart.yaml",
-        )
-    if not isinstance(node.value, dict):
-        kind = "a list" if isinstance(node.value, list) else "a single value"
-        raise ConfigError(
-            f"holds {kind}, not a mapping", place=node.origin, remedy="write `key: value` lines"
-        )
-    return node

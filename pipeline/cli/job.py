@@ -1,0 +1,73 @@
+"""Commands that run a job: run, train."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import JobFile, Overrides, RunDirectory, load, run_directory
+from pipeline.orchestrate.job_files import description, shipped_jobs
+
+# Shown below the options by `run --help`.
+SHIPPED_JOBS = f"Shipped jobs: {', '.join(shipped_jobs())}. Their descriptions: run --list."
+
+
+def _list_jobs(requested: bool) -> None:
+    # An eager callback runs before the missing argument JOB is reported.
+    if requested:
+        for name, path in shipped_jobs().items():
+            print(f"{name:<20}  {description(path)}")
+        raise typer.Exit
+
+
+def run(
+    job: JobFile,
+    overrides: Overrides = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="Run only this stage; repeatable.", show_default=False),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Restart the stages named with --stage from scratch."),
+    ] = False,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Run every stage of the job, shrunk to minutes."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved job and what would run; run nothing."),
+    ] = False,
+    run_dir: RunDirectory = None,
+    list_jobs: Annotated[
+        bool,
+        typer.Option("--list", help="List the shipped jobs.", is_eager=True, callback=_list_jobs),
+    ] = False,
+) -> None:
+    """Run the stages of a job that are not up to date. Resumes an interrupted run."""
+    from pipeline.orchestrate import run_job
+
+    loaded = load(job, overrides, rehearse=rehearse)
+    directory = run_directory(run_dir, loaded)
+    if dry_run:
+        print(run_job.dry_run(loaded, directory), end="")
+    else:
+        run_job.run_job(loaded, directory, stage or [], force=force)
+
+
+def train(
+    job: JobFile,
+    stage: Annotated[str, typer.Option("--stage", help="pretrain or finetune.")],
+    overrides: Overrides = None,
+    run_dir: RunDirectory = None,
+) -> None:
+    """Train one stage in this process, without Ray. Also works under torchrun.
+
+    The data must be prepared.
+    """
+    from pipeline.orchestrate.run_job import train_in_this_process
+
+    loaded = load(job, overrides)
+    train_in_this_process(loaded, stage, run_directory(run_dir, loaded))

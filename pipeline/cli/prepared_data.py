@@ -1,0 +1,62 @@
+"""Commands about prepared data: verify, data show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import RUNS
+
+app = typer.Typer(help="Look at prepared data.", no_args_is_help=True)
+
+
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A run directory, or a prepared dataset.", show_default=False),
+    ],
+) -> None:
+    """Verify prepared data: checksums, counts, and that every image can be decoded."""
+    from pipeline.orchestrate import verify_data
+
+    verify_data.verify(path)
+
+
+@app.command("show")
+def data_show(
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_DATASET",
+            help="A job file, a shipped job, a run, or a prepared dataset.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The image file to write (PNG).")] = Path("data.png"),
+    epoch: Annotated[int, typer.Option(min=0, help="The first epoch to show.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, max=64, help="Number of images.")] = 8,
+    stage: Annotated[
+        str,
+        typer.Option(
+            help="Training stage whose augmentation is shown; default: the first.",
+            show_default=False,
+        ),
+    ] = "",
+) -> None:
+    """Draw a contact sheet of training images.
+
+    Each row shows one image as stored, as augmented in a few epochs, and as the network gets it.
+    """
+    from pipeline.data.contact_sheet import contact_sheet, png
+    from pipeline.data.dataset import open_dataset
+    from pipeline.files import write_bytes
+    from pipeline.orchestrate.inspect_target import find
+
+    target = find(what, RUNS, stage)
+    sheet = contact_sheet(open_dataset(target.dataset), target.settings, epoch, rows)
+    write_bytes(out, png(sheet))
+    height, width = sheet.shape[:2]
+    augmentation = target.stage or "default augmentation"
+    print(f"{out}: {width} x {height} pixels; {target.dataset}, {augmentation}")

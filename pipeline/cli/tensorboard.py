@@ -1,0 +1,26 @@
+"""The command tensorboard."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import RUNS
+
+
+def tensorboard(
+    run: Annotated[
+        str,
+        typer.Argument(help="Name or directory of a run; default: all runs.", show_default=False),
+    ] = "",
+    port: Annotated[int, typer.Option(help="Port.")] = 6006,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to serve at. Any other than loopback is open to the network."),
+    ] = "127.0.0.1",
+) -> None:
+    """Serve TensorBoard for one run or for all runs."""
+    from pipeline.monitor.serve import logs_of, serve
+
+    serve(logs_of(run, RUNS), host, port)

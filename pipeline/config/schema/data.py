@@ -1,0 +1,117 @@
+"""The job's ``data`` section: image sources and their preparation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.section import Fraction, Section, Seed
+from pipeline.config.schema.shrink import at_most, fixed, readable_layout, synthetic_source
+from pipeline.sources import registry
+
+DatasetName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+]  # also the name of a folder
+
+
+def _known_layout(name: str) -> str:
+    if name not in (*registry.descriptions(), "auto"):
+        raise ValueError(f"expected one of {', '.join(registry.descriptions())}, auto")
+    return name
+
+
+class SyntheticConfig(Section):
+    """Synthetic images in the layout of a real source, for a first run and for rehearsals."""
+
+    # Small defaults: a first run should take minutes.
+    classes: PositiveInt = Field(
+        24, description="Number of classes that have images, drawn from the class list."
+    )
+    images_per_class: PositiveInt = Field(60, description="Training images per class.")
+    validation_per_class: PositiveInt = Field(
+        10, description="Validation images per class, disjoint from the training images."
+    )
+    min_size: PositiveInt = Field(48, description="Shortest side of the smallest image (pixels).")
+    max_size: PositiveInt = Field(128, description="Longest side of the largest image (pixels).")
+    corrupt_fraction: Fraction = Field(
+        0.01,
+        description="Corrupt files to add, relative to the number of images (share): truncated, "
+        "empty, not an image, or a duplicate.",
+    )
+    seed: Seed = Field(
+        0,
+        description="Seed of the synthetic images. Datasets with different seeds have no image in "
+        "common.",
+    )
+
+
+class DatasetConfig(Section):
+    """A labelled image dataset and how it is prepared into shards."""
+
+    # Once a dataset is prepared, training reads its shards: the source may move.
+    root: Annotated[
+        str,
+        Rules(may_change_on_resume=True, fixed_in=("prepare",), rehearse_input=fixed("")),
+    ] = Field(
+        "",
+        description="Folder or fsspec URL of the source; with layout 'huggingface', the path of "
+        "the dataset.",
+    )
+    layout: Annotated[
+        str,
+        AfterValidator(_known_layout),
+        Rules(rehearse_input=readable_layout),
+    ] = Field(
+        "auto",
+        description="Layout of the source. "
+        + " ".join(f"{name}: {text}" for name, text in registry.descriptions().items())
+        + " auto: detected from the source.",
+        json_schema_extra={"enum": [*registry.descriptions(), "auto"]},
+    )
+    classes: str = Field(
+        "auto",
+        description="Class order: a list in configs/classes (fall11_21841, google_21843, "
+        "imagenet1k), a file with one class per line, or 'auto': synsets.txt of the source if it "
+        "exists, otherwise the sorted class names of the source.",
+    )
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.1,
+        description="Images to hold out for validation (share), selected by content hash. Used "
+        "only if the source has no validation split.",
+    )
+    image_column: str = Field(
+        "image", description="Name of the image column, for layout 'huggingface'."
+    )
+    label_column: str = Field(
+        "label", description="Name of the label column, for layout 'huggingface'."
+    )
+    short_side: PositiveInt | Literal["keep"] = Field(
+        "keep",
+        description="Target for the short side (pixels): larger images are scaled down to it. "
+        "'keep': image bytes are stored unchanged.",
+    )
+    jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(
+        92, description="JPEG quality of re-encoded images (percent)."
+    )
+    min_side: Annotated[PositiveInt, Rules(rehearse_input=at_most(64))] = Field(
+        32, description="Images with a shorter side are quarantined (pixels)."
+    )
+    # Pillow's own limit against decompression bombs: 2 x 1024^3 / 4 / 3 bytes.
+    max_pixels: PositiveInt = Field(
+        178_956_970,
+        description="Images with more pixels (width x height) are quarantined without decoding.",
+    )
+    # Synthetic sources contain corrupt files on purpose, hence the higher limit in a rehearsal.
+    max_rejected: Annotated[Fraction, Rules(rehearse_input=fixed(0.2))] = Field(
+        0.01,
+        description="Largest acceptable share of rejected images (share). Preparation fails "
+        "above it.",
+    )
+    shard_rows: Annotated[PositiveInt, Rules(rehearse_input=fixed(64))] = Field(
+        8192, description="Approximate number of images per shard."
+    )
+    synthetic: Annotated[SyntheticConfig | None, Rules(rehearse_input=synthetic_source)] = Field(
+        None, description="Generate synthetic images instead of reading `root`."
+    )

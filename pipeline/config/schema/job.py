@@ -1,0 +1,105 @@
+"""The job file: its stages and the job itself.
+
+A job is one YAML file. Values that name files in ``configs/<kind>/`` (``model: revcol_huge``,
+``recipe: pretrain_22k``, ``cluster: local``) are replaced by the content of that file before the
+job is validated against this schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from pipeline.config.schema.cluster import ClusterConfig
+from pipeline.config.schema.data import DatasetConfig, DatasetName
+from pipeline.config.schema.model import ModelConfig
+from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.section import Section, Seed
+from pipeline.config.schema.shrink import LONGEST_NAME, small_image_size, with_suffix
+from pipeline.config.schema.train import TrainConfig
+
+
+class PrepareStage(Section):
+    """Converts image sources to validated, resized and shuffled Parquet shards."""
+
+    data: list[str] = Field(
+        default_factory=list,
+        description="Names of the datasets to prepare. Empty: all datasets of the job.",
+    )
+
+
+class EvaluateStage(Section):
+    """Computes top-1 and top-5 accuracy; every validation image counts exactly once."""
+
+    data: str = Field(
+        "", description="Name of the dataset. Empty: the dataset of the stage in `from`."
+    )
+    initial: str = Field(
+        "finetune",
+        alias="from",
+        description="Weights to evaluate: a training stage (its EMA weights if it has any) or a "
+        ".safetensors file.",
+    )
+    # Optional: weights are best evaluated at the size they were trained at.
+    image_size: Annotated[PositiveInt | None, Rules(rehearse=small_image_size)] = Field(
+        None,
+        description="Side of the square evaluation image (pixels). null: that of the stage in "
+        "`from`.",
+    )
+    batch: Annotated[PositiveInt, Rules(may_change_on_resume=True)] = Field(
+        64, description="Images per process in one forward pass."
+    )
+
+
+class ExportStage(Section):
+    """Writes weights, model description, preprocessing and class names for use elsewhere."""
+
+    initial: str = Field(
+        "finetune",
+        alias="from",
+        description="Weights to export: a training stage (its EMA weights if it has any) or a "
+        ".safetensors file.",
+    )
+
+
+class Stages(Section):
+    """The stages of a job; they run in this order."""
+
+    prepare: PrepareStage | None = Field(None, description="Data preparation.")
+    pretrain: TrainConfig | None = Field(None, description="Pretraining.")
+    finetune: TrainConfig | None = Field(None, description="Fine-tuning.")
+    evaluate: EvaluateStage | None = Field(None, description="Final evaluation.")
+    export: ExportStage | None = Field(None, description="Export.")
+
+
+# The job's name becomes runs/<name>, so it must be a folder name on every system: no separators,
+# no control characters, not hidden.
+_JobName = Annotated[
+    str,
+    Field(min_length=1, max_length=LONGEST_NAME, pattern=r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*$"),
+]
+
+
+class Job(Section):
+    """One run from data to exported weights."""
+
+    name: Annotated[_JobName, Rules(rehearse=with_suffix)] = Field(
+        description="Name of the job; its run directory is runs/<name>. It contains no '/', '\\' "
+        "or control character and does not start with '.'."
+    )
+    # One seed for initial weights, order and augmentation. Each random choice is a function of it
+    # and of what it decides (epoch, sample), so that a resumed run repeats the same choices.
+    seed: Seed = Field(0, description="Seed of all random choices.")
+    model: ModelConfig = Field(
+        description="The network: a mapping, or the name of a file in configs/model."
+    )
+    # A run may move to another machine: how many processes compute does not change the result.
+    cluster: Annotated[ClusterConfig, Rules(may_change_on_resume=True)] = Field(
+        default_factory=ClusterConfig,
+        description="Where the job runs: a mapping, or the name of a file in configs/cluster.",
+    )
+    data: dict[DatasetName, DatasetConfig] = Field(
+        description="Datasets by name. A single dataset may be written without a name."
+    )
+    stages: Stages = Field(description="The stages to run.")

@@ -1,0 +1,76 @@
+"""The job's ``model`` section: the network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+
+from pipeline.blocks import registry
+from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.section import Section
+from pipeline.config.schema.shrink import narrow
+
+
+def _known_block(name: str) -> str:
+    if name not in registry.facts():
+        raise ValueError(f"expected one of {', '.join(registry.facts())}")
+    return name
+
+
+# The names come from the registry, so that a new kind of block is one new file and no edit here.
+Block = Annotated[
+    str, AfterValidator(_known_block), Field(json_schema_extra={"enum": list(registry.facts())})
+]
+Levels = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
+
+
+class ModelConfig(Section):
+    """A reversible column network (Cai et al., ICLR 2023)."""
+
+    channels: Annotated[Levels, Rules(rehearse=narrow)] = Field(
+        description="Widths C0..C3 of the four levels (channels), finest level (stride 4) first."
+    )
+    depths: Levels = Field(description="Number of blocks at each of the four levels of a column.")
+    columns: PositiveInt = Field(description="Number of columns T.")
+    huge: bool = Field(
+        False,
+        description="RevCol-H wiring: level 0 also receives level 3 of the previous column.",
+    )
+    block: Block | tuple[Block, Block, Block, Block] = Field(
+        "convnext",
+        description="Kind of block: one name for all levels, or a list of four, one per level.",
+    )
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0,
+        description="Stochastic depth rate of the last block of a column. The rates of earlier "
+        "blocks increase linearly from 0.",
+    )
+    # How the backward pass obtains its activations changes memory and time, never the gradients.
+    activations: Annotated[
+        Literal["exact", "stored", "checkpointed"], Rules(may_change_on_resume=True)
+    ] = Field(
+        "exact",
+        description="How the backward pass obtains activations. 'exact': inverts the columns bit "
+        "for bit (memory does not grow with the number of columns). 'stored': keeps all of them "
+        "(plain autograd). 'checkpointed': keeps the feature maps of each column and recomputes "
+        "the rest.",
+    )
+    stored_columns: Annotated[
+        NonNegativeInt | Literal["auto"], Rules(may_change_on_resume=True)
+    ] = Field(
+        0,
+        description="With activations 'exact': number of last columns that keep their autograd "
+        "graph (faster, more memory). 'auto': as many as fit into the device's memory.",
+    )
+    compile: bool = Field(
+        False,
+        description="Use torch.compile for each level. Compilation takes a minute or more at the "
+        "start; steps on a GPU are faster afterwards.",
+    )
+    # Example for 18 bits: steps of 2^-18 = 3.8e-6 and a range of +-2^13 = 8192.
+    fraction_bits: Annotated[int, Field(ge=8, le=24)] = Field(
+        18,
+        description="With activations 'exact': fraction bits of the fixed-point residual stream. "
+        "Its resolution is 2^-bits and its range is 2^(31-bits).",
+    )

@@ -1,0 +1,18 @@
+"""The base class of all sections of the schema, and value types that several of them use."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are immutable once validated."""
+
+    # allow_inf_nan=False: YAML's .nan passes every range check below ("nan < 0" is false), so it
+    # must be refused by type.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,209 @@
+"""The job's ``pretrain`` and ``finetune`` stages: training and augmentation.
+
+Most keys decide what is computed, so a resumed run must not change them. The exceptions are marked
+``may_change_on_resume`` and say why.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pipeline.config.schema import shrink
+from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.section import Fraction, Section
+from pipeline.config.schema.shrink import at_most, fixed
+
+
+class AugmentConfig(Section):
+    """Augmentation during training; each random choice is a function of (seed, epoch, sample)."""
+
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.08, 1.0), description="Smallest and largest area of the random crop (share of image)."
+    )
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field(
+        (0.75, 1.3333), description="Smallest and largest aspect ratio of the random crop."
+    )
+    flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
+    color_jitter: NonNegativeFloat = Field(
+        0.4, description="Strength of brightness, contrast and saturation jitter (0: off)."
+    )
+    randaugment: NonNegativeInt = Field(
+        9, description="RandAugment magnitude, 0 to 10 (0: off). Two operations per image."
+    )
+    randaugment_std: NonNegativeFloat = Field(
+        0.5, description="Standard deviation of the RandAugment magnitude."
+    )
+    random_erasing: Fraction = Field(
+        0.25, description="Probability of random erasing (a box is filled with pixel noise)."
+    )
+    mixup: NonNegativeFloat = Field(
+        0.8, description="Parameter of mixup's Beta distribution (0: off)."
+    )
+    cutmix: NonNegativeFloat = Field(
+        1.0, description="Parameter of cutmix's Beta distribution (0: off)."
+    )
+    mixup_switch_prob: Fraction = Field(
+        0.5, description="Probability of cutmix instead of mixup if both are on."
+    )
+    smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.1, description="Label smoothing (0: off)."
+    )
+
+
+class TrainConfig(Section):
+    """A training stage. `recipe` names a file in configs/recipe; keys of the job override it."""
+
+    data: str = Field(
+        "",
+        description="Name of the dataset in the job's `data`. Optional if there is only one.",
+    )
+    # Only a name: each value of the recipe is compared on its own.
+    recipe: Annotated[str, Rules(may_change_on_resume=True, hparam=1)] = Field(
+        "", description="Name of the file in configs/recipe that provides the other keys."
+    )
+    initial: Annotated[str, Rules(rehearse_input=shrink.without_weights_file)] = Field(
+        "",
+        alias="from",
+        description="Source of the initial weights: a stage ('pretrain') or a .safetensors file. "
+        "Empty: random initialisation.",
+    )
+    image_size: Annotated[PositiveInt, Rules(hparam=8, rehearse=shrink.small_image_size)] = Field(
+        224, description="Side of the square training image (pixels, a multiple of 32)."
+    )
+    epochs: Annotated[PositiveInt, Rules(hparam=4, rehearse=fixed(1))] = Field(
+        description="Passes over the training split (epochs)."
+    )
+    # Not an early stop of a longer schedule: the cosine ends at this step.
+    max_steps: Annotated[PositiveInt | None, Rules(rehearse=fixed(shrink.STEPS))] = Field(
+        None,
+        description="Stop after this many optimizer steps; the learning-rate schedule ends there "
+        "too. Rehearsals use it.",
+    )
+    global_batch: Annotated[PositiveInt, Rules(hparam=3, rehearse=fixed(shrink.GLOBAL_BATCH))] = (
+        Field(1024, description="Images per optimizer step, over all processes.")
+    )
+    # The split into micro-batches and the ZeRO stage decide memory and speed, not the gradients.
+    micro_batch: Annotated[
+        PositiveInt | Literal["auto"],
+        Rules(may_change_on_resume=True, rehearse=fixed(shrink.MICRO_BATCH)),
+    ] = Field(
+        "auto",
+        description="Images per process in one forward and backward pass. Gradients accumulate "
+        "until global_batch is reached. 'auto': global_batch / processes, no accumulation.",
+    )
+    order: Literal["global", "windowed"] = Field(
+        "global",
+        description="Shuffling within an epoch. 'global': all images. 'windowed', for cold "
+        "storage: the order of the shards, and the images within groups of `window_shards`.",
+    )
+    window_shards: PositiveInt = Field(
+        16,
+        description="With order 'windowed': number of shards whose images are shuffled together. "
+        "The next window is prefetched, so a cache needs room for twice as many.",
+    )
+    # Optimizer steps per epoch = images x repeats / global_batch.
+    repeated_augmentation: Annotated[PositiveInt, Rules(rehearse=at_most(2))] = Field(
+        1,
+        description="Repeated augmentation: views of each image in a global batch. An epoch is "
+        "longer by this factor: 300 epochs of timm with 3 repeats are 100 epochs here.",
+    )
+    balance: Fraction = Field(
+        0.0,
+        description="Class-balanced sampling: a class of n images is drawn in proportion to "
+        "n^(1-balance). 0: as in the dataset, 0.5: square-root sampling, 1: all classes equally "
+        "often.",
+    )
+    on_bad_sample: Annotated[Literal["stop", "replace"], Rules(may_change_on_resume=True)] = Field(
+        "stop",
+        description="If a prepared image cannot be read. 'stop': fail and report file and row. "
+        "'replace': train on another image instead and count it (`data/replaced_samples`).",
+    )
+    intermediate_supervision: bool = Field(
+        True,
+        description="Intermediate supervision (compound loss of several columns). false: one "
+        "plain head.",
+    )
+    precision: Annotated[Literal["bf16", "fp32"], Rules(hparam=9)] = Field(
+        "bf16", description="Precision of the network; master weights are always fp32."
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3), Rules(may_change_on_resume=True, hparam=10)] = (
+        Field(1, description="DeepSpeed ZeRO stage.")
+    )
+    # Rates are stated for one batch size, so that a recipe holds for any number of GPUs.
+    # Example: base_lr 1e-3 for 1024 images, global_batch 4096 -> 4e-3 at the peak.
+    base_lr: Annotated[PositiveFloat, Rules(hparam=2)] = Field(
+        description="Peak learning rate for a batch of `base_lr_batch` images. It is scaled "
+        "linearly with global_batch."
+    )
+    base_lr_batch: PositiveInt = Field(
+        1024,
+        description="Batch size that `base_lr`, `min_lr` and `warmup_lr` refer to (images).",
+    )
+    min_lr: NonNegativeFloat = Field(
+        1e-6,
+        description="Learning rate at the end of the cosine schedule, scaled like `base_lr`.",
+    )
+    warmup_epochs: Annotated[NonNegativeFloat, Rules(rehearse=at_most(0.2))] = Field(
+        0.0, description="Length of the linear warm-up (epochs)."
+    )
+    warmup_lr: NonNegativeFloat = Field(
+        1e-5, description="Learning rate at the start of the warm-up, scaled like `base_lr`."
+    )
+    weight_decay: Annotated[NonNegativeFloat, Rules(hparam=5)] = Field(
+        0.05, description="AdamW weight decay. 1-D parameters have none."
+    )
+    decay_alpha: bool = Field(
+        True,
+        description="Apply weight decay to the columns' alpha too, as the published code does.",
+    )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas.")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    clip_grad: NonNegativeFloat = Field(
+        5.0, description="Gradient clipping: largest global gradient norm (0: off)."
+    )
+    # Example: with 0.9, parameters three layers below the head learn at 0.9^3 = 0.73 of its rate.
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0), Rules(hparam=6)] = Field(
+        1.0, description="Layer-wise learning-rate decay factor (1: off)."
+    )
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="Stochastic depth rate of this stage; replaces the model's drop_path."
+    )
+    # Fine-tuning of the published models starts with an almost silent head (0.001).
+    head_init_scale: PositiveFloat = Field(
+        1.0, description="Factor on the classifier's initial weights."
+    )
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0), Rules(hparam=7)] = Field(
+        0.0, description="Decay of the exponential moving average of the weights (0: no EMA)."
+    )
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
+    # The remaining keys decide what is checked, evaluated, logged and saved, not what is computed.
+    on_mismatch: Annotated[Literal["retry", "warn", "stop"], Rules(may_change_on_resume=True)] = (
+        Field(
+            "retry",
+            description="If inverting the columns shows that a step was computed wrongly. 'retry':"
+            " repeat the step. 'warn': log it and continue. 'stop': fail the stage.",
+        )
+    )
+    eval_every_epochs: Annotated[
+        PositiveFloat, Rules(may_change_on_resume=True, rehearse=fixed(1.0))
+    ] = Field(
+        1.0, description="Interval between evaluations (epochs). The last step is always evaluated."
+    )
+    eval_resize: Annotated[PositiveFloat, Rules(may_change_on_resume=True)] = Field(
+        1.143,
+        description="Evaluation resizes the short side to image_size times this factor, then "
+        "crops the centre.",
+    )
+    log_every_steps: Annotated[PositiveInt, Rules(may_change_on_resume=True, rehearse=fixed(1))] = (
+        Field(10, description="Interval between logged metrics (steps).")
+    )
+    checkpoint_every_steps: Annotated[
+        PositiveInt | None, Rules(may_change_on_resume=True, rehearse=fixed(shrink.STEPS // 2))
+    ] = Field(
+        None, description="Interval between checkpoints (steps). null: one checkpoint per epoch."
+    )
+    keep_checkpoints: Annotated[PositiveInt, Rules(may_change_on_resume=True)] = Field(
+        2, description="Number of newest checkpoints to keep."
+    )

@@ -1,0 +1,80 @@
+"""Runs a job, or one training stage in this process: the work behind the commands run and train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from pipeline.config import machine, render
+from pipeline.config.check import check
+from pipeline.config.load import LoadedJob
+from pipeline.errors import ConfigError
+from pipeline.layout import RunDir
+from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
+from pipeline.orchestrate.job_runner import open_run, run_stages
+from pipeline.orchestrate.run_state import run_lock
+from pipeline.orchestrate.signals import StopRequest
+from pipeline.orchestrate.summary import summarise
+from pipeline.runtime.dist_env import DistEnv
+
+_PIPE_WIDTH = 160  # columns of the table of stages where the output is no terminal
+
+
+def dry_run(loaded: LoadedJob, run_dir: RunDir) -> str:
+    """Check a job; return its resolved values and what would run. Starts nothing.
+
+    Raises:
+        ConfigError: the job cannot work.
+    """
+    check(loaded.job, machine.world_size(loaded.job.cluster), loaded.origins, run_dir)
+    return render.dry_run(loaded)
+
+
+def run_job(
+    loaded: LoadedJob, run_dir: RunDir, stages: Sequence[str] = (), *, force: bool = False
+) -> None:
+    """Run all stages of a job, or only ``stages``; print a summary. Raises as ``run_stages``."""
+    if force and not stages:
+        raise ConfigError(
+            "--force needs --stage",
+            remedy="name the stage to restart from scratch, or remove the run directory",
+        )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    with open_run(loaded, run_dir, console) as run:
+        for note in loaded.notes:
+            run.log(note)
+        run_stages(run, stages, force=force)
+        summarise(run)
+
+
+def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> None:
+    """Train one stage in this process, alone or as one rank of torchrun's. Needs no Ray.
+
+    Raises:
+        ConfigError: the job cannot work, or another process is working on the run.
+        Interrupted: stopped on request, after a checkpoint.
+    """
+    from pipeline.train.trainer import train_stage
+
+    dist_env = DistEnv.from_environment()
+    display = Display(Console(highlight=False))
+    stop = StopRequest(lambda text: display.log(text, "warning"))
+    stop.install()
+    # Rank 0 alone checks the job, holds the lock and shows the progress. If it refuses the job, it
+    # exits with an error, upon which torchrun ends the other ranks.
+    if not dist_env.is_main:
+        with stop.after_step():
+            train_stage(loaded.job, stage, run_dir, dist_env, stop)
+        return
+    check(loaded.job, dist_env.size, loaded.origins, run_dir)
+    feed = DisplayFeed(run_dir.events(stage), display)
+    with (
+        run_lock(run_dir),
+        display.stage(stage),
+        polled_in_background(feed),
+        stop.after_step(),
+    ):
+        metrics = train_stage(loaded.job, stage, run_dir, dist_env, stop)
+    display.log("  ".join(f"{name} {value:,.4g}" for name, value in metrics.items()))

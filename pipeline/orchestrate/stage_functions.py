@@ -1,0 +1,71 @@
+"""Maps each stage to the function that its processes run and to its placement.
+
+The functions import their room when they run: the driver needs neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from pipeline.config import machine
+from pipeline.config.job_queries import TRAINING
+from pipeline.config.schema import Job
+from pipeline.layout import RunDir
+from pipeline.orchestrate.worker import StageFn
+from pipeline.orchestrate.worker_group import Placement
+from pipeline.runtime.dist_env import DistEnv
+
+# Long enough for a step and its checkpoint on slow storage. If a scheduler kills the run earlier,
+# only the steps since the last checkpoint are lost.
+CHECKPOINT_GRACE_S = 600.0
+
+
+def stage_fn(job: Job, stage: str, run_dir: RunDir) -> StageFn:
+    """The function that each process of a stage runs."""
+    if stage in TRAINING:
+        return partial(_train, job, stage, run_dir)
+    if stage == "evaluate":
+        return partial(_evaluate, job, run_dir)
+    return partial(_export, job, run_dir)
+
+
+def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
+    """Processes, threads and devices of a stage, and what a stop request means for it.
+
+    Export runs in one process on the CPU. Only training has something to save when it is stopped.
+    """
+    # Export writes a few files and compares two forward passes: more processes would not help.
+    single = stage == "export"
+    return Placement(
+        stage=stage,
+        processes=1 if single else machine.world_size(job.cluster),
+        threads=machine.cores() if single else machine.threads(job.cluster),
+        device="cpu" if single else machine.device(job.cluster),
+        run_dir=run_dir,
+        stop_grace_s=CHECKPOINT_GRACE_S if stage in TRAINING else 0.0,
+    )
+
+
+def _train(
+    job: Job, stage: str, run_dir: RunDir, dist_env: DistEnv, stop: Callable[[], bool]
+) -> dict[str, float]:
+    from pipeline.train.trainer import train_stage
+
+    return train_stage(job, stage, run_dir, dist_env, stop)
+
+
+def _evaluate(
+    job: Job, run_dir: RunDir, dist_env: DistEnv, stop: Callable[[], bool]
+) -> dict[str, float]:
+    from pipeline.evaluate.classify import evaluate_stage
+
+    return evaluate_stage(job, run_dir, dist_env)
+
+
+def _export(
+    job: Job, run_dir: RunDir, dist_env: DistEnv, stop: Callable[[], bool]
+) -> dict[str, float]:
+    from pipeline.export.stage import export_stage
+
+    return export_stage(job, run_dir)

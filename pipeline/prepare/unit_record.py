@@ -1,0 +1,73 @@
+"""The record of a unit: counts, statistics and rejected files.
+
+Its presence says that the unit is done.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from pipeline.data.shards import ShardInfo
+from pipeline.files import write_json
+from pipeline.prepare.context import BuildContext
+
+# What the plan needs of an image: xxh3-128 of its bytes in two halves, xxh3-64 of its key (with the
+# seed), and its class index. 28 bytes, so 14 million images take 400 MB on disk and never lie in
+# memory together.
+IMAGE_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("key", "<u8"), ("label", "<i4")])
+
+
+class QuarantineEntry(TypedDict):
+    """One line of quarantine/rejected.jsonl.
+
+    ``file``: in the quarantine, empty if nothing was kept.
+    """
+
+    key: str
+    reason: str
+    detail: str
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitRecord:
+    """The result of one unit.
+
+    ``changed``: images by conversion. ``moments``: sums over its images of the six numbers in
+    ``CleanImage.moments``. ``sides``: images by short side, in steps of 32 pixels.
+    """
+
+    images: int
+    shard: ShardInfo
+    rejected: list[QuarantineEntry]
+    changed: dict[str, int]
+    moments: list[float]
+    sides: dict[str, int]
+
+    @classmethod
+    def read(cls, path: Path) -> UnitRecord:
+        """Raises FileNotFoundError, or ValueError if the record is damaged."""
+        try:
+            values = json.loads(path.read_text())
+            return cls(**(values | {"shard": ShardInfo(**values["shard"])}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"is incomplete: {error}") from None
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+
+def finished_unit(context: BuildContext, unit: int) -> UnitRecord | None:
+    """The record of a finished unit; None if the unit has to be extracted (again)."""
+    try:
+        record = UnitRecord.read(context.unit_record(unit))
+        size = context.unit_shard(unit).stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    is_complete = size == record.shard.bytes and context.image_records(unit).exists()
+    return record if is_complete else None

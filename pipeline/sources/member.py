@@ -1,0 +1,31 @@
+"""One file of a source, as a reader hands it to preparation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_BYTES = 256 << 20  # per file, unpacked
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why a file is not a usable image.
+
+    ``reason``: one of a few words, for counting; ``detail``: the exact finding.
+    """
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One file of a source: key (unique in the dataset), class index, and bytes or a rejection.
+
+    A truncated file has both: its bytes go to the quarantine.
+    """
+
+    key: str
+    label: int
+    data: bytes = b""
+    rejection: Rejection | None = None

@@ -1,0 +1,59 @@
+"""Runs stage functions in supervised groups of two processes, and looks after their processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.layout import RunDir
+from pipeline.orchestrate.supervisor import run_supervised
+from pipeline.orchestrate.worker import StageFn
+from pipeline.orchestrate.worker_group import Placement
+
+
+def never() -> bool:
+    return False
+
+
+class SupervisedRun:
+    """Runs a stage function in a group of two processes and keeps the messages for the user."""
+
+    def __init__(self, path: Path, stage: str = "pretrain", stop_grace_s: float = 600.0) -> None:
+        self.placement = Placement(
+            stage=stage,
+            processes=2,
+            threads=1,
+            device="cpu",
+            run_dir=RunDir(path),
+            stop_grace_s=stop_grace_s,
+        )
+        self.messages: list[str] = []
+
+    def __call__(
+        self,
+        stage_fn: StageFn,
+        stop: Callable[[], bool] = never,
+        highest_step: Callable[[], int] = lambda: 0,
+    ) -> dict[str, float]:
+        return run_supervised(
+            stage_fn,
+            self.placement,
+            stop=stop,
+            poll=highest_step,
+            log=lambda text, level="info": self.messages.append(text),
+        )
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """True once the condition is, False after the time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
