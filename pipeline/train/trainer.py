@@ -139,7 +139,7 @@ class Trainer:
                 stop.close()
                 raise Interrupted(
                     f"{self.context.stage} stopped after step {done} of {total_steps}",
-                    remedy="rerun the same command: it resumes from there",
+                    remedy="rerun the same command to resume",
                 )
         stop.close()
 
