@@ -130,18 +130,18 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize("subject", ADDED)
-def test_the_table_names_every_file_that_is_edited(subject: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("addition", ADDED)
+def test_the_table_names_every_file_that_is_edited(addition: str, tmp_path: Path) -> None:
     checkout = copy_package(tmp_path)
-    ADDED[subject](checkout)
+    ADDED[addition](checkout)
     table = (ROOT / "docs" / "architecture.md").read_text()
-    (row,) = re.findall(rf"^\| {subject} \| (.*) \|$", table, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {addition} \| (.*) \|$", table, re.MULTILINE)
     named = re.findall(r"`(pipeline/[^`]+)`", row)
     for file in checkout.changed():
         is_named = any(file == path or file.startswith(path.rstrip("/")) for path in named)
         is_example = any(file.rpartition("/")[0] == path.rpartition("/")[0] for path in named)
         # The module that uses a new key depends on the key: the row says so in words.
-        uses_the_key = subject == "a key of a job" and "the module that uses it" in row
+        uses_the_key = addition == "a key of a job" and "the module that uses it" in row
         assert is_named or is_example or uses_the_key, file
 
 
