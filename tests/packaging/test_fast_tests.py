@@ -26,5 +26,6 @@ def test_at_least_60_percent_of_all_tests_are_fast() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     counts = re.search(r"(\d+)/(\d+) tests collected", done.stdout)
     assert counts is not None, done.stdout[-2000:]
-    fast, total = int(counts[1]), int(counts[2])
+    fast = int(counts[1])
+    total = int(counts[2])
     assert fast >= 0.6 * total
