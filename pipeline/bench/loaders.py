@@ -16,7 +16,6 @@ image,
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -220,7 +219,6 @@ def _collate(rows: list[_Row]) -> ImagesAndLabels:
 
 def huggingface(work: Workload) -> BatchSource[ImagesAndLabels]:
     """Hugging Face datasets over our Parquet shards, with Pillow."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import, which reads it
     import datasets
 
     datasets.disable_progress_bars()

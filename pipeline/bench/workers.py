@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,7 +60,9 @@ def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
     # The result is a few hundred bytes: it fits into the pipe, so that reading it after the end of
     # the process cannot block. Progress and tracebacks go to stderr, which is not captured.
     command = [sys.executable, "-m", module, json.dumps(case)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # Read at the import of `datasets`: a benchmark of local files must not wait for the hub.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         peak = 0
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
