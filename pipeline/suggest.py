@@ -15,10 +15,10 @@ def closest(word: str, choices: Iterable[str], likeness: float = 0.55) -> str:
     return matches[0] if matches else ""
 
 
-def did_you_mean(word: str, choices: Iterable[str], what: str) -> str:
-    """A remedy: the closest choice, or all choices (introduced by ``what``) if none is close."""
+def did_you_mean(word: str, choices: Iterable[str], label: str) -> str:
+    """A remedy: the closest choice, or all choices (introduced by ``label``) if none is close."""
     names = sorted(choices)
     suggestion = closest(word, names)
     if suggestion:
         return f"did you mean '{suggestion}'?"
-    return f"{what}: {', '.join(names)}" if names else f"{what}: none"
+    return f"{label}: {', '.join(names)}" if names else f"{label}: none"

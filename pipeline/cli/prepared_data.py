@@ -26,7 +26,7 @@ def verify(
 
 @app.command("show")
 def data_show(
-    what: Annotated[
+    target: Annotated[
         Path,
         typer.Argument(
             metavar="RUN_OR_DATASET",
@@ -54,9 +54,9 @@ def data_show(
     from pipeline.files import write_bytes
     from pipeline.orchestrate.inspect_target import find
 
-    target = find(what, RUNS, stage)
-    sheet = contact_sheet(open_dataset(target.dataset), target.settings, epoch, rows)
+    inspected = find(target, RUNS, stage)
+    sheet = contact_sheet(open_dataset(inspected.dataset), inspected.settings, epoch, rows)
     write_bytes(out, png(sheet))
     height, width = sheet.shape[:2]
-    augmentation = target.stage or "default augmentation"
-    print(f"{out}: {width} x {height} pixels; {target.dataset}, {augmentation}")
+    augmentation = inspected.stage or "default augmentation"
+    print(f"{out}: {width} x {height} pixels; {inspected.dataset}, {augmentation}")

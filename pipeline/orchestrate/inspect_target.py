@@ -25,23 +25,23 @@ class InspectTarget:
     settings: Settings
 
 
-def find(what: Path, runs: Path, stage: str = "") -> InspectTarget:
-    """The dataset that ``what`` names, with the settings of ``stage``.
+def find(target: Path, runs: Path, stage: str = "") -> InspectTarget:
+    """The dataset that ``target`` names, with the settings of ``stage``.
 
     Args:
-        what: path of a job file, a run directory or a dataset; name of a run or a shipped job.
+        target: path of a job file, a run directory or a dataset; name of a run or a shipped job.
         runs: folder of the runs.
         stage: a training stage; default: the first one that trains on the dataset.
 
     Raises:
         ConfigError: the job has no such stage.
-        DataError: ``what`` names nothing of this kind.
+        DataError: ``target`` names nothing of this kind.
     """
     # A path wins over the name of a run, and that over the name of a shipped job: the run directory
     # has the settings that were really used.
-    path = next((path for path in (what, runs / what) if path.exists()), what)
-    if not path.exists() and str(what) in shipped_jobs():
-        path = find_job_file(str(what))
+    path = next((path for path in (target, runs / target) if path.exists()), target)
+    if not path.exists() and str(target) in shipped_jobs():
+        path = find_job_file(str(target))
     # 1. A job file: the dataset lies in the run directory of its name.
     if path.is_file():
         job = load_job(path, []).job
@@ -56,7 +56,7 @@ def find(what: Path, runs: Path, stage: str = "") -> InspectTarget:
     known = sorted(path.name for path in runs.glob("*") if RunDir(path).run_yaml.is_file())
     raise DataError(
         "is no job file, run or prepared dataset",
-        place=str(what),
+        place=str(target),
         remedy=f"runs here: {', '.join(known) or 'none'}; "
         f"shipped jobs: {', '.join(shipped_jobs())}",
     )

@@ -29,8 +29,8 @@ def layout(name: str) -> Layout:
     """A layout. Raises KeyError if there is none of this name."""
     if name not in descriptions():
         raise KeyError(name)
-    found: Layout = importlib.import_module(f"pipeline.sources.layouts.{name}").LAYOUT
-    return found
+    result: Layout = importlib.import_module(f"pipeline.sources.layouts.{name}").LAYOUT
+    return result
 
 
 def in_detection_order() -> list[tuple[str, Layout]]:

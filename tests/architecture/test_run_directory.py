@@ -1,4 +1,4 @@
-"""``pipeline/layout.py`` is the one place that knows which file of a run lies where."""
+"""``pipeline/layout.py`` is the operand place that knows which file of a run lies where."""
 
 from __future__ import annotations
 
@@ -42,15 +42,17 @@ def path_literals(tree: ast.AST) -> Iterator[tuple[int, str]]:
         parts: list[ast.AST] = []
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             operands = (node.left, node.right)
-            parts = [one for one in operands if isinstance(one, ast.Constant | ast.JoinedStr)]
+            parts = [
+                operand for operand in operands if isinstance(operand, ast.Constant | ast.JoinedStr)
+            ]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr in ("joinpath", "with_name", "glob", "rglob"):
                 parts = list(node.args)
         elif isinstance(node, ast.JoinedStr):
             parts = [
-                one
-                for one in node.values
-                if isinstance(one, ast.Constant) and "/" in str(one.value)
+                part
+                for part in node.values
+                if isinstance(part, ast.Constant) and "/" in str(part.value)
             ]
         for part in parts:
             for literal in _constants(part):

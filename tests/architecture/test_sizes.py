@@ -37,7 +37,7 @@ def test_functions_fit_on_a_screen() -> None:
 def test_the_formatter_is_never_switched_off() -> None:
     switches = ("fmt:" + " skip", "fmt:" + " off")
     assert not [
-        shown(path) for path in PYTHON_FILES if any(one in text_of(path) for one in switches)
+        shown(path) for path in PYTHON_FILES if any(switch in text_of(path) for switch in switches)
     ]
 
 
@@ -59,9 +59,9 @@ def test_enough_lines_are_commented_and_half_of_the_comments_stand_alone() -> No
     alone = 0
     for path in python_files("pipeline"):
         lines += text_of(path).count("\n")
-        found = _comment_lines(path)
-        commented += found[0]
-        alone += found[1]
+        in_file, alone_in_file = _comment_lines(path)
+        commented += in_file
+        alone += alone_in_file
     assert commented >= LEAST_COMMENTED * lines, f"{commented} of {lines} lines"
     assert alone >= commented / 2, f"{alone} of {commented} comments"
 

@@ -29,7 +29,7 @@ def many_positional_arguments(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call):
         return False
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-    plain = [one for one in node.args if not isinstance(one, ast.Starred)]
+    plain = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
     return name not in LISTS and len(plain) > MOST_POSITIONAL
 
 
@@ -37,17 +37,17 @@ def positional_record(node: ast.AST) -> bool:
     """A dataclass of many fields that can be filled by position."""
     if not isinstance(node, ast.ClassDef):
         return False
-    decorators = [ast.unparse(one) for one in node.decorator_list]
-    if not any(one.startswith("dataclass") for one in decorators):
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    if not any(decorator.startswith("dataclass") for decorator in decorators):
         return False
     if node.name in POSITIONAL_RECORDS:
         return False
     fields = [
-        one
-        for one in node.body
-        if isinstance(one, ast.AnnAssign) and "kw_only" not in ast.unparse(one)
+        statement
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and "kw_only" not in ast.unparse(statement)
     ]
-    positional = not any("kw_only=True" in one for one in decorators)
+    positional = not any("kw_only=True" in decorator for decorator in decorators)
     return positional and len(fields) > MOST_POSITIONAL_FIELDS
 
 

@@ -63,6 +63,8 @@ REPLACED = {
     "randomness",
     "subject",
 }
+# Names that say nothing: a noun of the domain stands there instead.
+EMPTY_NAMES = {"one", "found", "what", "told", "more", "how", "them"}
 REPLACED_CLASSES = {"World", "Place", "Piece", "StandIns", "Ring", "Clock", "Stepper", "Passes"}
 REPLACED_KEYS = {
     "lr",
@@ -121,7 +123,8 @@ def test_names_are_those_of_the_vocabulary() -> None:
     replaced: dict[str, set[str]] = {}
     for path in python_files("pipeline", "tests"):
         names = set(_names(tree_of(path)))
-        hits = {name for name in names if _parts(name) & REPLACED} | (names & REPLACED_CLASSES)
+        hits = {name for name in names if _parts(name) & REPLACED}
+        hits |= names & (REPLACED_CLASSES | EMPTY_NAMES)
         if hits:
             replaced[shown(path)] = hits
     assert not replaced

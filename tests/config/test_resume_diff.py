@@ -101,7 +101,7 @@ def test_synthetic_source_instead_of_a_real_one_is_listed(resolved: Any) -> None
     }
 
 
-def decision(resolved: Any, override: str, state: Any, tmp_path: Path, **more: Any) -> Any:
+def decision(resolved: Any, override: str, state: Any, tmp_path: Path, **options: Any) -> Any:
     record = StageRecord(state=state, inputs={"data": "d"})
     return decide(
         "pretrain",
@@ -110,7 +110,7 @@ def decision(resolved: Any, override: str, state: Any, tmp_path: Path, **more: A
         resolved=resolved(override),
         inputs={"data": "d"},
         run_dir=RunDir(tmp_path),
-        **more,
+        **options,
     )
 
 

@@ -171,11 +171,13 @@ def test_images_of_a_shard_that_its_split_cannot_read_are_replaced(
     assert loader.replaced_samples == int((shards == 1).sum())
 
 
-@pytest.mark.parametrize("how", ["missing", "truncated"])
-def test_images_of_a_missing_shard_are_replaced_only_on_request(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_images_of_a_missing_shard_are_replaced_only_on_request(
+    damage: str, tmp_path: Path
+) -> None:
     make_dataset(tmp_path, {"train": 60}, shard_rows=20)
     shard = tmp_path / "train-00001.parquet"
-    if how == "truncated":
+    if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-9])
     else:
         shard.unlink()

@@ -110,7 +110,7 @@ def test_the_test_set_contains_what_other_extras_need() -> None:
     ],
 )
 def test_pins_lie_within_the_ranges(extra: str | None, sets: list[str]) -> None:
-    pins = {name: version for one in sets for name, version in lock(one).items()}
+    pins = {name: version for set_name in sets for name, version in lock(set_name).items()}
     for requirement in requirements(extra):
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not pinned in {sets}"
