@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +77,6 @@ class ShardInfo:
     bytes: int
     digest: str
     index_digest: str
-
-    def as_dict(self) -> dict[str, str | int]:
-        """The JSON form."""
-        return asdict(self)
 
 
 def index_path(shard: Path) -> Path:

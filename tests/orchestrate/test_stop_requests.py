@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,15 +95,6 @@ def test_only_training_has_time_to_save(tmp_path: Path) -> None:
         for stage in ("pretrain", "finetune", "evaluate", "export")
     }
     assert grace == {"pretrain": 600.0, "finetune": 600.0, "evaluate": 0.0, "export": 0.0}
-
-
-@pytest.fixture
-def restored_handlers() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("restored_handlers")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from pipeline.config.schema.rules import Rules
-from pipeline.config.schema.section import Fraction, Section, Seed
+from pipeline.config.schema.section import Fraction, Section, Seed, known_name
 from pipeline.config.schema.shrink import at_most, fixed, readable_layout, synthetic_source
 from pipeline.sources import registry
 
@@ -16,10 +16,7 @@ DatasetName = Annotated[
 ]  # also the name of a folder
 
 
-def _known_layout(name: str) -> str:
-    if name not in (*registry.descriptions(), "auto"):
-        raise ValueError(f"expected one of {', '.join(registry.descriptions())}, auto")
-    return name
+_LAYOUTS = [*registry.descriptions(), "auto"]
 
 
 class SyntheticConfig(Section):
@@ -61,14 +58,14 @@ class DatasetConfig(Section):
     )
     layout: Annotated[
         str,
-        AfterValidator(_known_layout),
+        known_name(_LAYOUTS),
         Rules(rehearse_input=readable_layout),
     ] = Field(
         "auto",
         description="Layout of the source. "
         + " ".join(f"{name}: {text}" for name, text in registry.descriptions().items())
         + " auto: detected from the source.",
-        json_schema_extra={"enum": [*registry.descriptions(), "auto"]},
+        json_schema_extra={"enum": list(_LAYOUTS)},
     )
     classes: str = Field(
         "auto",

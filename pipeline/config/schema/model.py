@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.blocks import registry
 from pipeline.config.schema.rules import Rules
-from pipeline.config.schema.section import Section
+from pipeline.config.schema.section import Section, known_name
 from pipeline.config.schema.shrink import narrow
 
-
-def _known_block(name: str) -> str:
-    if name not in registry.facts():
-        raise ValueError(f"expected one of {', '.join(registry.facts())}")
-    return name
-
-
 # The names come from the registry, so that a new kind of block is one new file and no edit here.
-Block = Annotated[
-    str, AfterValidator(_known_block), Field(json_schema_extra={"enum": list(registry.facts())})
-]
+_KINDS = list(registry.facts())
+Block = Annotated[str, known_name(_KINDS), Field(json_schema_extra={"enum": list(_KINDS)})]
 Levels = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 

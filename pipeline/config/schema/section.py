@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def known_name(choices: Sequence[str]) -> AfterValidator:
+    """A check that a value is one of ``choices``, such as the names of a registry."""
+
+    def check(name: str) -> str:
+        if name not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
