@@ -157,7 +157,7 @@ def _network_inputs(
     labels = torch.from_numpy(data.split("train").labels[samples])
     device = DeviceAugment(settings.augment, len(data.classes), settings.seed, train=True)
     batch = device(torch.from_numpy(images), labels, views, positions, epoch)
-    pixels = batch.image01.mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    pixels = batch.image01().mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     shares, classes = batch.targets.topk(min(2, len(data.classes)))
     # Label smoothing gives every class a little. Leave out classes that have no more than that.

@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import AugmentConfig
+from pipeline.data import device_pixels
+from pipeline.data.device_pixels import Boxes, Erasing, Mixing
 from pipeline.data.rng import uniform
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
@@ -40,18 +42,24 @@ NOISE_OFFSETS = 4096  # different noise patterns for erased boxes
 QUANTILES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DeviceBatch:
     """Input of the network and of the loss.
 
     images: float32, shape (n, 3, H, W), normalised, channels_last.
-    image01: the same images in [0, 1], the target of the reconstruction.
     targets: float32, shape (n, classes); each row sums to 1.
+    mean, std: float32, shape (3 W,), of the normalisation.
     """
 
     images: Tensor
-    image01: Tensor
     targets: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def image01(self) -> Tensor:
+        """The images in [0, 1], the target of the reconstruction: float32, shape (n, 3, H, W)."""
+        pixels = device_pixels.unit_range(self.images.permute(0, 2, 3, 1), self.std, self.mean)
+        return pixels.permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -60,24 +68,6 @@ class Pairs:
 
     partner: Tensor
     present: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Boxes:
-    """One box per image, [top, bottom) x [left, right), in pixels: each float32, shape (n,)."""
-
-    top: Tensor
-    bottom: Tensor
-    left: Tensor
-    right: Tensor
-
-    def mask(self, height: int, width: int) -> Tensor:
-        """True inside each box: bool, shape (n, height, width)."""
-        y = torch.arange(height, device=self.top.device)
-        x = torch.arange(width, device=self.top.device)
-        rows = (y >= self.top[:, None]) & (y < self.bottom[:, None])
-        columns = (x >= self.left[:, None]) & (x < self.right[:, None])
-        return rows[:, :, None] & columns[:, None, :]
 
 
 class DeviceAugment:
@@ -97,30 +87,33 @@ class DeviceAugment:
         """Augment one micro-batch.
 
         Args:
-            images: uint8, shape (n, H, W, 3), RGB, on the device. labels: int64, shape (n,). views:
-            int64, shape (n,): key of random erasing. positions: int64, shape (n,), consecutive
-            positions in the epoch: 2k and 2k + 1 are mixed
-                with each other. An image whose partner is not in this micro-batch is not mixed.
+            images: uint8, shape (n, H, W, 3), RGB, contiguous, on the device.
+            labels: int64, shape (n,).
+            views: int64, shape (n,): key of random erasing.
+            positions: int64, shape (n,), consecutive positions in the epoch: 2k and 2k + 1 are
+                mixed with each other. An image whose partner is not in this micro-batch is not
+                mixed.
             epoch: number of the epoch.
         """
         constants = self._constants_for(images)
         # (x / 255 - mean) / std in one multiplication and one subtraction.
-        normalised = (
-            images.permute(0, 3, 1, 2).to(torch.float32).mul(constants.scale).sub_(constants.shift)
+        pixels = device_pixels.normalise(images, constants.scale, constants.shift)
+        mixing: Mixing | None = None
+        if self.train and self.augment.random_erasing > 0:
+            erasing = self._erasing(images, views, epoch)
+            pixels = device_pixels.erase(pixels, erasing, constants.noise)
+        if self.train and (self.augment.mixup > 0 or self.augment.cutmix > 0):
+            draws = uniform(self.seed, epoch, positions >> 1, "mix", 4)
+            mixing = self._mixing(images, _pairs(positions), draws, constants)
+            pixels = device_pixels.mix(pixels, mixing)
+        return DeviceBatch(
+            images=pixels.permute(0, 3, 1, 2),
+            targets=self._targets(labels, mixing),
+            mean=constants.mean,
+            std=constants.std,
         )
-        weight: Tensor | None = None
-        pairs: Pairs | None = None
-        if self.train:
-            if self.augment.random_erasing > 0:
-                normalised = self._erase(normalised, views, epoch, constants.noise)
-            if self.augment.mixup > 0 or self.augment.cutmix > 0:
-                pairs = _pairs(positions)
-                draws = uniform(self.seed, epoch, positions >> 1, "mix", 4)
-                normalised, weight = self._mix_pairs(normalised, pairs, draws, constants)
-        image01 = normalised.mul(constants.std).add_(constants.mean).clamp_(0.0, 1.0)
-        return DeviceBatch(normalised, image01, self._targets(labels, weight, pairs))
 
-    def _targets(self, labels: Tensor, weight: Tensor | None, pairs: Pairs | None) -> Tensor:
+    def _targets(self, labels: Tensor, mixing: Mixing | None) -> Tensor:
         """Smoothed targets, mixed with those of the partner: float32, shape (n, classes)."""
         # Example: 10 classes, smoothing 0.1, weight 0.7. Every class gets 0.1 / 10 = 0.01; the own
         # class another 0.7 * 0.9 = 0.63, and the partner's class 0.9 - 0.63 = 0.27.
@@ -129,16 +122,16 @@ class DeviceAugment:
         targets = torch.full(
             shape, smoothing / self.num_classes, dtype=torch.float32, device=labels.device
         )
-        if weight is None or pairs is None:
+        if mixing is None:
             own = torch.full_like(targets[:, :1], 1.0 - smoothing)
             return targets.scatter_add_(1, labels[:, None], own)
-        own = weight[:, None] * (1.0 - smoothing)
+        own = mixing.weight[:, None] * (1.0 - smoothing)
         targets.scatter_add_(1, labels[:, None], own)
-        return targets.scatter_add_(1, labels[pairs.partner][:, None], 1.0 - smoothing - own)
+        return targets.scatter_add_(1, labels[mixing.partner][:, None], 1.0 - smoothing - own)
 
-    def _erase(self, images: Tensor, views: Tensor, epoch: int, noise: Tensor) -> Tensor:
-        """Fill a box of some images with normal noise (Zhong et al. 2017; sizes as in timm)."""
-        height, width = images.shape[2:]
+    def _erasing(self, images: Tensor, views: Tensor, epoch: int) -> Erasing:
+        """Choose a box in some images (Zhong et al. 2017; sizes as in timm)."""
+        height, width = images.shape[1:3]
         # Random numbers per image: 0 erase or not, 1 top, 2 left, 3 noise, then area and aspect
         # ratio of each try.
         draws = uniform(self.seed, epoch, views, "erase", 4 + 2 * ERASE_TRIES)
@@ -157,30 +150,22 @@ class DeviceAugment:
         box_height = heights.gather(1, first_fit)[:, 0]
         box_width = widths.gather(1, first_fit)[:, 0]
 
-        # 2. Place the box, and drop it where the image is not erased or no try fits.
+        # 2. Place the box; there is none where the image is not erased or no try fits.
         top = torch.floor(draws[:, 1] * (height - box_height + 1))
         left = torch.floor(draws[:, 2] * (width - box_width + 1))
         boxes = Boxes(top=top, bottom=top + box_height, left=left, right=left + box_width)
         erased = (draws[:, 0] < self.augment.random_erasing) & fits.any(dim=1)
-        mask = boxes.mask(height, width) & erased[:, None, None]
-
-        # 3. Fill it from the image's own stretch of the noise bank.
         offsets = torch.floor(draws[:, 3] * NOISE_OFFSETS).to(torch.int64)
-        fill = noise[offsets].view(images.shape[0], height, width, 3).permute(0, 3, 1, 2)
-        return torch.where(mask[:, None], fill, images)
+        return Erasing(erased=erased, boxes=boxes, offsets=offsets)
 
-    def _mix_pairs(
-        self, images: Tensor, pairs: Pairs, draws: Tensor, constants: _Constants
-    ) -> tuple[Tensor, Tensor]:
-        """Mix each image with its partner, by mixup or cutmix.
+    def _mixing(self, images: Tensor, pairs: Pairs, draws: Tensor, constants: _Constants) -> Mixing:
+        """Choose mixup or cutmix for each pair, and its weight.
 
         Args:
             draws: float32, shape (n, 4), equal for both images of a pair: mixup or cutmix, lambda,
                 centre of the box (y, x).
-        Returns:
-            The mixed images, and the weight of each image itself: float32, shape (n,).
         """
-        height, width = images.shape[2:]
+        height, width = images.shape[1:3]
         cutmix_prob = self.augment.mixup_switch_prob if self.augment.mixup > 0 else 1.0
         cutmix_prob = cutmix_prob if self.augment.cutmix > 0 else 0.0
         use_cutmix = draws[:, 0] < cutmix_prob
@@ -204,17 +189,15 @@ class DeviceAugment:
         box_area = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
         cutmix_weight = 1.0 - box_area / (height * width)
 
-        # 3. Blend per pixel: cutmix is a blend whose weight is 0 inside the box and 1 outside.
-        #    An image without its partner has the weight 1 everywhere.
+        # 3. An image without its partner has the weight 1.
         mixed_weight = torch.where(use_cutmix, cutmix_weight, mixup_weight)
-        weight = torch.where(pairs.present, mixed_weight, 1.0)
-        outside = ~boxes.mask(height, width)
-        pixel_weight = torch.where(
-            (use_cutmix & pairs.present)[:, None, None],
-            outside.to(torch.float32),
-            weight[:, None, None],
-        )[:, None]
-        return torch.lerp(images[pairs.partner], images, pixel_weight), weight
+        return Mixing(
+            partner=pairs.partner,
+            present=pairs.present,
+            use_cutmix=use_cutmix,
+            boxes=boxes,
+            weight=torch.where(pairs.present, mixed_weight, 1.0),
+        )
 
     def _constants_for(self, images: Tensor) -> _Constants:
         key = (images.device, images.shape[1], images.shape[2])
@@ -231,10 +214,11 @@ class _Constants:
     ) -> None:
         mean = torch.tensor(MEAN, device=device)
         std = torch.tensor(STD, device=device)
-        self.mean = _row(mean, width)
-        self.std = _row(std, width)
-        self.scale = _row(1.0 / (255.0 * std), width)
-        self.shift = _row(mean / std, width)
+        # Repeated for each pixel of a row, see ``device_pixels.normalise``.
+        self.mean = mean.repeat(width)
+        self.std = std.repeat(width)
+        self.scale = (1.0 / (255.0 * std)).repeat(width)
+        self.shift = (mean / std).repeat(width)
         if not train:
             return
         # One fixed bank of normal noise. The noise of an image is the stretch of `size` numbers
@@ -246,12 +230,6 @@ class _Constants:
         self.noise = bank.as_strided((NOISE_OFFSETS, size), (3, 1))
         self.mixup = beta_quantiles(augment.mixup or 1.0).to(device)
         self.cutmix = beta_quantiles(augment.cutmix or 1.0).to(device)
-
-
-def _row(channels: Tensor, width: int) -> Tensor:
-    """Repeat three channel values for each pixel of a row: shape (3,) -> (1, 3, 1, width)."""
-    # On channels-last images this gives a long inner loop; (1, 3, 1, 1) would give one of length 3.
-    return channels.view(1, 1, 1, 3).expand(1, 1, width, 3).contiguous().permute(0, 3, 1, 2)
 
 
 def beta_quantiles(alpha: float) -> Tensor:

@@ -67,7 +67,7 @@ def validate(
             sums += _sums(out.logits[-1].float(), labels)
         if not samples:
             samples = [
-                prepared.image01[:SAMPLES].float(),
+                prepared.image01()[:SAMPLES].float(),
                 *(torch.sigmoid(logits[:SAMPLES].float()) for logits in out.reconstructions),
             ]
     dist.all_reduce(sums)

@@ -150,7 +150,8 @@ class StepContext:
         return uniform(self.seed, batch.epoch, batch.views, "drop_path", count)
 
     def loss(self, output: Output, inputs: DeviceBatch) -> Loss:
-        return compound_terms(output, inputs.image01, inputs.targets)
+        images = inputs.image01() if output.reconstructions else None
+        return compound_terms(output, images, inputs.targets)
 
     def running_statistics(self) -> list[Tensor]:
         """The buffers that a forward pass changes (BatchNorm)."""

@@ -33,7 +33,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets)
 
 
-def compound_terms(out: Output, images: Tensor, targets: Tensor) -> Loss:
+def compound_terms(out: Output, images: Tensor | None, targets: Tensor) -> Loss:
     """Compute the compound loss and its parts.
 
     With four supervised positions i = 0 ... 3, of which the first three have a decoder::
@@ -46,16 +46,20 @@ def compound_terms(out: Output, images: Tensor, targets: Tensor) -> Loss:
     one position without a decoder, and the total is its cross entropy.
 
     Args:
-        images: (N, 3, H, W) in [0, 1]; clamped to [0.01, 0.99] here.
+        images: (N, 3, H, W) in [0, 1]; clamped to [0.01, 0.99] here. May be None if the network has
+            no decoders.
         targets: class indices (N,) or distributions (N, classes).
     """
     classification = [cross_entropy(logits, targets) for logits in out.logits]
-    # As published: only infinite logits would reach a target of exactly 0 or 1.
-    pixels = images.clamp(0.01, 0.99)
-    reconstruction = [
-        functional.binary_cross_entropy_with_logits(logits.to(pixels.dtype), pixels)
-        for logits in out.reconstructions
-    ]
+    reconstruction = []
+    if out.reconstructions:
+        assert images is not None
+        # As published: only infinite logits would reach a target of exactly 0 or 1.
+        pixels = images.clamp(0.01, 0.99)
+        reconstruction = [
+            functional.binary_cross_entropy_with_logits(logits.to(pixels.dtype), pixels)
+            for logits in out.reconstructions
+        ]
     # A plain head has no decoder: then only the last line adds a term.
     heads = len(classification)
     decoders = len(reconstruction)
@@ -73,6 +77,6 @@ def compound_terms(out: Output, images: Tensor, targets: Tensor) -> Loss:
     )
 
 
-def compound_loss(out: Output, images: Tensor, targets: Tensor) -> Tensor:
+def compound_loss(out: Output, images: Tensor | None, targets: Tensor) -> Tensor:
     """The scalar to minimise of ``compound_terms``."""
     return compound_terms(out, images, targets).total

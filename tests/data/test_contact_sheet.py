@@ -79,7 +79,7 @@ def test_the_sheet_shows_the_pixels_of_loader_and_device(tmp_path: Path) -> None
     device = DeviceAugment(augment, len(data.classes), 7, train=True)
     labels = torch.from_numpy(split.labels[samples.numpy()])
     network_input = device(images, labels, samples, torch.arange(6), 1)
-    pixels = network_input.image01.permute(0, 2, 3, 1).numpy() * 255
+    pixels = network_input.image01().permute(0, 2, 3, 1).numpy() * 255
     for row, sample in enumerate(samples.tolist()):
         assert np.array_equal(cell(sheet, row, 1), images[row].numpy())
         # Another epoch has another augmentation.
