@@ -21,7 +21,7 @@ class Allocations(TorchDispatchMode):
     """Counts new blocks of memory of at least ``smallest`` bytes."""
 
     def __init__(self, smallest: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.smallest = smallest
         self.count = 0
         self.blocks: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is reused
@@ -91,7 +91,7 @@ def test_normalisation_in_chunks_gives_the_bits_of_one_pass(
 
 
 def test_a_batch_on_a_cpu_allocates_one_float_batch() -> None:
-    # The time of this work is that of writing fresh memory. Before, there were nine such blocks.
+    # The time of this work is that of writing fresh memory. Separate passes need seven such blocks.
     number, side = 16, 64
     images = torch.zeros((number, side, side, 3), dtype=torch.uint8)
     labels = torch.zeros(number, dtype=torch.int64)
