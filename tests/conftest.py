@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # launch.sh sets it; messages in tests must not depend on how the tests were started.
 os.environ.pop("PIPELINE_COMMAND", None)
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 ROOT = Path(__file__).resolve().parents[1]
 
 # What `./launch.sh test --fast` leaves out: tests that start process groups, Ray, a server or
@@ -91,11 +93,51 @@ def shared() -> Path:
     return folder
 
 
+def _process_state() -> dict[str, object]:
+    """State of this process that one test could leave behind for the next."""
+    state: dict[str, object] = {
+        f"environment variable {name}": value
+        for name, value in os.environ.items()
+        if name != "PYTEST_CURRENT_TEST"
+    }
+    state |= {f"handler of {number.name}": signal.getsignal(number) for number in SIGNALS}
+    state["working directory"] = os.getcwd()
+    state["umask"] = _umask()
+    # Without importing torch: many tests need none.
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        state["torch: default dtype"] = torch.get_default_dtype()
+        state["torch: threads"] = torch.get_num_threads()
+        state["torch: gradients"] = torch.is_grad_enabled()
+        state["torch: deterministic"] = torch.are_deterministic_algorithms_enabled()
+    return state
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # the only way to read it
+    os.umask(mask)
+    return mask
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_state() -> Iterator[None]:
+    """A test must not change its process: the order of tests would then matter."""
+    before = _process_state()
+    yield
+    after = _process_state()
+    changed = {
+        name: (before.get(name), after.get(name))
+        for name in before | after
+        # The first test that imports torch finds no state of torch.
+        if before.get(name) != after.get(name) and (name in before or "torch:" not in name)
+    }
+    assert not changed, f"the test leaves changed (before, after): {changed}"
+
+
 @pytest.fixture
 def restored_handlers() -> Iterator[None]:
     """For code that installs signal handlers: pytest gets its own back."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
