@@ -24,6 +24,7 @@ from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
 from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing
+from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
 from pipeline.export.reload import (
     MODEL_JSON,
@@ -32,7 +33,7 @@ from pipeline.export.reload import (
     SELF_TEST,
     ModelDescription,
 )
-from pipeline.files import atomic, write_json, write_with
+from pipeline.files import atomic, file_digest, write_json, write_with
 from pipeline.layout import RunDir
 from pipeline.model import Network
 
@@ -64,7 +65,8 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "export")))
     image_size, resize = preprocessing(job, run_dir, stage.initial)
     network = load_network(job, run_dir, stage.initial, data)
-    trained = WeightsDescription.read(weights_path(run_dir, stage.initial))
+    weights = weights_path(run_dir, stage.initial)
+    trained = WeightsDescription.read(weights)
     description: ModelDescription = {
         "network": asdict(network.spec),
         "preprocessing": {
@@ -83,6 +85,14 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
         },
         "pipeline": pipeline.__version__,
     }
+    evaluation = EvaluationRecord.read(run_dir)
+    # Only of these weights: a job may evaluate other ones than it exports.
+    if evaluation is not None and evaluation.weights == file_digest(weights):
+        description["evaluated"] = {
+            "split": evaluation.split,
+            "images": evaluation.images,
+            **evaluation.metrics,
+        }
     target = run_dir.export
     try:
         _write(network, description, target)

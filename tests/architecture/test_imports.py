@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "monitor": GROUND,
     "runtime": GROUND,
     "prepare": GROUND | {"config", "data", "sources", "synthetic"},
-    "evaluate": GROUND | {"checkpoint", "config", "data", "model", "runtime"},
+    "evaluate": GROUND | {"checkpoint", "config", "data", "model", "monitor", "runtime"},
     "train": GROUND
     | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "runtime"},
     "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},

@@ -42,7 +42,7 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     run_dir = undisturbed.parent / "runs" / "small"
     stages = record(undisturbed)["stages"]
     assert [stages[stage]["state"] for stage in KILLED_WITHIN] == ["done"] * 5
-    assert stages["evaluate"]["metrics"]["images"] == 33
+    assert stages["evaluate"]["metrics"]["validation_images"] == 33
     assert stages["export"]["metrics"]["reload_difference"] == 0
     assert sorted(losses(run_dir, "pretrain")) == list(range(1, 29))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}

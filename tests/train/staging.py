@@ -78,12 +78,14 @@ def job(
     )
 
 
-def prepared_run(path: Path, train: int = TRAIN, validation: int = VALIDATION) -> RunDir:
+def prepared_run(
+    path: Path, train: int = TRAIN, validation: int = VALIDATION, test: int = 0
+) -> RunDir:
     """A run directory whose stage 'prepare' is done."""
     run_dir = RunDir(path)
-    make_dataset(
-        run_dir.dataset(DATASET), {"train": train, "validation": validation}, classes=CLASSES
-    )
+    splits = {"train": train, "validation": validation, "test": test}
+    used = {name: images for name, images in splits.items() if images}
+    make_dataset(run_dir.dataset(DATASET), used, classes=CLASSES)
     return run_dir
 
 

@@ -30,7 +30,10 @@ class PrepareStage(Section):
 
 
 class EvaluateStage(Section):
-    """Computes top-1 and top-5 accuracy; every validation image counts exactly once."""
+    """Computes top-1 and top-5 accuracy on the test split, or on validation if there is none.
+
+    Every image counts exactly once.
+    """
 
     data: str = Field(
         "", description="Name of the dataset. Empty: the dataset of the stage in `from`."
