@@ -26,6 +26,9 @@ DATASET_JSON = "dataset.json"
 CLASSES_JSON = "classes.json"
 WEIGHTS_FILE = "weights.safetensors"
 WEIGHTS_JSON = "weights.json"
+# Of an exported model:
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_JSON = "model.json"
 
 
 @dataclass(frozen=True)

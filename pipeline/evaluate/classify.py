@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pipeline.checkpoint.weights import WeightsDescription, weights_path
+from pipeline.checkpoint.description import WeightsDescription
+from pipeline.checkpoint.weights import weights_path
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import AugmentConfig, Job
 from pipeline.data.dataset import open_dataset
@@ -13,7 +14,7 @@ from pipeline.data.loader import EvalLoader
 from pipeline.errors import ConfigError
 from pipeline.evaluate.accuracy import validate
 from pipeline.evaluate.metrics import LOSS
-from pipeline.evaluate.network import load_network, preprocessing
+from pipeline.evaluate.network import labelled_for, load_network, preprocessing
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
@@ -48,7 +49,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
         normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)
         with (
             EvalLoader(
-                data.split(split),
+                labelled_for(description.classes, data, split),
                 image_size=image_size,
                 resize=resize,
                 batch=stage.batch,

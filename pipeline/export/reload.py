@@ -30,10 +30,9 @@ from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
+from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS
 from pipeline.model import Network, NetworkSpec
 
-MODEL_JSON = "model.json"
-MODEL_WEIGHTS = "model.safetensors"
 SELF_TEST = "selftest.safetensors"
 PUBLISHED_WEIGHTS = "revcol.pth"
 

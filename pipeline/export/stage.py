@@ -17,24 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.checkpoint.weights import WeightsDescription, weights_path
+from pipeline.checkpoint.description import WeightsDescription
+from pipeline.checkpoint.weights import weights_path
 from pipeline.config import job_queries
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
 from pipeline.errors import ConfigError, StageError
-from pipeline.evaluate.network import load_network, preprocessing
+from pipeline.evaluate.network import load_network, preprocessing, require_same_classes
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
 from pipeline.export.reload import (
-    MODEL_JSON,
-    MODEL_WEIGHTS,
     PUBLISHED_WEIGHTS,
     SELF_TEST,
     ModelDescription,
 )
 from pipeline.files import atomic, file_digest, write_json, write_with
-from pipeline.layout import RunDir
+from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, RunDir
 from pipeline.model import Network
 
 # Metrics of the training that describe the model. Its throughput describes the machine.
@@ -64,6 +63,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
     data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "export")))
     image_size, resize = preprocessing(job, run_dir, stage.initial)
+    require_same_classes(run_dir, stage.initial, data)
     network = load_network(job, run_dir, stage.initial, data)
     weights = weights_path(run_dir, stage.initial)
     trained = WeightsDescription.read(weights)

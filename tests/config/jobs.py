@@ -15,8 +15,10 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "jobs").glob("*.yaml"))
+TRAINING_JOBS = [path for path in SHIPPED if path.stem != "evaluate"]
 VARIABLES = ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES")  # sources of shipped jobs
 each_shipped_job = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+each_training_job = pytest.mark.parametrize("path", TRAINING_JOBS, ids=lambda path: path.stem)
 
 JOB = """\
 name: small

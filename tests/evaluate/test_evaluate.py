@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.data.augment import EvalTransform
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluate.network import load_network
 from pipeline.export.reload import load_export
 from pipeline.export.stage import export_stage
+from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from tests.train import processes, staging
@@ -153,3 +155,40 @@ def test_a_weights_file_without_a_description_needs_an_image_size(tmp_path: Path
     assert isinstance(error, CheckpointError)
     assert "image size" in error.message
     assert evaluate_file(image_size=64) == pytest.approx(expected)
+
+
+def _relabelled(run_dir: RunDir, folder_classes: list[str], model_classes: list[str]) -> None:
+    """Name the classes of the dataset, in its order, and those of the weights, in theirs."""
+    dataset = run_dir.dataset(staging.DATASET)
+    entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(folder_classes)]
+    write_json(dataset / "classes.json", entries)
+    weights = run_dir.weights("finetune")
+    description = WeightsDescription(image_size=64, resize=1.143, classes=model_classes)
+    description.write(weights.parent)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path, train=1)
+    state = staging.with_weights(tmp_path)
+    model_classes = [f"c{label}" for label in range(staging.CLASSES)]
+    _relabelled(run_dir, model_classes, model_classes)
+    expected = evaluate(run_dir, 1)
+    # The same network with its outputs in another order, and one class more.
+    order = [3, 0, 5, 1, 4, 2]
+    for name in ("classifiers.0.linear.weight", "classifiers.0.linear.bias"):
+        far_below = torch.full_like(state[name][:1], 0.0 if "weight" in name else -1e9)
+        state[name] = torch.cat([state[name][order], far_below])
+    save_file(state, run_dir.weights("finetune"))
+    _relabelled(run_dir, model_classes, [*(model_classes[k] for k in order), "other"])
+    assert evaluate(run_dir, 2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_classes_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path, train=1)
+    staging.with_weights(tmp_path)
+    model_classes = [f"c{label}" for label in range(staging.CLASSES)]
+    _relabelled(run_dir, ["c0", "dog", "c2", "c3", "fox", "c5"], model_classes)
+    with pytest.raises(DataError) as error:
+        raise evaluate(run_dir, 1)
+    assert "2 classes are unknown to the model: dog, fox" in error.value.message
+    assert "the model knows 6 classes: c0, c1, c2, c3, c4, c5" in error.value.message

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint.weights import WeightsDescription
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.evaluate.classify import evaluate_stage
 from pipeline.layout import RunDir
