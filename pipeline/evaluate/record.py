@@ -31,5 +31,9 @@ class EvaluationRecord:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
+    def summary(self) -> dict[str, str | int | float]:
+        """Split, images and metrics in one mapping, for the description of a model."""
+        return {"split": self.split, "images": self.images, **self.metrics}
+
     def write(self, run_dir: RunDir) -> None:
         write_json(run_dir.evaluation, asdict(self))

@@ -88,11 +88,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     evaluation = EvaluationRecord.read(run_dir)
     # Only of these weights: a job may evaluate other ones than it exports.
     if evaluation is not None and evaluation.weights == file_digest(weights):
-        description["evaluated"] = {
-            "split": evaluation.split,
-            "images": evaluation.images,
-            **evaluation.metrics,
-        }
+        description["evaluated"] = evaluation.summary()
     target = run_dir.export
     try:
         _write(network, description, target)

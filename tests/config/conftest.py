@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.config.jobs import VARIABLES
+from tests.config.jobs import VARIABLES, describe_export
 from tests.prepare.source_folders import class_tars
 
 
@@ -19,16 +18,7 @@ def own_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an exported model, as far as a job reads it: its description."""
-    folder = tmp_path_factory.mktemp("export")
-    (folder / "model.safetensors").touch()
-    network = {"channels": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "columns": 4, "huge": False}
-    description = {
-        "network": network | {"num_classes": 10, "activations": "stored", "block": "c2f"},
-        "preprocessing": {"image_size": 96, "resize": 1.143},
-        "classes": [f"c{label}" for label in range(10)],
-    }
-    (folder / "model.json").write_text(json.dumps(description))
-    return folder
+    return describe_export(tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture
