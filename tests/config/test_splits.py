@@ -38,7 +38,7 @@ def test_splits_that_the_source_has_are_accepted(splits: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("splits", "key", "cause", "remedy"),
     [
-        ("{train: a/lern}", ".train", "has no folder a/lern", "did you mean 'a/learn'?"),
+        ("{train: a/lean}", ".train", "has no folder a/lean", "did you mean 'a/learn'?"),
         ("{train: a/learn, test: c}", ".test", "has no folder c", "folders of the source: a, b"),
         ("{train: ../b}", ".train", "../b is outside of the source", "a folder below"),
         ("{train: a, test: a/learn}", ".test", "test (a/learn) and train (a) have images", "name"),
@@ -59,8 +59,8 @@ def test_impossible_splits_are_refused_with_the_line_and_the_key(
 def test_other_values_of_splits_are_refused_by_the_schema(tmp_path: Path) -> None:
     text = error_message(tmp_path, _job(tmp_path, "nothing"))
     assert "job.yaml:5: data.toy.splits: expected" in text
-    text = error_message(tmp_path, _job(tmp_path, "{tain: a/learn}"))
-    assert text == "job.yaml:5: unknown key 'tain' in data.toy.splits\n  -> did you mean 'train'?"
+    text = error_message(tmp_path, _job(tmp_path, "{trains: a/learn}"))
+    assert text == "job.yaml:5: unknown key 'trains' in data.toy.splits\n  -> did you mean 'train'?"
 
 
 def test_a_split_that_a_hugging_face_dataset_lacks_is_refused(tmp_path: Path) -> None:
@@ -76,3 +76,11 @@ def test_a_dataset_that_is_all_validation_cannot_be_trained_on(tmp_path: Path) -
         tmp_path, edited(DATASET, DATASET.replace("}", ", validation_fraction: 1.0}"))
     )
     assert "job.yaml:5: data.toy.validation_fraction: 1 holds out every image" in text
+
+
+def test_values_chosen_from_the_images_need_the_folders_that_splits_names(tmp_path: Path) -> None:
+    text = _job(tmp_path, "{train: a/lean, validation: b}", ", validation_fraction: auto")
+    assert error_message(tmp_path, text) == (
+        "job.yaml:5: data.toy.splits.train: images has no folder a/lean\n"
+        "  -> did you mean 'a/learn'?"
+    )
