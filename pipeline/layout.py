@@ -5,6 +5,7 @@ runs/quickstart/
   run.json                            state, inputs, outputs and metrics of each stage
   stages/prepare/<dataset>/           shards, classes.json, dataset.json, quarantine/
   stages/<stage>/weights.safetensors  result of a training stage, described by weights.json
+  stages/evaluate/evaluation.json     metrics of the reported split, and of which weights
   stages/<stage>/job.json             the resolved job with which the stage was started
   stages/<stage>/generation           number of the newest process group: the fence
   checkpoints/<stage>/step-00000500/  one file per process, and a manifest
@@ -25,6 +26,9 @@ DATASET_JSON = "dataset.json"
 CLASSES_JSON = "classes.json"
 WEIGHTS_FILE = "weights.safetensors"
 WEIGHTS_JSON = "weights.json"
+# Of an exported model:
+MODEL_WEIGHTS = "model.safetensors"
+MODEL_JSON = "model.json"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class RunDir:
     def weights(self, stage: str) -> Path:
         """Weights that a training stage produced."""
         return self.stage(stage) / WEIGHTS_FILE
+
+    @property
+    def evaluation(self) -> Path:
+        """The result of the evaluate stage."""
+        return self.stage("evaluate") / "evaluation.json"
 
     def started_with(self, stage: str) -> Path:
         """The resolved job (JSON) that a stage was started with."""

@@ -1,70 +1,14 @@
-"""Weights of a training stage: their file, their description, and the check against a network."""
+"""Weights of a training stage: their file, and the check against a network."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from pipeline.checkpoint.reader import RangeReader, WeightsReader
 from pipeline.errors import CheckpointError
-from pipeline.files import write_json
-from pipeline.layout import WEIGHTS_JSON, RunDir
+from pipeline.layout import RunDir
 
 Shapes = dict[str, tuple[int, ...]]
-
-# Keys of ``weights.json`` as earlier versions wrote them -> the field that replaced them.
-_RENAMED = {"figures": "metrics"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsDescription:
-    """The content of ``weights.json``, which lies beside ``weights.safetensors``.
-
-    A training stage fills in every field. Weights from elsewhere (published ones, a file that was
-    copied alone) have no description or a partial one, so every field has a default.
-    """
-
-    network: dict[str, object] = field(default_factory=dict)  # the NetworkSpec
-    weights: str = ""  # which values: "ema" or "master"
-    step: int | None = None
-    classes: list[str] | None = None  # class ids in index order
-    image_size: int | None = None  # pixels
-    resize: float | None = None  # short side before the centre crop, as a multiple of image_size
-    precision: str | None = None
-    data: str | None = None  # fingerprint of the training data
-    metrics: dict[str, float] = field(default_factory=dict)  # at the end of the stage
-
-    @classmethod
-    def read(cls, weights: Path) -> WeightsDescription:
-        """Read the description beside the file ``weights``. Without one, every field is empty.
-
-        Raises:
-            CheckpointError: the file exists but is not a description.
-        """
-        path = weights.with_name(WEIGHTS_JSON)
-        try:
-            values = json.loads(path.read_text())
-            if not isinstance(values, dict):
-                raise ValueError("not a JSON object")
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot be read ({error})",
-                place=str(path),
-                remedy="copy it again from the stage's folder, or remove it",
-            ) from error
-        for old, new in _RENAMED.items():
-            if old in values:
-                values.setdefault(new, values.pop(old))
-        # A newer version may have added fields; they do not matter to this one.
-        known = {known.name for known in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def write(self, directory: Path) -> None:
-        """Write ``weights.json`` into ``directory``."""
-        write_json(directory / WEIGHTS_JSON, asdict(self))
 
 
 def weights_path(run_dir: RunDir, initial: str) -> Path:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.config.checks.checker import Checker
-from pipeline.config.checks.data import check_datasets, check_prepared_names
+from pipeline.config.checks.data import (
+    check_datasets,
+    check_prepared_names,
+    check_training_images,
+)
 from pipeline.config.checks.stages import check_evaluation, check_used_data, check_weights
 from pipeline.config.checks.training import check_model, check_training
 from pipeline.config.job_queries import ORDER, TRAINING, stage_names, train_config
@@ -42,6 +46,7 @@ def check(
     check_model(checker)
     check_datasets(checker)
     check_prepared_names(checker)
+    check_training_images(checker)
     for stage in TRAINING:
         if stage in stages:
             check_training(checker, stage, train_config(job, stage), world_size)

@@ -21,6 +21,7 @@ from pipeline.config.schema_text import describe
 from pipeline.config.schema_text.validate import validate
 from pipeline.config.smoke_test import ORIGIN as REHEARSE
 from pipeline.config.smoke_test import rehearse as make_rehearsal
+from pipeline.config.trained_weights import describe_network, weights_file
 from pipeline.config.yaml_tree import references
 from pipeline.config.yaml_tree.diagnostics import raise_problems
 from pipeline.config.yaml_tree.old_names import replace_old_names
@@ -88,6 +89,10 @@ def load_job(
     tree = references.substitute(tree)
     tree, notes = auto_values.choose(tree, inspect_sources=not rehearse)
     tree = _with_absolute_paths(tree, folder)
+    if rehearse and tree.get("model") is None:
+        cause = "nothing to rehearse: the job evaluates a network that was trained elsewhere"
+        raise ConfigError(cause, place=tree.origin, remedy="run it without --rehearse")
+    tree = describe_network(tree)
     notes = _empty_stages(tree) + notes
     job = validate(tree)
     origins = _origins(job.model_dump(by_alias=True), tree)
@@ -136,7 +141,7 @@ def _with_absolute_paths(tree: Node, folder: Path) -> Node:
         tree = _with_path(tree, ("data", name, "classes"), partial(_class_list, folder))
     for stage in ORDER:
         tree = _with_path(tree, ("stages", stage, "recipe"), partial(_recipe, folder))
-        tree = _with_path(tree, ("stages", stage, "from"), _weights)
+        tree = _with_path(tree, ("stages", stage, "from"), weights_file)
     return tree
 
 
@@ -174,12 +179,6 @@ def _recipe(folder: Path, name: str) -> str:
     # from the job file's folder.
     path = references.Fragments(folder).find("recipe", name)
     return name if path is None or path.parent == CONFIGS / "recipe" else os.path.abspath(path)
-
-
-def _weights(source: str) -> str:
-    if not source.endswith(".safetensors"):
-        return source
-    return os.path.abspath(os.path.expanduser(source))
 
 
 def _empty_stages(tree: Node) -> list[str]:

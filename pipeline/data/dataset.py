@@ -13,6 +13,7 @@ of a remote dataset go through a cache on the host (`pipeline.data.remote_shards
 from __future__ import annotations
 
 import bisect
+import copy
 import json
 import resource
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from typing import Protocol
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from pipeline.command import command
 from pipeline.data.description import DatasetDescription, UnsupportedFormat
@@ -121,6 +123,12 @@ class Split:
         """Prefetch the shards with these numbers, in this order; no effect on local datasets."""
         self._files.prefetch(self._shards[number] for number in shards)
 
+    def relabelled(self, labels: NDArray[np.int64]) -> Split:
+        """The same images, with ``labels[k]`` in place of label k; int64, shape (classes,)."""
+        split = copy.copy(self)
+        split.labels = labels[self.labels]
+        return split
+
     def _locate(self, i: int) -> tuple[int, int]:
         """Shard and row of sample ``i``. Raises IndexError."""
         if not 0 <= i < len(self):
@@ -152,7 +160,9 @@ class PreparedDataset:
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
-        """The split "train" or "validation". Opens and checks its shards on first use.
+        """The split "train", "validation", or one that not every dataset has: "selection", "test".
+
+        Opens and checks its shards on first use.
 
         Raises:
             DataError: there is no such split, or a shard is missing, truncated or damaged.

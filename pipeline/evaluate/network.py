@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from pipeline.checkpoint.weights import (
-    WeightsDescription,
-    initial_weights,
-    require_shapes,
-    weights_path,
-)
+from pipeline.checkpoint.description import WeightsDescription
+from pipeline.checkpoint.weights import initial_weights, require_shapes, weights_path
 from pipeline.config import job_queries
 from pipeline.config.schema import Job, ModelConfig, TrainConfig
-from pipeline.data.dataset import PreparedDataset
-from pipeline.errors import CheckpointError
+from pipeline.data.dataset import PreparedDataset, Split
+from pipeline.errors import CheckpointError, DataError
 from pipeline.layout import RunDir
 from pipeline.model import Network, NetworkSpec
+
+SHOWN_CLASSES = 10  # names in an error message
 
 
 def architecture_spec(model: ModelConfig, num_classes: int, *, supervised: bool) -> NetworkSpec:
@@ -36,32 +35,81 @@ def architecture_spec(model: ModelConfig, num_classes: int, *, supervised: bool)
     )
 
 
+def require_same_classes(run_dir: RunDir, initial: str, data: PreparedDataset) -> None:
+    """Raise CheckpointError if the weights' classes differ from the dataset's in number or order.
+
+    For an export, whose class list is that of the dataset.
+    """
+    path = weights_path(run_dir, initial)
+    trained = WeightsDescription.read(path).classes
+    if trained is not None and trained != data.classes:
+        raise CheckpointError(
+            f"weights were trained on {len(trained)} classes that are not the "
+            f"{len(data.classes)} of {data.path.name}",
+            place=str(path),
+            remedy="take the dataset that the weights were trained on",
+        )
+
+
+def labelled_for(model_classes: list[str] | None, data: PreparedDataset, split_name: str) -> Split:
+    """A split whose labels are the outputs of a model, matched by the names of the classes.
+
+    The last layer knows indices only. Example: a model of the classes [ape, bee, cat] and a folder
+    of [cat, ape], in which images of cat have label 0:
+
+        label in the folder   0 (cat)   1 (ape)
+        output of the model   2         0
+
+    Classes of the model without images do not matter.
+
+    Args:
+        model_classes: in the order of the model's outputs; None if nothing is known: then the
+            dataset's order is taken for the model's.
+
+    Raises:
+        DataError: the split has images of a class that the model does not know.
+    """
+    split = data.split(split_name)
+    if model_classes is None or model_classes == data.classes:
+        return split
+    output_of = {name: output for output, name in enumerate(model_classes)}
+    outputs = np.array([output_of.get(name, -1) for name in data.classes], dtype=np.int64)
+    images = np.bincount(split.labels, minlength=len(data.classes))
+    unknown = [
+        name
+        for name, count, output in zip(data.classes, images, outputs, strict=True)
+        if count and output < 0
+    ]
+    if unknown:
+        shown = ", ".join(unknown[:SHOWN_CLASSES])
+        known = ", ".join(model_classes[:SHOWN_CLASSES])
+        raise DataError(
+            f"{len(unknown)} classes are unknown to the model: {shown}",
+            place=str(data.path),
+            remedy=f"rename or remove them; the model knows {len(model_classes)} classes: {known}",
+        )
+    return split.relabelled(outputs)
+
+
 def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset) -> Network:
     """Build the fp32 network in evaluation mode and load the weights of ``initial``.
 
     Args:
         initial: a training stage, or the path of a .safetensors file.
+        data: gives the number of classes of weights without a description.
 
     Raises:
-        CheckpointError: the weights are missing, belong to another model, or were trained on other
-            classes than those of ``data``.
+        CheckpointError: the weights are missing or belong to another model.
     """
-    # 1. The classes must match in number and order, as the last layer knows indices only.
+    # 1. The weights and their classes.
     path = weights_path(run_dir, initial)
     reader = initial_weights(run_dir, initial)
-    trained_classes = WeightsDescription.read(path).classes
-    if trained_classes is not None and trained_classes != data.classes:
-        raise CheckpointError(
-            f"weights were trained on {len(trained_classes)} classes that are not the "
-            f"{len(data.classes)} of {data.path.name}",
-            place=str(path),
-            remedy="take the dataset that the weights were trained on",
-        )
+    classes = WeightsDescription.read(path).classes or data.classes
     # 2. An empty network: on the meta device no weights are initialised. The file shows which
     #    heads it has.
     spec = architecture_spec(
         job.model,
-        len(data.classes),
+        len(classes),
         supervised="classifiers.1.linear.weight" in reader.shapes,
     )
     with torch.device("meta"):

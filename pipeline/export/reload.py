@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -30,10 +30,9 @@ from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
+from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS
 from pipeline.model import Network, NetworkSpec
 
-MODEL_JSON = "model.json"
-MODEL_WEIGHTS = "model.safetensors"
 SELF_TEST = "selftest.safetensors"
 PUBLISHED_WEIGHTS = "revcol.pth"
 
@@ -57,6 +56,8 @@ class ModelDescription(TypedDict):
     classes: list[str]
     class_names: list[str]
     trained: dict[str, float]  # metrics of the training
+    # Name of the split, number of its images, and the metrics on it; if the model was evaluated.
+    evaluated: NotRequired[dict[str, str | int | float]]
     pipeline: str  # version that exported the model
 
 

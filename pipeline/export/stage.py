@@ -17,23 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pipeline
-from pipeline.checkpoint.weights import WeightsDescription, weights_path
+from pipeline.checkpoint.description import WeightsDescription
+from pipeline.checkpoint.weights import weights_path
 from pipeline.config import job_queries
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
 from pipeline.errors import ConfigError, StageError
-from pipeline.evaluate.network import load_network, preprocessing
+from pipeline.evaluate.network import load_network, preprocessing, require_same_classes
+from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
 from pipeline.export.reload import (
-    MODEL_JSON,
-    MODEL_WEIGHTS,
     PUBLISHED_WEIGHTS,
     SELF_TEST,
     ModelDescription,
 )
-from pipeline.files import atomic, write_json, write_with
-from pipeline.layout import RunDir
+from pipeline.files import atomic, file_digest, write_json, write_with
+from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, RunDir
 from pipeline.model import Network
 
 # Metrics of the training that describe the model. Its throughput describes the machine.
@@ -63,8 +63,10 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
     data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "export")))
     image_size, resize = preprocessing(job, run_dir, stage.initial)
+    require_same_classes(run_dir, stage.initial, data)
     network = load_network(job, run_dir, stage.initial, data)
-    trained = WeightsDescription.read(weights_path(run_dir, stage.initial))
+    weights = weights_path(run_dir, stage.initial)
+    trained = WeightsDescription.read(weights)
     description: ModelDescription = {
         "network": asdict(network.spec),
         "preprocessing": {
@@ -83,6 +85,10 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
         },
         "pipeline": pipeline.__version__,
     }
+    evaluation = EvaluationRecord.read(run_dir)
+    # Only of these weights: a job may evaluate other ones than it exports.
+    if evaluation is not None and evaluation.weights == file_digest(weights):
+        description["evaluated"] = evaluation.summary()
     target = run_dir.export
     try:
         _write(network, description, target)

@@ -46,6 +46,9 @@ def inputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, str]:
         # Evaluation and export preprocess images as the training stage did.
         train = job_queries.train_config(job, initial)
         digests["preprocessing"] = json_digest([train.image_size, train.eval_resize])
+    if stage == "export" and run_dir.evaluation.is_file():
+        # The export quotes the accuracy. It does without one if the job does not evaluate.
+        digests["evaluation"] = _digest(run_dir.evaluation)
     return digests
 
 
@@ -78,6 +81,8 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
         # Checkpoints are no outputs: retention deletes them, and a finished stage needs none.
         weights = run_dir.weights(stage)
         files = dict.fromkeys((weights, weights.with_name(WEIGHTS_JSON)), "")
+    elif stage == "evaluate":
+        files = {run_dir.evaluation: ""}
     elif stage == "export":
         files = {path: "" for path in sorted(run_dir.export.rglob("*")) if path.is_file()}
     return {

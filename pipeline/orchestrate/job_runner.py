@@ -159,7 +159,9 @@ def _headline(metrics: dict[str, float]) -> str:
         if name in metrics
     ]
     counts = [
-        f"{name} {metrics[name]:,.0f}" for name in ("images", "parameters") if name in metrics
+        f"{name.replace('_', ' ')} {metrics[name]:,.0f}"
+        for name in ("images", "validation_images", "test_images", "parameters")
+        if name in metrics
     ]
     return "  ".join([*accuracies, *counts])
 

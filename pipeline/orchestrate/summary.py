@@ -15,10 +15,10 @@ from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
 
 _METRICS = {  # shown in the table, in this order
-    "prepare": ("images", "validation", "rejected", "duplicates"),
+    "prepare": ("images", "selection", "validation", "test", "rejected", "duplicates"),
     "pretrain": ("top1", "loss", "steps", "images_per_s"),
     "finetune": ("top1", "loss", "steps", "images_per_s"),
-    "evaluate": ("top1", "top5", "images"),
+    "evaluate": ("top1", "top5", "validation_images", "test_images"),
     "export": ("parameters", "reload_difference"),
 }
 _LABELS = {"top1": "top-1", "top5": "top-5", "images_per_s": "images/s"}

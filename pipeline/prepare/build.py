@@ -36,13 +36,14 @@ from pipeline.files import file_digest, json_digest, write_json, write_text
 from pipeline.layout import CLASSES_JSON, DATASET_JSON
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.extract import extract_unit
-from pipeline.prepare.plan import SPLITS, DatasetPlan, make_plan
+from pipeline.prepare.plan import DatasetPlan, make_plan
 from pipeline.prepare.quarantine import write_quarantine_list
 from pipeline.prepare.shuffle import shuffle_shard
+from pipeline.prepare.splits import SPLITS
 from pipeline.prepare.stats import DatasetStats
 from pipeline.reporting import Log, Progress
 from pipeline.sources.survey import survey
-from pipeline.sources.units import Survey
+from pipeline.sources.units import Survey, Unit
 
 # With fewer images, the share of rejected ones says little: the first class may happen to be bad.
 MIN_IMAGES_TO_STOP_EARLY = 1000
@@ -77,7 +78,7 @@ def prepare_dataset(
     """Build (or complete) a dataset in ``target``.
 
     Returns:
-        Metrics: images, validation, rejected, duplicates, classes, bytes.
+        Metrics: images, the images of each other split, rejected, duplicates, classes, bytes.
 
     Raises:
         DataError: the source is missing or unusable, too many of its images are rejected, or none
@@ -97,7 +98,9 @@ def prepare_dataset(
     _prepare_target(context, source)
     stats = _extract(name, context, source, tasks, progress)
     plan = make_plan(context, source.units, stats.images_per_unit, len(source.classes))
-    _require_images(plan, context)
+    _require_images(plan, context, source.units)
+    for note in _selection_notes(plan, config):
+        log(f"{name}: {note}", "warning")
     shards = _shuffle(name, context, plan, tasks, progress)
     # 3. dataset.json comes last: readers take its presence as "complete".
     write_quarantine_list(context, source.units, stats.images_per_unit, plan)
@@ -118,6 +121,11 @@ def fingerprint(source: Survey, config: DatasetConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json", exclude={"root", "layout", "classes", "synthetic", "max_rejected"}
     )
+    # Keys that are younger than the first datasets count only where they are set: datasets that
+    # were prepared without them are still up to date.
+    for key in ("selection_fraction", "splits"):
+        if not settings[key]:
+            del settings[key]
     # Names are for people; the order of the IDs decides the labels.
     class_ids = [class_id for class_id, _ in source.classes]
     return json_digest([FORMAT, source.layout, class_ids, source.fingerprint_items, settings, seed])
@@ -217,18 +225,38 @@ def _extract(
     return stats
 
 
-def _require_images(plan: DatasetPlan, context: BuildContext) -> None:
-    for split in SPLITS:
-        if plan.labels[split].any():
+def _require_images(plan: DatasetPlan, context: BuildContext, units: Sequence[Unit]) -> None:
+    """Raise DataError if a split that the source should fill is empty."""
+    # A source may consist of images for evaluation only; then there is nothing to train on.
+    has_training = any(unit.split in ("", "train") for unit in units)
+    has_training &= context.config.validation_fraction < 1
+    has_test = any(unit.split == "test" for unit in units)
+    wanted = {"train": has_training, "validation": has_training or not has_test, "test": has_test}
+    for split, is_wanted in wanted.items():
+        if not is_wanted or plan.labels[split].any():
             continue
         remedy = (
-            "add images"
-            if split == "train"
-            else "raise validation_fraction, or add a val/ folder to the source"
+            "raise validation_fraction, or add a val/ folder to the source"
+            if split == "validation"
+            else "add images"
         )
         raise DataError(
             f"no image is left for the {split} split", place=context.config.root, remedy=remedy
         )
+
+
+def _selection_notes(plan: DatasetPlan, config: DatasetConfig) -> Iterator[str]:
+    """Why there is no selection split although one was wanted."""
+    if not config.selection_fraction or plan.labels["selection"].any():
+        return
+    if plan.labels["test"].any():
+        yield (
+            "selection_fraction is not used: the source has a test split, so the validation split "
+            "chooses the best checkpoint"
+        )
+    else:
+        share = f"{config.selection_fraction:g}"
+        yield f"too few images for a selection split of {share}: none is held out"
 
 
 def _shuffle(
@@ -263,6 +291,7 @@ def _describe(
             shards=[shards[shard.file] for shard in plan.shards if shard.split == split],
         )
         for split in SPLITS
+        if plan.labels[split].any()
     }
     mean, std = stats.mean_and_std()
     short_sides = sorted(stats.images_by_short_side.items(), key=lambda item: int(item[0]))
@@ -299,9 +328,12 @@ def _remove_leftovers(context: BuildContext, shards: dict[str, ShardInfo]) -> No
 
 
 def _metrics(description: DatasetDescription) -> dict[str, float]:
+    # Training images are called "images"; selection and test only appear where they exist.
+    names = {"train": "images"}
     return {
-        "images": float(description.splits["train"].images),
-        "validation": float(description.splits["validation"].images),
+        **{
+            names.get(name, name): float(split.images) for name, split in description.splits.items()
+        },
         "rejected": float(sum(description.rejected.values())),
         "duplicates": float(sum(description.duplicates.values())),
         "classes": float(description.classes),

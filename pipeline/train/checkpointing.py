@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints, remove_leftovers, set_aside
 from pipeline.checkpoint.reader import CheckpointReader, RangeReader
-from pipeline.checkpoint.weights import WeightsDescription, backbone_names
+from pipeline.checkpoint.weights import backbone_names
 from pipeline.checkpoint.writer import WRITE_ERRORS, save
 from pipeline.errors import CheckpointError
 from pipeline.files import write_with

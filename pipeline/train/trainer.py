@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import directory_of
-from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import Job, TrainConfig, hparam_keys
 from pipeline.data.dataset import open_dataset

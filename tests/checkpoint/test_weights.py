@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.weights import WeightsDescription
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.errors import CheckpointError
 from pipeline.files import write_json
 from pipeline.layout import WEIGHTS_FILE, WEIGHTS_JSON

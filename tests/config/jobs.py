@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "jobs").glob("*.yaml"))
+TRAINING_JOBS = [path for path in SHIPPED if path.stem != "evaluate"]
 VARIABLES = ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES")  # sources of shipped jobs
 each_shipped_job = pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+each_training_job = pytest.mark.parametrize("path", TRAINING_JOBS, ids=lambda path: path.stem)
 
 JOB = """\
 name: small
@@ -48,6 +51,19 @@ def edited(*replacements: str, text: str = JOB) -> str:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     return text
+
+
+def describe_export(folder: Path) -> Path:
+    """Write an exported model, as far as a job reads it: its description, of ten classes."""
+    (folder / "model.safetensors").touch()
+    network = {"channels": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "columns": 4, "huge": False}
+    description = {
+        "network": network | {"num_classes": 10, "activations": "stored", "block": "c2f"},
+        "preprocessing": {"image_size": 96, "resize": 1.143},
+        "classes": [f"c{label}" for label in range(10)],
+    }
+    (folder / "model.json").write_text(json.dumps(description))
+    return folder
 
 
 def load_and_check(path: Path, overrides: Sequence[str] = (), world_size: int = 2) -> LoadedJob:

@@ -14,7 +14,7 @@ from pipeline.config.load import LoadedJob, load_job
 from pipeline.errors import ConfigError
 from pipeline.shipped import CONFIGS
 from pipeline.sources.class_lists import class_list
-from tests.config.jobs import ROOT, SHIPPED, each_shipped_job, training_stages
+from tests.config.jobs import ROOT, SHIPPED, each_shipped_job, each_training_job, training_stages
 
 WORLD_SIZES = (1, 2, 8, 64)
 
@@ -26,7 +26,7 @@ def load_valid(path: Path, world_size: int) -> LoadedJob:
 
 
 def test_these_jobs_are_shipped() -> None:
-    wanted = {"quickstart", "cifar10", "own_images", "pretrain_revcol_h"}
+    wanted = {"quickstart", "cifar10", "own_images", "pretrain_revcol_h", "evaluate"}
     wanted |= {
         "revcol_tiny_1k",
         "revcol_small_1k",
@@ -49,7 +49,7 @@ def test_shipped_job_begins_with_its_purpose_needs_and_duration(path: Path) -> N
 
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@each_shipped_job
+@each_training_job
 def test_shipped_job_is_valid_at_every_world_size(path: Path, world_size: int) -> None:
     # The quickstart fine-tunes with a global batch of 32, which 64 processes cannot share.
     if path.stem == "quickstart" and world_size == 64:

@@ -12,7 +12,7 @@ from pipeline.config.load import load_job
 from pipeline.config.schema import TrainConfig
 from pipeline.config.schema.shrink import RehearsalContext, narrow, small_image_sizes
 from pipeline.errors import ConfigError
-from tests.config.jobs import ROOT, SHIPPED, VARIABLES, each_shipped_job, training_stages
+from tests.config.jobs import ROOT, SHIPPED, VARIABLES, each_training_job, training_stages
 
 # Keys of a training stage that a rehearsal must not change.
 KEPT = {
@@ -30,7 +30,7 @@ KEPT = {
 PUBLISHED = [path for path in SHIPPED if "revcol" in path.stem]
 
 
-@each_shipped_job
+@each_training_job
 def test_rehearsal_needs_no_source_and_no_variable(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from pipeline.config.render import explain
 from pipeline.errors import PipelineError
 from pipeline.export import official
 from pipeline.shipped import JOBS
+from tests.config.jobs import describe_export
 from tests.docs.command_line import arguments_after_program, parse
 from tests.docs.markdown import DOCUMENTS, FENCE, ROOT, Block, blocks, commands
 from tests.prepare.source_folders import class_tars
@@ -44,6 +45,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model, for the placeholder EXPORT."""
+    return describe_export(tmp_path_factory.mktemp("export"))
+
+
 @pytest.fixture(autouse=True)
 def published_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The variables that the jobs for ImageNet need."""
@@ -60,7 +67,7 @@ def test_every_block_names_its_language() -> None:
 
 
 @pytest.mark.parametrize(("block", "words"), LINES)
-def test_command_is_understood(block: Block, words: list[str], images: Path) -> None:
+def test_command_is_understood(block: Block, words: list[str], images: Path, export: Path) -> None:
     arguments = arguments_after_program(words)
     if arguments is None:
         check_other_program(words)
@@ -68,7 +75,7 @@ def test_command_is_understood(block: Block, words: list[str], images: Path) -> 
     command, parameters = parse(arguments)
     for name, value in job_settings(command, parameters):
         if name == "job":
-            check_job(str(value), parameters, images)
+            check_job(str(value), parameters, {"DIR": images, "EXPORT": export})
         elif name == "key":
             assert explain(str(value), None)
 
@@ -81,14 +88,15 @@ def job_settings(command: str, parameters: dict[str, Any]) -> Iterator[tuple[str
         yield "key", parameters["key"]
 
 
-def check_job(job: str, parameters: dict[str, Any], images: Path) -> None:
-    """The job exists and its values are valid. JOB.yaml, DIR and FILE are placeholders."""
+def check_job(job: str, parameters: dict[str, Any], placeholders: dict[str, Path]) -> None:
+    """The job exists and its values are valid. JOB.yaml is a placeholder, too."""
     if re.match(r"[A-Z]+\.yaml$|s3://", job):
         return
     path = ROOT / job if job.endswith(".yaml") else JOBS / f"{job}.yaml"
-    overrides = [
-        str(override).replace("=DIR", f"={images}") for override in parameters["overrides"] or ()
-    ]
+    overrides = []
+    for override in parameters["overrides"] or ():
+        key, _, value = str(override).partition("=")
+        overrides.append(f"{key}={placeholders.get(value, value)}")
     loaded = load_job(path, overrides, rehearse=bool(parameters.get("rehearse")))
     for stage in parameters.get("stage") or ():
         names = [stage] if isinstance(parameters["stage"], tuple | list) else [parameters["stage"]]

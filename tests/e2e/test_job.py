@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.job_runs import (
+    ROOT,
     finish,
     losses,
     make_job,
@@ -42,7 +43,7 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     run_dir = undisturbed.parent / "runs" / "small"
     stages = record(undisturbed)["stages"]
     assert [stages[stage]["state"] for stage in KILLED_WITHIN] == ["done"] * 5
-    assert stages["evaluate"]["metrics"]["images"] == 33
+    assert stages["evaluate"]["metrics"]["validation_images"] == 33
     assert stages["export"]["metrics"]["reload_difference"] == 0
     assert sorted(losses(run_dir, "pretrain")) == list(range(1, 29))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
@@ -51,6 +52,28 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     assert "nothing to do: every stage is up to date" in out
     touched = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert sorted(touched) == [".lock", "run.json", "run.log", "run.yaml"]
+
+
+def test_an_export_is_evaluated_without_its_run_on_a_folder_of_validation_images(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    """The same images and another order of the classes give the accuracy of the run itself."""
+    run_dir = undisturbed.parent / "runs" / "small"
+    shutil.copytree(run_dir / "export", tmp_path / "model")
+    shutil.copytree(undisturbed.parent / "images" / "val", tmp_path / "images" / "val")
+    (tmp_path / "images" / "synsets.txt").write_text("c2\nc0\nc1\n")
+    job = tmp_path / "evaluate.yaml"
+    shutil.copy(ROOT / "jobs" / "evaluate.yaml", job)
+    settings = {
+        "name": "small",
+        "data.root": tmp_path / "images",
+        "data.min_side": 16,
+        "stages.evaluate.from": tmp_path / "model",
+    }
+    out = run(job, *(f"--set={key}={value}" for key, value in settings.items()))
+    assert "validation images 33" in out
+    alone = metrics(tmp_path / "runs" / "small")["evaluate"]
+    assert alone == pytest.approx(metrics(run_dir)["evaluate"], rel=1e-4)
 
 
 def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:

@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.data.augment import EvalTransform
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluate.network import load_network
+from pipeline.export.reload import load_export
+from pipeline.export.stage import export_stage
+from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from tests.train import processes, staging
@@ -30,10 +35,10 @@ def evaluate(run_dir: RunDir, world_size: int, job: Job | None = None) -> Any:
     return results[0]
 
 
-def accuracy_by_definition(run_dir: RunDir) -> dict[str, float]:
-    """The expected metrics: one image after the other through the network."""
+def accuracy_by_definition(run_dir: RunDir, name: str = "validation") -> dict[str, float]:
+    """The expected metrics of a split: one image after the other through the network."""
     data = open_dataset(run_dir.dataset(staging.DATASET))
-    split = data.split("validation")
+    split = data.split(name)
     network = load_network(staging.job(), run_dir, "finetune", data)
     transform = EvalTransform(64, 1.143)
     pixels = np.empty((64, 64, 3), dtype=np.uint8)
@@ -57,7 +62,7 @@ def accuracy_by_definition(run_dir: RunDir) -> dict[str, float]:
         "top1": top1 / images_seen,
         "top5": top5 / images_seen,
         "loss": loss / images_seen,
-        "images": images_seen,
+        f"{name}_images": images_seen,
     }
 
 
@@ -66,12 +71,38 @@ def test_metrics_are_the_same_for_any_number_of_processes(images: int, tmp_path:
     run_dir = staging.prepared_run(tmp_path, train=1, validation=images)
     staging.with_weights(tmp_path)
     expected = accuracy_by_definition(run_dir)
-    assert expected["images"] == images
+    assert expected["validation_images"] == images
     assert expected["top5"] > 0
     for world_size in (1, 2, 3):
         metrics = evaluate(run_dir, world_size)
         assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert {**metrics, "loss": 0} == {**expected, "loss": 0}
+
+
+def test_the_test_split_is_reported_by_name_and_the_export_quotes_it(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path, train=1, validation=9, test=14)
+    staging.with_weights(tmp_path)
+    metrics = evaluate(run_dir, 2)
+    assert metrics == pytest.approx(accuracy_by_definition(run_dir, "test"), rel=1e-5)
+    assert metrics["test_images"] == 14
+    # TensorBoard and the event log.
+    (event,) = staging.events(run_dir, "evaluation", "evaluate")
+    assert event.scalars == {
+        "accuracy/test_top1": metrics["top1"],
+        "accuracy/test_top5": metrics["top5"],
+        "loss/test": metrics["loss"],
+    }
+    assert list(run_dir.tensorboard("evaluate").iterdir())
+    # The exported model.
+    export_stage(staging.job(), run_dir)
+    means = {name: metrics[name] for name in ("top1", "top5", "loss")}
+    description = load_export(run_dir.export).description
+    assert description["evaluated"] == {"split": "test", "images": 14, **means}
+    # Other weights were not evaluated.
+    file = run_dir.weights("finetune")
+    save_file({name: value * 2 for name, value in load_file(file).items()}, file)
+    export_stage(staging.job(), run_dir)
+    assert "evaluated" not in load_export(run_dir.export).description
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -90,7 +121,7 @@ def test_evaluation_during_training_under_zero_3_equals_the_stage(
     during, *_ = staging.run_stage(run_dir, world_size, job, "finetune")
     assert isinstance(during, dict), during
     after = evaluate(run_dir, 1, job)
-    assert after["images"] == staging.VALIDATION
+    assert after["validation_images"] == staging.VALIDATION
     assert during["top1"] == after["top1"]
     assert during["top5"] == after["top5"]
     (event,) = staging.events(run_dir, "evaluation", "finetune")
@@ -124,3 +155,40 @@ def test_a_weights_file_without_a_description_needs_an_image_size(tmp_path: Path
     assert isinstance(error, CheckpointError)
     assert "image size" in error.message
     assert evaluate_file(image_size=64) == pytest.approx(expected)
+
+
+def _relabelled(run_dir: RunDir, folder_classes: list[str], model_classes: list[str]) -> None:
+    """Name the classes of the dataset, in its order, and those of the weights, in theirs."""
+    dataset = run_dir.dataset(staging.DATASET)
+    entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(folder_classes)]
+    write_json(dataset / "classes.json", entries)
+    weights = run_dir.weights("finetune")
+    description = WeightsDescription(image_size=64, resize=1.143, classes=model_classes)
+    description.write(weights.parent)
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path, train=1)
+    state = staging.with_weights(tmp_path)
+    model_classes = [f"c{label}" for label in range(staging.CLASSES)]
+    _relabelled(run_dir, model_classes, model_classes)
+    expected = evaluate(run_dir, 1)
+    # The same network with its outputs in another order, and one class more.
+    order = [3, 0, 5, 1, 4, 2]
+    for name in ("classifiers.0.linear.weight", "classifiers.0.linear.bias"):
+        far_below = torch.full_like(state[name][:1], 0.0 if "weight" in name else -1e9)
+        state[name] = torch.cat([state[name][order], far_below])
+    save_file(state, run_dir.weights("finetune"))
+    _relabelled(run_dir, model_classes, [*(model_classes[k] for k in order), "other"])
+    assert evaluate(run_dir, 2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_classes_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path, train=1)
+    staging.with_weights(tmp_path)
+    model_classes = [f"c{label}" for label in range(staging.CLASSES)]
+    _relabelled(run_dir, ["c0", "dog", "c2", "c3", "fox", "c5"], model_classes)
+    with pytest.raises(DataError) as error:
+        raise evaluate(run_dir, 1)
+    assert "2 classes are unknown to the model: dog, fox" in error.value.message
+    assert "the model knows 6 classes: c0, c1, c2, c3, c4, c5" in error.value.message

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import CheckpointError, DataError
-from pipeline.evaluate.network import load_network
+from pipeline.evaluate.network import require_same_classes
 from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.prepare.build import prepare_dataset
@@ -114,17 +114,19 @@ def test_a_dataset_smaller_than_one_batch_is_refused_before_training(tmp_path: P
         )
 
 
-def test_classes_in_another_order_than_those_of_the_model_are_refused(tmp_path: Path) -> None:
+def test_an_export_with_classes_in_another_order_than_those_of_the_model_is_refused(
+    tmp_path: Path,
+) -> None:
     run_dir = staging.prepared(tmp_path)
     staging.with_weights(run_dir)
     data = open_dataset(run_dir / "stages" / "prepare" / "set")
     weights = run_dir / "stages" / "finetune" / "weights.json"
     write_json(weights, {"image_size": 64, "classes": data.classes})
-    load_network(staging.job(), RunDir(run_dir), "finetune", data)
+    require_same_classes(RunDir(run_dir), "finetune", data)
     write_json(weights, {"image_size": 64, "classes": data.classes[::-1]})
     message = (
         r"weights\.safetensors: weights were trained on 6 classes that are not the 6 of set\n"
         r"  -> take the dataset"
     )
     with pytest.raises(CheckpointError, match=message):
-        load_network(staging.job(), RunDir(run_dir), "finetune", data)
+        require_same_classes(RunDir(run_dir), "finetune", data)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint.weights import WeightsDescription
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.evaluate.classify import evaluate_stage
 from pipeline.layout import RunDir
@@ -78,12 +78,14 @@ def job(
     )
 
 
-def prepared_run(path: Path, train: int = TRAIN, validation: int = VALIDATION) -> RunDir:
+def prepared_run(
+    path: Path, train: int = TRAIN, validation: int = VALIDATION, test: int = 0
+) -> RunDir:
     """A run directory whose stage 'prepare' is done."""
     run_dir = RunDir(path)
-    make_dataset(
-        run_dir.dataset(DATASET), {"train": train, "validation": validation}, classes=CLASSES
-    )
+    splits = {"train": train, "validation": validation, "test": test}
+    used = {name: images for name, images in splits.items() if images}
+    make_dataset(run_dir.dataset(DATASET), used, classes=CLASSES)
     return run_dir
 
 

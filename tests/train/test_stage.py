@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import list_checkpoints
-from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import CheckpointError

@@ -30,7 +30,10 @@ class PrepareStage(Section):
 
 
 class EvaluateStage(Section):
-    """Computes top-1 and top-5 accuracy; every validation image counts exactly once."""
+    """Computes top-1 and top-5 accuracy on the test split, or on validation if there is none.
+
+    Every image counts exactly once.
+    """
 
     data: str = Field(
         "", description="Name of the dataset. Empty: the dataset of the stage in `from`."
@@ -38,8 +41,8 @@ class EvaluateStage(Section):
     initial: str = Field(
         "finetune",
         alias="from",
-        description="Weights to evaluate: a training stage (its EMA weights if it has any) or a "
-        ".safetensors file.",
+        description="Weights to evaluate: a training stage (its EMA weights if it has any), the "
+        "folder of an exported model or of a run, or a .safetensors file.",
     )
     # Optional: weights are best evaluated at the size they were trained at.
     image_size: Annotated[PositiveInt | None, Rules(rehearse=small_image_size)] = Field(
@@ -92,7 +95,8 @@ class Job(Section):
     # and of what it decides (epoch, sample), so that a resumed run repeats the same choices.
     seed: Seed = Field(0, description="Seed of all random choices.")
     model: ModelConfig = Field(
-        description="The network: a mapping, or the name of a file in configs/model."
+        description="The network: a mapping, or the name of a file in configs/model. A job that "
+        "only evaluates takes it from the trained model."
     )
     # A run may move to another machine: how many processes compute does not change the result.
     cluster: Annotated[ClusterConfig, Rules(may_change_on_resume=True)] = Field(

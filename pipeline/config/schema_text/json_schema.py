@@ -33,6 +33,8 @@ def json_schema() -> JsonSchema:
     dataset = definitions["DatasetConfig"]["properties"]
     dataset["validation_fraction"] = _or_auto(dataset["validation_fraction"])
     # 4. A name instead of a mapping: `model: revcol_huge`; one dataset without a name.
+    #    A job that evaluates a trained model takes the network from it.
+    schema["required"].remove("model")
     properties = schema["properties"]
     properties["model"] = _or_name(properties["model"], "model")
     properties["cluster"] = _or_name(properties["cluster"], "cluster")

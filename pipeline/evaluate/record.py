@@ -1,0 +1,39 @@
+"""The result of the evaluate stage, which the exported model quotes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from pipeline.files import write_json
+from pipeline.layout import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """The content of ``evaluation.json``.
+
+    ``split``: validation or test. ``weights``: digest of the weights file. ``metrics``: means over
+    the images of the split.
+    """
+
+    split: str
+    images: int
+    weights: str
+    metrics: dict[str, float]
+
+    @classmethod
+    def read(cls, run_dir: RunDir) -> EvaluationRecord | None:
+        """The record of a run; None if it was not evaluated."""
+        try:
+            values = json.loads(run_dir.evaluation.read_text())
+            return cls(**{name.name: values[name.name] for name in fields(cls)})
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def summary(self) -> dict[str, str | int | float]:
+        """Split, images and metrics in one mapping, for the description of a model."""
+        return {"split": self.split, "images": self.images, **self.metrics}
+
+    def write(self, run_dir: RunDir) -> None:
+        write_json(run_dir.evaluation, asdict(self))
