@@ -47,12 +47,23 @@ class LevelInputs(NamedTuple):
     upper: Tensor | None
     top: Tensor | None
 
+    def as_leaves(self) -> LevelInputs:
+        """Return the inputs of a graph of its own: gradients stop there."""
+        return LevelInputs(
+            as_leaf(self.lower),
+            None if self.upper is None else as_leaf(self.upper),
+            None if self.top is None else as_leaf(self.top),
+        )
+
 
 def add_upsampled(x: Tensor, coarse: Tensor) -> Tensor:
     """Return ``x`` (N, H, W, C) plus ``coarse`` (N, h, w, C), upsampled to its size (nearest)."""
     n, height, width, channels = x.shape
     h, w = coarse.shape[1:3]
-    if height % h == 0 and width % w == 0:
+    # In a program for any size the sizes are symbols. Their products and quotients grow from level
+    # to level until the exporter does not end, so an exported program upsamples without them.
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if not traced and height % h == 0 and width % w == 0:
         # Broadcast instead of materialising the upsampled map. Example: an 8x8 map seen as 4x2x4x2
         # plus a 4x4 map seen as 4x1x4x1.
         tiles = x.view((n, h, height // h, w, width // w, channels))
@@ -99,8 +110,9 @@ class Level(nn.Module):
             residual: computes the output from F and alpha.
         """
         # Evaluation (without gradients) is rare and has other shapes, so it is not worth another
-        # compilation.
-        compiled = self.compiled if torch.is_grad_enabled() else None
+        # compilation. A program that is compiled or traced as a whole contains the level anyway.
+        whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        compiled = self.compiled if torch.is_grad_enabled() and not whole else None
         branch = self.branch if compiled is None else compiled
         f = branch(lower, upper, top, drop_path_scale)
         # Under autocast F is narrower than the maps. Widen it before it is quantised or added.
@@ -159,7 +171,6 @@ class Columns:
     huge: bool
     taps: tuple[int, ...]  # columns whose level 3 is returned, besides the last column's four maps
     drop_path_scales: Tensor | None  # (columns, blocks of a column, N)
-    leaf_inputs: bool = False  # give every level inputs that are leaves: a graph per level
 
     @property
     def count(self) -> int:
@@ -192,14 +203,7 @@ class Columns:
         upper = previous[i + 1] if t > 0 and i < 3 else None
         top = previous[3] if t > 0 and i == 0 and self.huge else None
         assert lower is not None
-        if not self.leaf_inputs:
-            return LevelInputs(lower, upper, top)
-        # Gradients stop at a leaf. The caller reads them there and decides the order of the sums.
-        return LevelInputs(
-            as_leaf(lower),
-            None if upper is None else as_leaf(upper),
-            None if top is None else as_leaf(top),
-        )
+        return LevelInputs(lower, upper, top)
 
     def run_column(
         self,
