@@ -96,9 +96,7 @@ class Consistency:
         the step, without a synchronisation.
         """
         # where, not an if: an if would wait for the device.
-        return torch.where(
-            self.invalid(overflows=overflows, mismatches=mismatches), torch.inf, 0.0
-        )
+        return torch.where(self.invalid(overflows=overflows, mismatches=mismatches), torch.inf, 0.0)
 
     def add(self, other: Consistency) -> None:
         """Merge the record of another pass of the same network into this one."""

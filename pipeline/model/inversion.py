@@ -139,16 +139,12 @@ class Inversion:
             if tensors.sharded:
                 torch.autograd.backward(output, gradient)
                 return [None if leaf is None else leaf.grad for leaf in inputs], []
-            found = torch.autograd.grad(
-                output, [*leaves, *parameters], gradient, allow_unused=True
-            )
+            found = torch.autograd.grad(output, [*leaves, *parameters], gradient, allow_unused=True)
         by_input = iter(found)
         for_inputs = [None if leaf is None else next(by_input) for leaf in inputs]
         return for_inputs, list(by_input)
 
-    def _recover(
-        self, t: int, i: int, gradient: Tensor | None, f: Tensor, alpha: Tensor
-    ) -> Tensor:
+    def _recover(self, t: int, i: int, gradient: Tensor | None, f: Tensor, alpha: Tensor) -> Tensor:
         """Residual of the recompute: move level ``i`` of the stream back to column ``t - 1``.
 
         ``gradient``: of the level's output, if there is one. Returns F with a gradient for alpha.
@@ -191,4 +187,3 @@ class Inversion:
         self.shortcut_gradient = shortcut_gradient.view(shape)
         for_alpha = alpha_gradient(gradient, recovered).to(alpha.dtype)
         return mismatch.count_nonzero() + changed, for_alpha
-

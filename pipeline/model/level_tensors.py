@@ -1,7 +1,7 @@
 """The parameters and buffers that a level computed with, for its recompute.
 
-Autograd must know which parameters a level read, or ``torch.autograd.grad``, ``functional_call`` and
-DistributedDataParallel would take them for unused. So they are inputs of the level's autograd
+Autograd must know which parameters a level read, or ``torch.autograd.grad``, ``functional_call``
+and DistributedDataParallel would take them for unused. So they are inputs of the level's autograd
 function, which returns their gradients. The recompute then runs on aliases (``substituted``):
 
 * hooks on a parameter fire once, when autograd receives its gradient, and not in the recompute too;
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ class LevelTensors:
 
     def __init__(self, level: nn.Module) -> None:
         tables = [
-            table for module in level.modules() for table in (module._parameters, module._buffers)
+            cast(dict[str, Tensor], table)
+            for module in level.modules()
+            for table in (module._parameters, module._buffers)
         ]
         # Each tensor with the table of its module and its name there.
         self._entries = [
@@ -105,7 +108,7 @@ def refuse_create_graph() -> None:
 
 def refuse_functorch() -> None:
     """Raise RuntimeError under vmap, grad and the other transforms of torch.func."""
-    if torch._C._are_functorch_transforms_active():  # type: ignore[attr-defined]
+    if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "torch.func (vmap, grad, jvp, ...) cannot transform exactly reversible columns: their "
             f"backward pass runs the levels again. {USE_STORED}"

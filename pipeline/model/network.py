@@ -9,7 +9,6 @@ from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pipeline.blocks import registry
 from pipeline.blocks.layers import CastTo
@@ -25,6 +24,7 @@ from pipeline.model.reversible import exact_columns
 from pipeline.model.spec import Activations, Four, NetworkSpec
 from pipeline.model.stream_kernels import kernels_for
 from pipeline.model.stream_watch import StreamWatch
+from pipeline.model.tracing import exporting, jit_tracing, tracing
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Output:
 
 
 # torch.export and torch.func look for the tensors inside a network's inputs and outputs.
-pytree.register_dataclass(Output)
+torch.export.register_dataclass(Output, serialized_type_name="pipeline.model.Output")
 
 
 class Column(nn.Module):
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
         mode = self.spec.activations
         # A traced program is for other runtimes, and an empty batch has nothing to invert: both
         # take the plain path, whose results differ by the stream's resolution.
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or images.shape[0] == 0:
+        if exporting() or images.shape[0] == 0:
             mode = "stored"
         features = self._features
         if mode != "stored" and torch.compiler.is_compiling():
@@ -170,8 +170,8 @@ class Backbone(nn.Module):
 
     def _check_saved_tensors(self, part: nn.Module) -> AbstractContextManager[None]:
         """Return a context for a part outside the columns, which plain autograd differentiates."""
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.spec.activations == "exact" and torch.is_grad_enabled() and not traced:
+        exact = self.spec.activations == "exact" and not tracing()
+        if exact and torch.is_grad_enabled():
             return check_saved_tensors(self.consistency, part, self.skip_on_mismatch)
         return nullcontext()
 
@@ -255,7 +255,7 @@ class Network(Backbone):
             reconstructions = [
                 decode(level3) for decode, level3 in zip(self.decoders, level3_maps, strict=False)
             ]
-        if torch.jit.is_tracing():  # TorchScript has no dataclasses: return the prediction
+        if jit_tracing():  # TorchScript has no dataclasses: return the prediction
             return cast(Output, logits[-1])
         return Output(logits, reconstructions)
 
@@ -312,4 +312,6 @@ class RevCol(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> the last column's maps (N, C, H', W') at strides 4, 8, 16 and 32."""
-        return [level.permute(0, 3, 1, 2) for level in self.features(images)]
+        maps = [level.permute(0, 3, 1, 2) for level in self.features(images)]
+        # TorchScript asks for a container of fixed length.
+        return cast(list[Tensor], tuple(maps)) if jit_tracing() else maps

@@ -239,7 +239,7 @@ class ReversibleRun:
                 "for any number of passes at any memory"
             )
         # Whether backward() was called with retain_graph=True.
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
         inversion = self.saved.copy() if keep else self.saved
         self.saved = self.saved if keep else None
         inversion.begin()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.model import Network
-from tests.model.networks import as_stored, gradients_of, prediction_sum, tiny_network
+from tests.model.networks import gradients_of, prediction_sum, tiny_network
 from tests.train.processes import run
 
 Gradients = dict[str, Tensor]
