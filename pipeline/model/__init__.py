@@ -12,7 +12,7 @@ from pipeline.model.spec import Activations, Fused, NetworkSpec
 __all__ = ["Activations", "Network", "NetworkSpec", "Output", "RevCol", "build", "models"]
 
 
-class Settings(TypedDict, total=False):
+class NetworkSettings(TypedDict, total=False):
     """Optional arguments of ``build``. See ``NetworkSpec`` for their meaning and defaults."""
 
     huge: bool
@@ -28,7 +28,9 @@ class Settings(TypedDict, total=False):
 
 
 @overload
-def build(model: str, /, *, num_classes: int = 1000, **settings: Unpack[Settings]) -> Network: ...
+def build(
+    model: str, /, *, num_classes: int = 1000, **settings: Unpack[NetworkSettings]
+) -> Network: ...
 
 
 @overload
@@ -37,7 +39,7 @@ def build(
     depths: Sequence[int],
     columns: int,
     num_classes: int,
-    **settings: Unpack[Settings],
+    **settings: Unpack[NetworkSettings],
 ) -> Network: ...
 
 
@@ -46,7 +48,7 @@ def build(
     depths: Sequence[int] = (),
     columns: int = 0,
     num_classes: int = 1000,
-    **settings: Unpack[Settings],
+    **settings: Unpack[NetworkSettings],
 ) -> Network:
     """Build a network from the name of its size (``models``), or from plain numbers.
 

@@ -139,8 +139,10 @@ class Inversion:
             if tensors.sharded:
                 torch.autograd.backward(output, gradient)
                 return [None if leaf is None else leaf.grad for leaf in inputs], []
-            found = torch.autograd.grad(output, [*leaves, *parameters], gradient, allow_unused=True)
-        by_input = iter(found)
+            computed = torch.autograd.grad(
+                output, [*leaves, *parameters], gradient, allow_unused=True
+            )
+        by_input = iter(computed)
         for_inputs = [None if leaf is None else next(by_input) for leaf in inputs]
         return for_inputs, list(by_input)
 

@@ -1,6 +1,6 @@
 """The parameters and buffers that a level computed with, for its recompute.
 
-Autograd must know which parameters a level read, or ``torch.autograd.grad``, ``functional_call``
+Autograd must know what parameters each level reads, or ``torch.autograd.grad``, ``functional_call``
 and DistributedDataParallel would take them for unused. So they are inputs of the level's autograd
 function, which returns their gradients. The recompute then runs on aliases (``substituted``):
 

@@ -47,9 +47,9 @@ def test_autograd_grad_of_all_parameters_equals_backward(images: Tensor) -> None
     network = tiny_network()
     expected = backward_gradients(network, images)
     network.zero_grad()
-    found = torch.autograd.grad(prediction_sum(network, images), list(network.parameters()))
+    computed = torch.autograd.grad(prediction_sum(network, images), list(network.parameters()))
     assert gradients_of(network) == {}
-    for (name, gradient), value in zip(expected.items(), found, strict=True):
+    for (name, gradient), value in zip(expected.items(), computed, strict=True):
         assert torch.equal(gradient, value), name
 
 
@@ -58,8 +58,8 @@ def test_the_gradient_of_one_level_equals_that_of_backward(images: Tensor) -> No
     name = "columns.1.levels.2.alpha"
     expected = backward_gradients(network, images)[name]
     parameter = network.get_parameter(name)
-    (found,) = torch.autograd.grad(prediction_sum(network, images), parameter)
-    assert torch.equal(found, expected)
+    (computed,) = torch.autograd.grad(prediction_sum(network, images), parameter)
+    assert torch.equal(computed, expected)
 
 
 def test_functional_call_computes_with_the_given_parameters(images: Tensor) -> None:
@@ -69,11 +69,11 @@ def test_functional_call_computes_with_the_given_parameters(images: Tensor) -> N
         for name, parameter in network.named_parameters()
     }
     loss = functional_call(network, given, (images,)).logits[-1].square().sum()
-    found = dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
+    computed = dict(zip(given, torch.autograd.grad(loss, list(given.values())), strict=True))
     assert network.consistency.report() == []  # the recompute used them too
     network.load_state_dict(given)
     expected = backward_gradients(network, images)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(computed[name], expected[name]) for name in expected)
 
 
 def test_a_hook_on_a_parameter_fires_once(images: Tensor) -> None:
