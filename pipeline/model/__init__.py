@@ -59,9 +59,12 @@ def build(
 
     Raises:
         ValueError: no model has this name, or the values do not describe a network.
+        TypeError: a name and further positional arguments.
     """
     values: dict[str, object] = {"channels": channels, "depths": depths, "columns": columns}
     if isinstance(channels, str):
+        if depths or columns:
+            raise TypeError(f"write build({channels!r}, num_classes=...): a name has its own sizes")
         values = dict(size_of(channels))
     values |= {"num_classes": num_classes, **settings}
     # The fields of a NetworkSpec are tuples: it cannot change.

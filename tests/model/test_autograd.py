@@ -187,6 +187,7 @@ def test_transforms_of_torch_func_are_refused(images: Tensor) -> None:
         torch.func.grad(loss)(dict(network.named_parameters()))
 
 
+@pytest.mark.slow
 def test_stored_columns_give_the_gradients_per_sample_that_the_refusal_promises(
     images: Tensor,
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_compiled_network_evaluates_images_of_two_sizes(activations: str) -> N
             assert graph_breaks() <= MOST_GRAPH_BREAKS
 
 
+@pytest.mark.slow
 @mode
 def test_an_exported_network_computes_the_plain_path(activations: str) -> None:
     network = tiny_network(activations=activations).eval()

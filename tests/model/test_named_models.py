@@ -35,3 +35,8 @@ def test_a_network_is_built_by_name_and_arguments_win() -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="revcol_tiny, revcol_small"):
         build("revcol_gigantic", num_classes=5)
+
+
+def test_the_number_of_classes_must_be_named() -> None:
+    with pytest.raises(TypeError, match="num_classes="):
+        build("revcol_tiny", 10)  # type: ignore[call-overload]
