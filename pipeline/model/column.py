@@ -28,6 +28,7 @@ from torch.nn import functional
 from pipeline.blocks import registry
 from pipeline.blocks.layers import CastTo
 from pipeline.model.spec import NetworkSpec
+from pipeline.model.tracing import tracing
 
 
 class Residual(Protocol):
@@ -47,12 +48,24 @@ class LevelInputs(NamedTuple):
     upper: Tensor | None
     top: Tensor | None
 
+    def as_leaves(self) -> LevelInputs:
+        """Return the inputs of a graph of its own: gradients stop there."""
+        return LevelInputs(
+            as_leaf(self.lower),
+            None if self.upper is None else as_leaf(self.upper),
+            None if self.top is None else as_leaf(self.top),
+        )
 
-def add_upsampled(x: Tensor, coarse: Tensor) -> Tensor:
-    """Return ``x`` (N, H, W, C) plus ``coarse`` (N, h, w, C), upsampled to its size (nearest)."""
+
+def add_upsampled(x: Tensor, coarse: Tensor, symbolic: bool = False) -> Tensor:
+    """Return ``x`` (N, H, W, C) plus ``coarse`` (N, h, w, C), upsampled to its size (nearest).
+
+    ``symbolic``: the sizes may be symbols, of a program for any size. Their products and quotients
+    would grow from level to level until the compiler does not end, so none are taken.
+    """
     n, height, width, channels = x.shape
     h, w = coarse.shape[1:3]
-    if height % h == 0 and width % w == 0:
+    if not symbolic and height % h == 0 and width % w == 0:
         # Broadcast instead of materialising the upsampled map. Example: an 8x8 map seen as 4x2x4x2
         # plus a 4x4 map seen as 4x1x4x1.
         tiles = x.view((n, h, height // h, w, width // w, channels))
@@ -82,6 +95,7 @@ class Level(nn.Module):
         # the published code.
         self.alpha = nn.Parameter(torch.full((channels[level],), 0.5))
         self.compiled = torch.compile(self.branch, dynamic=False) if spec.compile else None
+        self.fixed_sizes = spec.compile  # its own graph has no symbols for sizes
 
     def forward(
         self,
@@ -99,8 +113,9 @@ class Level(nn.Module):
             residual: computes the output from F and alpha.
         """
         # Evaluation (without gradients) is rare and has other shapes, so it is not worth another
-        # compilation.
-        compiled = self.compiled if torch.is_grad_enabled() else None
+        # compilation. A program that is compiled or traced as a whole contains the level anyway.
+        use_compiled = torch.is_grad_enabled() and not tracing()
+        compiled = self.compiled if use_compiled else None
         branch = self.branch if compiled is None else compiled
         f = branch(lower, upper, top, drop_path_scale)
         # Under autocast F is narrower than the maps. Widen it before it is quantised or added.
@@ -114,15 +129,16 @@ class Level(nn.Module):
         drop_path_scale: Tensor | None,
     ) -> Tensor:
         """Compute F, (N, H, W, C): fuse the inputs, then run the blocks."""
+        symbolic = tracing() and not self.fixed_sizes
         h: Tensor = self.cast(lower)
         if self.down is not None:
             h = self.down(h)
         if self.up is not None:
             assert upper is not None
-            h = add_upsampled(h, self.up(self.cast(upper)))
+            h = add_upsampled(h, self.up(self.cast(upper)), symbolic)
         if self.up_top is not None:
             assert top is not None
-            h = add_upsampled(h, self.up_top(self.cast(top)))
+            h = add_upsampled(h, self.up_top(self.cast(top)), symbolic)
         for i, block in enumerate(self.blocks):
             h = block(h, None if drop_path_scale is None else drop_path_scale[i])
         return h
@@ -159,7 +175,6 @@ class Columns:
     huge: bool
     taps: tuple[int, ...]  # columns whose level 3 is returned, besides the last column's four maps
     drop_path_scales: Tensor | None  # (columns, blocks of a column, N)
-    leaf_inputs: bool = False  # give every level inputs that are leaves: a graph per level
 
     @property
     def count(self) -> int:
@@ -192,14 +207,7 @@ class Columns:
         upper = previous[i + 1] if t > 0 and i < 3 else None
         top = previous[3] if t > 0 and i == 0 and self.huge else None
         assert lower is not None
-        if not self.leaf_inputs:
-            return LevelInputs(lower, upper, top)
-        # Gradients stop at a leaf. The caller reads them there and decides the order of the sums.
-        return LevelInputs(
-            as_leaf(lower),
-            None if upper is None else as_leaf(upper),
-            None if top is None else as_leaf(top),
-        )
+        return LevelInputs(lower, upper, top)
 
     def run_column(
         self,

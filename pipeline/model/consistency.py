@@ -10,7 +10,7 @@ differs from that of the forward pass:
 
     mismatched[5, 2]     > 0, and so are columns and levels that are inverted after it
     report()[0]          = "column 5, level 2: 1 elements differ from the forward pass"
-    nonfinite_flag(True) = inf; added to a gradient, it makes the engine skip this step on all ranks
+    nonfinite_flag(...)  = inf; added to a gradient, it makes the engine skip this step on all ranks
 
 All fields are tensors on the device. Reading them synchronises; the caller decides when.
 """
@@ -76,18 +76,27 @@ class Consistency:
         # Negated, so that NaN counts as overflow: every comparison with NaN is false.
         return ~(self.max_abs < self.limit * (1 - 2.0**-30))
 
-    def nonfinite_flag(self, mismatches: bool) -> Tensor:
-        """Return inf if the gradients must not be used, else 0.
+    def invalid(self, *, overflows: bool, mismatches: bool) -> Tensor:
+        """Return a bool scalar: whether the gradients of this pass must not be used.
 
-        They must not be used after an overflow of the stream or of a remainder and, if
-        ``mismatches`` is true, after a mismatch. Adding the flag to a gradient makes every engine
-        skip the step, without a synchronisation.
+        They must not be used after an overflow of the stream or of a remainder (``overflows``), or
+        after a mismatch (``mismatches``).
         """
-        invalid = self.overflowed.any() | self.remainder_overflow.any()
+        invalid = torch.zeros((), dtype=torch.bool, device=self.max_abs.device)
+        if overflows:
+            invalid = invalid | self.overflowed.any() | self.remainder_overflow.any()
         if mismatches:
             invalid = invalid | (self.mismatched_elements > 0)
+        return invalid
+
+    def nonfinite_flag(self, *, overflows: bool, mismatches: bool) -> Tensor:
+        """Return inf if the gradients must not be used (see ``invalid``), else 0.
+
+        Adding the flag to a gradient makes every engine that looks for non-finite gradients skip
+        the step, without a synchronisation.
+        """
         # where, not an if: an if would wait for the device.
-        return torch.where(invalid, torch.inf, 0.0)
+        return torch.where(self.invalid(overflows=overflows, mismatches=mismatches), torch.inf, 0.0)
 
     def add(self, other: Consistency) -> None:
         """Merge the record of another pass of the same network into this one."""

@@ -24,6 +24,7 @@ from pipeline.model import fixed_point
 from pipeline.model.column import Columns, Residual
 from pipeline.model.consistency import Consistency
 from pipeline.model.fixed_point import GridAlpha, Resolution
+from pipeline.model.level_tensors import refuse_create_graph
 from pipeline.model.stream_kernels import StreamKernels
 
 
@@ -39,10 +40,18 @@ class ExactContext:
     resolution: Resolution
     # [column][level] bits per remainder. None: read alpha in the forward pass, which synchronises.
     remainder_widths: list[list[int]] | None
-    # Make the gradients non-finite if elements differ, so that the engine skips the step.
+    # Make the gradients non-finite after an overflow, or if elements differ, so that an engine that
+    # skips steps with such gradients skips this one.
+    skip_on_overflow: bool
     skip_on_mismatch: bool
     # Levels are compiled. The forward pass must then run the same graph as the recompute.
     compiled: bool
+
+    def nonfinite_flag(self) -> Tensor:
+        """Return inf if the engine must skip the step, else 0. Does not wait for the device."""
+        return self.consistency.nonfinite_flag(
+            overflows=self.skip_on_overflow, mismatches=self.skip_on_mismatch
+        )
 
 
 @dataclass(kw_only=True)
@@ -75,7 +84,8 @@ class FixedPointStream:
         self.extremes.append(torch.stack(torch.aminmax(value)))
         if self.invertible:
             self.checksums.append(fixed_point.checksum(self.maps[i]))
-        return value.view(f.shape)
+        # Not a view: autograd would refuse in-place operations on a map that the caller receives.
+        return cast(Tensor, torch.ops.aten._unsafe_view(value, f.shape))
 
     def _encode(self, t: int, i: int, flat: Tensor, alpha: GridAlpha) -> Tensor:
         if self.exact.remainder_widths:
@@ -130,6 +140,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(
         ctx: StraightThroughContext, *gradients: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        refuse_create_graph()
         gradient = gradients[0]
         alpha, previous = ctx.saved_tensors
         if previous is None:  # column 0: alpha has no effect

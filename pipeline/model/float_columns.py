@@ -18,7 +18,7 @@ from pipeline.model.column import Columns, Residual, buffers_restored
 class AlphaGradientContext(FunctionCtx):
     """What ``AlphaGradient`` saves for its backward pass."""
 
-    gradient: Tensor
+    saved_tensors: tuple[Tensor]
 
 
 class AlphaGradient(torch.autograd.Function):
@@ -28,14 +28,22 @@ class AlphaGradient(torch.autograd.Function):
     the reversible backward pass, and in column 0, whose alpha must still get a gradient (zero).
     """
 
+    # With setup_context, torch.func can transform networks that contain this function.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: AlphaGradientContext, f: Tensor, alpha: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
+    def forward(f: Tensor, alpha: Tensor, gradient: Tensor) -> Tensor:
         return f.view_as(f)
 
     @staticmethod
+    def setup_context(
+        ctx: AlphaGradientContext, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor
+    ) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
     def backward(ctx: AlphaGradientContext, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradients[0], ctx.gradient, None
+        return gradients[0], ctx.saved_tensors[0], None
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from pipeline.model.consistency import Consistency, check_saved_tensors
 from pipeline.model.fixed_point_columns import ExactContext
 from pipeline.model.float_columns import checkpointed_columns, stored_columns
 from pipeline.model.heads import Classifier, make_decoder
+from pipeline.model.level_tensors import refuse_functorch
 from pipeline.model.reversible import exact_columns
-from pipeline.model.spec import Four, NetworkSpec
+from pipeline.model.spec import Activations, Four, NetworkSpec
 from pipeline.model.stream_kernels import kernels_for
+from pipeline.model.stream_watch import StreamWatch
+from pipeline.model.tracing import exporting, jit_tracing, tracing
 
 
 @dataclass
@@ -36,6 +39,10 @@ class Output:
 
     logits: list[Tensor]
     reconstructions: list[Tensor]
+
+
+# torch.export and torch.func look for the tensors inside a network's inputs and outputs.
+torch.export.register_dataclass(Output, serialized_type_name="pipeline.model.Output")
 
 
 class Column(nn.Module):
@@ -60,8 +67,10 @@ class Backbone(nn.Module):
         remainder_widths: [column][level] bits per remainder (exact mode only). Set them outside the
             step, whenever alpha has changed. None: every forward pass reads alpha, which
             synchronises with the device.
-        skip_on_mismatch: make the gradients non-finite after a mismatch, so that the engine skips
-            the step. (After an overflow of the stream they always are.)
+        skip_on_overflow, skip_on_mismatch: make the gradients non-finite after an overflow of the
+            stream, or after a mismatch. For an engine that skips steps with such gradients: any
+            other optimizer would write them into the weights. Without ``skip_on_overflow`` the
+            network warns once.
         activation_budget: number of stored columns for ``stored_columns: auto``.
     """
 
@@ -71,9 +80,11 @@ class Backbone(nn.Module):
         self.stem = registry.kind(spec.blocks[0]).stem(spec.channels[0])
         self.columns = nn.ModuleList(Column(spec, t) for t in range(spec.columns))
         self.remainder_widths: list[list[int]] | None = None
-        self.skip_on_mismatch = True
+        self.skip_on_overflow = False
+        self.skip_on_mismatch = False
         self.consistency = Consistency(spec.columns, torch.device("cpu"), spec.fraction_bits)
         self.activation_budget = ActivationBudget()
+        self.stream_watch = StreamWatch()
 
     @property
     def uniforms(self) -> int:
@@ -85,6 +96,14 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, CastTo):
                 module.dtype = dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # nn.Module.to, .half, .bfloat16, .double and the like call _apply.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        dtype = next(self.stem.parameters()).dtype
+        # float32 weights compute in the dtype of their inputs or of autocast.
+        self.compute_in(None if dtype == torch.float32 else dtype)
+        return self
 
     def features(
         self, images: Tensor, uniforms: Tensor | None = None, taps: tuple[int, ...] = ()
@@ -103,11 +122,24 @@ class Backbone(nn.Module):
         Returns:
             Level 3 of each tap, then the four maps of the last column, each (N, H, W, C).
         """
-        exact = self.spec.activations == "exact"
-        if exact:
-            self.consistency = Consistency(
-                self.spec.columns, images.device, self.spec.fraction_bits
-            )
+        mode = self.spec.activations
+        # A traced program is for other runtimes, and an empty batch has nothing to invert: both
+        # take the plain path, whose results differ by the stream's resolution.
+        if exporting() or images.shape[0] == 0:
+            mode = "stored"
+        features = self._features
+        if mode != "stored" and torch.compiler.is_compiling():
+            # Dynamo cannot trace the recompute in the backward pass. It compiles what follows.
+            features = torch.compiler.disable(features)
+        return features(mode, images, uniforms, taps)
+
+    def _features(
+        self, mode: Activations, images: Tensor, uniforms: Tensor | None, taps: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        """Run stem and columns in ``mode``. See ``features``."""
+        if mode == "exact":
+            refuse_functorch()
+            self._begin_record(images.device)
         with self._check_saved_tensors(self.stem):
             x = self.stem(images)
         # The maps stay in float32 (float64 in tests): F's inputs are narrowed where F starts, and
@@ -122,15 +154,24 @@ class Backbone(nn.Module):
             taps=taps,
             drop_path_scales=self._drop_path_scales(x, uniforms),
         )
-        if exact:
-            return self._exact_columns(columns, x, images)
-        if self.spec.activations == "checkpointed" and torch.is_grad_enabled():
+        if mode == "exact":
+            maps = self._exact_columns(columns, x, images)
+            if not self.skip_on_overflow:
+                self.stream_watch.look_at(self.consistency)
+            return maps
+        if mode == "checkpointed" and torch.is_grad_enabled():
             return checkpointed_columns(columns, x)
         return stored_columns(columns, x)
 
+    def _begin_record(self, device: torch.device) -> None:
+        if not self.skip_on_overflow:
+            self.stream_watch.look_at(self.consistency)  # of the pass before
+        self.consistency = Consistency(self.spec.columns, device, self.spec.fraction_bits)
+
     def _check_saved_tensors(self, part: nn.Module) -> AbstractContextManager[None]:
         """Return a context for a part outside the columns, which plain autograd differentiates."""
-        if self.spec.activations == "exact" and torch.is_grad_enabled():
+        exact = self.spec.activations == "exact" and not tracing()
+        if exact and torch.is_grad_enabled():
             return check_saved_tensors(self.consistency, part, self.skip_on_mismatch)
         return nullcontext()
 
@@ -140,6 +181,7 @@ class Backbone(nn.Module):
             consistency=self.consistency,
             resolution=fixed_point.make_resolution(self.spec.fraction_bits, x.device),
             remainder_widths=self.remainder_widths,
+            skip_on_overflow=self.skip_on_overflow,
             skip_on_mismatch=self.skip_on_mismatch,
             compiled=self.spec.compile,
         )
@@ -213,6 +255,8 @@ class Network(Backbone):
             reconstructions = [
                 decode(level3) for decode, level3 in zip(self.decoders, level3_maps, strict=False)
             ]
+        if jit_tracing():  # TorchScript has no dataclasses: return the prediction
+            return cast(Output, logits[-1])
         return Output(logits, reconstructions)
 
 
@@ -231,6 +275,8 @@ class RevCol(Backbone):
         save_memory: exactly reversible columns; False stores all activations.
         huge: wiring of RevCol-H.
         drop_path: stochastic-depth rate (not for kinds without a shortcut, such as C2f).
+        fraction_bits: resolution 2**-bits and range 2**(31 - bits) of the exact columns' stream.
+            Lower it if the network warns that the stream left its range.
 
     Attributes:
         channel: widths of the four maps.
@@ -245,6 +291,7 @@ class RevCol(Backbone):
         save_memory: bool = True,
         huge: bool = False,
         drop_path: float = 0.0,
+        fraction_bits: int = 18,
     ) -> None:
         block = (
             kernel.lower() if isinstance(kernel, str) else tuple(name.lower() for name in kernel)
@@ -258,10 +305,13 @@ class RevCol(Backbone):
             block=cast(str, block),
             activations="exact" if save_memory else "stored",
             drop_path=drop_path,
+            fraction_bits=fraction_bits,
         )
         super().__init__(spec)
         self.channel = list(channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> the last column's maps (N, C, H', W') at strides 4, 8, 16 and 32."""
-        return [level.permute(0, 3, 1, 2) for level in self.features(images)]
+        maps = [level.permute(0, 3, 1, 2) for level in self.features(images)]
+        # TorchScript asks for a container of fixed length.
+        return cast(list[Tensor], tuple(maps)) if jit_tracing() else maps

@@ -50,6 +50,8 @@ class SelfCheck:
     def __init__(self, network: Network, on_mismatch: Literal["retry", "warn", "stop"]) -> None:
         self.network = network
         self.on_mismatch = on_mismatch
+        # The engine skips steps whose gradients are not finite, and the trainer reports them.
+        network.skip_on_overflow = True
         network.skip_on_mismatch = on_mismatch != "warn"
         self._collected: Consistency | None = None
 

@@ -72,3 +72,28 @@ def backward(
         name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None
     }
     return (*out.logits, *out.reconstructions), gradients
+
+
+def tiny_network(**options: Any) -> Network:
+    """Build the smallest network: two columns of 8 channels. ``options``: of ``build``."""
+    torch.manual_seed(0)
+    return build(
+        **{"channels": [8] * 4, "depths": [1] * 4, "columns": 2, "num_classes": 3, **options}
+    )
+
+
+def as_stored(network: Network) -> Network:
+    """Build the same network, with the same weights, that stores its activations."""
+    stored = build(**{**network.spec.architecture, "activations": "stored"})
+    stored.load_state_dict(network.state_dict())
+    return stored.train(network.training)
+
+
+def prediction_sum(network: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return a loss that depends on the prediction only."""
+    output: torch.Tensor = network(images).logits[-1].square().sum()
+    return output
+
+
+def gradients_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}

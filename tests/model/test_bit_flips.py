@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.model import Network, consistency, reversible
+from pipeline.model.inversion import Inversion
 from tests.model.networks import backward, network_with
 
 TENSOR_KINDS = ("stem's output", "stream", "remainder", "stochastic depth", "stem and heads")
@@ -22,18 +23,13 @@ class SavedTensors:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tensors: dict[str, list[tuple[torch.Tensor, str]]] = {}
-        original = reversible.ExactColumns.forward
+        finish_forward = reversible.ReversibleRun.finish_forward
         checksum = consistency.checksum
 
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            save = ctx.save_for_backward
-
-            def recording(x: torch.Tensor, *saved: torch.Tensor) -> None:
-                self.record(arguments[1], x, saved)
-                save(x, *saved)
-
-            ctx.save_for_backward = recording
-            return original(ctx, *arguments)
+        def recording(run: reversible.ReversibleRun, x: torch.Tensor, shapes: Any) -> None:
+            finish_forward(run, x, shapes)
+            assert run.saved is not None
+            self.record(run.saved)
 
         def recording_checksum(tensor: torch.Tensor) -> torch.Tensor:
             self.tensors.setdefault("stem and heads", []).append(
@@ -41,18 +37,20 @@ class SavedTensors:
             )
             return checksum(tensor)
 
-        monkeypatch.setattr(reversible.ExactColumns, "forward", staticmethod(forward))
+        monkeypatch.setattr(reversible.ReversibleRun, "finish_forward", recording)
         monkeypatch.setattr(consistency, "checksum", recording_checksum)
 
-    def record(self, columns: Any, x: torch.Tensor, saved: tuple[torch.Tensor, ...]) -> None:
-        self.tensors["stem's output"] = [(x, "the stem's output")]
+    def record(self, saved: Inversion) -> None:
+        columns = saved.columns
+        assert columns.drop_path_scales is not None
+        self.tensors["stem's output"] = [(saved.x, "the stem's output")]
         self.tensors["stream"] = [
-            (tensor, f"level {i} of the saved column") for i, tensor in enumerate(saved[:4])
+            (tensor, f"level {i} of the saved column") for i, tensor in enumerate(saved.stream)
         ]
         levels = ((t, i) for t in range(1, columns.count) for i in range(4))
         self.tensors["remainder"] = [
             (tensor, f"column {t}, level {i}:")
-            for tensor, (t, i) in zip(saved[4:], levels, strict=True)
+            for tensor, (t, i) in zip(saved.remainders, levels, strict=True)
         ]
         self.tensors["stochastic depth"] = [
             (columns.drop_path_scales, "the stochastic-depth factors")
@@ -97,6 +95,7 @@ def test_every_bit_flip_is_detected_and_localised_or_has_no_effect(
     saved = SavedTensors(monkeypatch)
     detected = 0
     network = network_with("wide", columns=5, huge=True, supervised=True, drop_path=0.3)
+    network.skip_on_mismatch = True
     for trial in range(200):
         precision = ("fp32", "bf16")[trial % 2]
         with torch.no_grad():
@@ -143,8 +142,11 @@ def test_a_mismatch_makes_gradients_nonfinite_only_if_steps_are_to_be_skipped(
 
 
 @pytest.mark.parametrize(("bias", "reported"), [(9000.0, "90"), (torch.nan, "nan")])
-def test_an_overflow_is_reported_and_makes_gradients_nonfinite(bias: float, reported: str) -> None:
+def test_an_overflow_is_reported_and_makes_gradients_nonfinite_if_steps_are_to_be_skipped(
+    bias: float, reported: str
+) -> None:
     network = network_with("trained", columns=4)
+    network.skip_on_overflow = True
     with torch.no_grad():
         network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(bias)
     _, gradients = backward(network, torch.randn(2, 3, 32, 32))
@@ -155,8 +157,18 @@ def test_an_overflow_is_reported_and_makes_gradients_nonfinite(bias: float, repo
     assert not all_finite(list(gradients.values()))
 
 
+def test_an_overflow_leaves_gradients_finite_for_optimizers_that_do_not_skip_steps() -> None:
+    network = network_with("trained", columns=4)
+    with torch.no_grad():
+        network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(9000.0)
+    _, gradients = backward(network, torch.randn(2, 3, 32, 32))
+    assert network.consistency.report()
+    assert all_finite(list(gradients.values()))
+
+
 def test_a_remainder_that_does_not_fit_is_reported_and_makes_gradients_nonfinite() -> None:
     network = network_with("trained", columns=3)
+    network.skip_on_overflow = True
     network.remainder_widths = [[4] * 4 for _ in range(3)]
     _, gradients = backward(network, torch.randn(2, 3, 32, 32))
     assert network.consistency.report() == []

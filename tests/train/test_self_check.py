@@ -37,23 +37,19 @@ def train_with_flips(passes: tuple[int, ...], job: Job, run_dir: RunDir) -> dict
 
     ``passes``: the forward passes (from 0) in which it flips.
     """
-    original = reversible.ExactColumns.forward
+    original = reversible.ReversibleRun.finish_forward
     count = 0
 
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        save = ctx.save_for_backward
+    def finish_forward(run: reversible.ReversibleRun, *arguments: Any) -> None:
+        nonlocal count
+        original(run, *arguments)
+        if count in passes and os.environ["RANK"] == "1":
+            assert run.saved is not None
+            # Column 0 has no remainders.
+            run.saved.remainders[4 * (2 - 1) + 1].view(-1)[3] ^= 4
+        count += 1
 
-        def flipping(x: torch.Tensor, *saved: torch.Tensor) -> None:
-            nonlocal count
-            if count in passes and os.environ["RANK"] == "1":
-                saved[4 + 4 + 1].view(-1)[3] ^= 4
-            count += 1
-            save(x, *saved)
-
-        ctx.save_for_backward = flipping
-        return original(ctx, *arguments)
-
-    reversible.ExactColumns.forward = staticmethod(forward)  # type: ignore[method-assign]
+    reversible.ReversibleRun.finish_forward = finish_forward  # type: ignore[method-assign]
     return staging.train(job, "pretrain", run_dir)
 
 
