@@ -62,7 +62,7 @@ class RaySession:
             self._lost = _lost_server(name, int(status))
         if self._lost is None and self._keeper.poll() is not None:
             self._lost = RayLost(
-                "the process that watches Ray (ray_keeper) died", place="ray", remedy=RERUN
+                "the process that watches Ray (ray_keeper) died", remedy=RERUN
             )
         if self._lost is not None:
             raise self._lost
@@ -151,13 +151,13 @@ def ray_session(
             address = session.address(check)
             import ray
 
-            # Ray replaces the handler of SIGTERM, but only if it is called in the main thread.
             connection = _Connection(address)
             try:
-                connection.start()
-                while connection.is_alive():
-                    connection.join(_POLL_S)
-                    session.check()
+                with _kept_sigterm_handler():
+                    connection.start()
+                    while connection.is_alive():
+                        connection.join(_POLL_S)
+                        session.check()
                 connection.raise_error()
                 check()
                 yield session
@@ -182,6 +182,8 @@ class _Connection(threading.Thread):
         try:
             # The output of workers goes to their log files, not to the driver's.
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+            # Ray would print the log of a lost raylet, in colour. RayLost says what matters.
+            ray._private.worker.print_to_stdstream = _discard
         except Exception as error:
             self._error = error
 
@@ -189,6 +191,21 @@ class _Connection(threading.Thread):
         """Raise a StageError if the connection failed."""
         if self._error is not None:
             raise _not_started(str(self._error)) from self._error
+
+
+def _discard(*arguments: object, **options: object) -> None:
+    """Print nothing."""
+
+
+@contextlib.contextmanager
+def _kept_sigterm_handler() -> Iterator[None]:
+    """Put back the handler of SIGTERM. Ray's C++ code installs one that prints a stack trace."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _start_keeper(directory: Path, cpus: int, gpus: int) -> RaySession:
@@ -225,7 +242,6 @@ def _lost_server(name: str, status: int) -> RayLost:
         how = f"was killed by {signal.Signals(-status).name}"
     return RayLost(
         f"Ray's {label} ({name}) {how}",
-        place="ray",
         remedy=f"{RERUN}; if it happens again, look for the out-of-memory killer in `dmesg`",
     )
 
