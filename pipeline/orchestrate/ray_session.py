@@ -61,9 +61,7 @@ class RaySession:
             _, name, status = report.split()  # the only report after the start is "lost"
             self._lost = _lost_server(name, int(status))
         if self._lost is None and self._keeper.poll() is not None:
-            self._lost = RayLost(
-                "the process that watches Ray (ray_keeper) died", remedy=RERUN
-            )
+            self._lost = RayLost("the process that watches Ray (ray_keeper) died", remedy=RERUN)
         if self._lost is not None:
             raise self._lost
 
