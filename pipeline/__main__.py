@@ -1,7 +1,7 @@
 """``python -m pipeline``, and the installed command ``pipeline``.
 
 Importing the command line takes about a second. A stop request in that time must end the process as
-one a second later does, so the signals are handled before anything else is imported.
+a later one does, so the signals are handled before anything else is imported.
 """
 
 from __future__ import annotations

@@ -94,8 +94,10 @@ def shared() -> Path:
 @pytest.fixture
 def restored_handlers() -> Iterator[None]:
     """For code that installs signal handlers: pytest gets its own back."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:  # some are ignored if the tests run in the background of a script
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -95,8 +95,8 @@ class RaySession:
         while True:
             check()
             for report in self._new_reports(wait_s=_POLL_S):
-                what, _, detail = report.partition(" ")
-                if what == "started":
+                kind, _, detail = report.partition(" ")
+                if kind == "started":
                     return detail
                 raise _not_started(detail)
             if self._keeper.poll() is not None:
@@ -235,11 +235,11 @@ def _not_started(cause: str) -> StageError:
 def _lost_server(name: str, status: int) -> RayLost:
     """Example: ("raylet", -9) -> "Ray's node process (raylet) was killed by SIGKILL"."""
     label = {"raylet": "node process", "gcs_server": "control process"}[name]
-    how = f"ended with status {status}"
+    end = f"ended with status {status}"
     if status < 0:
-        how = f"was killed by {signal.Signals(-status).name}"
+        end = f"was killed by {signal.Signals(-status).name}"
     return RayLost(
-        f"Ray's {label} ({name}) {how}",
+        f"Ray's {label} ({name}) {end}",
         remedy=f"{RERUN}; if it happens again, look for the out-of-memory killer in `dmesg`",
     )
 

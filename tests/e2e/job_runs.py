@@ -77,8 +77,8 @@ def processes(process: subprocess.Popen[str], pattern: str) -> list[int]:
 
 
 def _pgrep(*arguments: str) -> list[int]:
-    found = subprocess.run(["pgrep", *arguments], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
+    listed = subprocess.run(["pgrep", *arguments], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
