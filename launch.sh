@@ -16,6 +16,11 @@ locks="$here/requirements"
 export DS_BUILD_OPS=0 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 export PIPELINE_COMMAND="$0"  # usage texts and remedies name the command as it was typed
 
+# Until exec, a stop request ends this script and the installation with the pipeline's exit code.
+# A shell waits for a command in the foreground before it looks at a signal, so pip runs beside it.
+trap 'kill $(jobs -p) 2>/dev/null; exit 75' TERM HUP USR1
+trap 'kill $(jobs -p) 2>/dev/null; exit 130' INT
+
 sets=(run)
 case "${1:-}" in
     test) sets+=(dev) ;;
@@ -70,7 +75,8 @@ install() {
     fi
     echo "launch.sh: installing ${sets[*]} into .venv (once, a few minutes)" >&2
     for set in "${sets[@]}"; do files+=(-r "$locks/$set.txt"); done
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}" &
+    wait $!
     for set in "${sets[@]}"; do digest "$set" >"$venv/.installed-$set"; done
 }
 

@@ -138,6 +138,8 @@ def leaves_no_state() -> Iterator[None]:
 def restored_handlers() -> Iterator[None]:
     """For code that installs signal handlers: pytest gets its own back."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:  # some are ignored if the tests run in the background of a script
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -19,8 +19,7 @@ from pipeline.files import write_text
 from pipeline.layout import RunDir
 from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, resume_policy
-from pipeline.orchestrate.ray_session import ray_session
-from pipeline.orchestrate.ray_tasks import map_tasks
+from pipeline.orchestrate.ray_session import RaySession, ray_session
 from pipeline.orchestrate.run_state import RunState, run_lock
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.stage_functions import placement, stage_fn
@@ -38,6 +37,7 @@ class JobRunner:
     display: Display
     stop: StopRequest
     ran: list[str] = field(default_factory=list)  # stages that were not skipped
+    ray: RaySession | None = None  # started by the first stage that needs it
 
     @property
     def job(self) -> Job:
@@ -82,7 +82,7 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
     # Report a misspelled stage before the first one runs for days.
     for stage in only:
         job_queries.stage_config(run.job, stage)  # raises if the job has no such stage
-    with contextlib.ExitStack() as ray:
+    with contextlib.ExitStack() as stack:
         for stage in only or job_queries.stage_names(run.job):
             run.stop.check()
             # 1. Find out what has changed since the stage was started.
@@ -106,12 +106,12 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
             if restart:
                 _clear(run, stage, keep_valid_datasets=not force)
             # 3. Run it. Ray starts with the first stage that needs it.
-            if not run.ran:
-                ray.enter_context(_ray(run))
+            if run.ray is None:
+                run.ray = stack.enter_context(_ray(run))
             resume_policy.keep_settings(run.run_dir, stage, resolved)
             run.run_state.start(stage, inputs, from_scratch=restart)
             run.ran.append(stage)
-            _run_stage(run, stage)
+            _run_stage(run, stage, run.ray)
 
 
 def _clear(run: JobRunner, stage: str, *, keep_valid_datasets: bool) -> None:
@@ -124,19 +124,19 @@ def _clear(run: JobRunner, stage: str, *, keep_valid_datasets: bool) -> None:
         run.log(f"{stage}: moved its earlier results to {moved}", "warning")
 
 
-def _ray(run: JobRunner) -> contextlib.AbstractContextManager[None]:
+def _ray(run: JobRunner) -> contextlib.AbstractContextManager[RaySession]:
     cluster = run.job.cluster
     gpus = machine.gpus() if machine.device(cluster) == "cuda" else 0
     # Each training process takes one CPU of Ray, also on a machine with fewer cores than processes.
     cpus = max(machine.cores(), machine.world_size(cluster))
-    return ray_session(cpus, gpus, started=run.stop.install)
+    return ray_session(cpus, gpus, check=run.stop.check)
 
 
-def _run_stage(run: JobRunner, stage: str) -> None:
+def _run_stage(run: JobRunner, stage: str, ray: RaySession) -> None:
     started = time.monotonic()
     try:
-        with run.display.stage(stage):
-            metrics = _prepare(run) if stage == "prepare" else _supervise(run, stage)
+        with run.display.stage(stage), ray.explained():
+            metrics = _prepare(run, ray) if stage == "prepare" else _supervise(run, stage, ray)
         outputs = artifacts.outputs(run.job, stage, run.run_dir)
     except (Interrupted, KeyboardInterrupt):
         # Not a failure: the stage is pending and resumes.
@@ -166,13 +166,13 @@ def _headline(metrics: dict[str, float]) -> str:
     return "  ".join([*accuracies, *counts])
 
 
-def _prepare(run: JobRunner) -> dict[str, float]:
+def _prepare(run: JobRunner, ray: RaySession) -> dict[str, float]:
     # Finished pieces are on disk already, so a stop request ends preparation at once.
     with run.stop.at_once():
-        return prepare_stage(run.job, run.run_dir, map_tasks, run.display.progress, run.log)
+        return prepare_stage(run.job, run.run_dir, ray.map_tasks, run.display.progress, run.log)
 
 
-def _supervise(run: JobRunner, stage: str) -> dict[str, float]:
+def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
     """Run a stage in its group of processes and show its events."""
     feed = DisplayFeed(run.run_dir.events(stage), run.display)
 
@@ -187,6 +187,7 @@ def _supervise(run: JobRunner, stage: str) -> dict[str, float]:
             placement(run.job, stage, run.run_dir),
             stop=run.stop,
             poll=poll,
+            check=ray.check,
             log=run.log,
         )
     # Show the events that the stage wrote after the supervisor's last poll.

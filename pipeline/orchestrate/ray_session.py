@@ -1,7 +1,8 @@
 """Starts a private Ray on this host, with an access token and without dashboard and usage report.
 
 The environment alone decides about access to Ray. It is therefore set before ``import ray``, and
-every process that Ray starts inherits it.
+every process that Ray starts inherits it. The processes belong to ``ray_keeper``, which ends them
+however this process ends.
 """
 
 from __future__ import annotations
@@ -11,30 +12,129 @@ import fcntl
 import logging
 import os
 import secrets
+import select
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pipeline.errors import StageError
+from pipeline.errors import Interrupted, StageError
+from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
+from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment
 
 _PREFIX = "revcol-ray-"
 _RANDOM_SUFFIX = 8  # bytes that mkdtemp appends to the prefix
 _ABANDONED_AFTER_S = 60
+_POLL_S = 0.1
+_END_S = 30
+_SETTLE_S = 1.0
 _LONGEST_PATH = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
 
 
+class RayLost(StageError):
+    """A server process of Ray died: nothing that needs Ray can continue."""
+
+
+class RaySession:
+    """A running Ray: the keeper of its processes, and the reports of the keeper."""
+
+    def __init__(self, keeper: subprocess.Popen[bytes], errors: Path) -> None:
+        self._keeper = keeper
+        self._errors = errors  # standard error of the keeper
+        self._reports = ""  # a line that is not complete yet
+        self._lost: RayLost | None = None
+
+    def check(self) -> None:
+        """Call it several times per second.
+
+        Raises:
+            RayLost: a server process of Ray died. All others have been killed. Do not call Ray any
+                more: it waits for its dead server, and ends this process after a minute.
+        """
+        for report in self._new_reports():
+            _, name, status = report.split()  # the only report after the start is "lost"
+            self._lost = _lost_server(name, int(status))
+        if self._lost is None and self._keeper.poll() is not None:
+            self._lost = RayLost("the process that watches Ray (ray_keeper) died", remedy=RERUN)
+        if self._lost is not None:
+            raise self._lost
+
+    def map_tasks(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """``ray_tasks.map_tasks`` in this session."""
+        return map_tasks(function, items, self.check)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Replace an error that a lost server of Ray caused by a RayLost.
+
+        Calls to Ray may fail before the keeper's report is here.
+        """
+        try:
+            yield
+        except (Interrupted, RayLost):
+            raise
+        except Exception:
+            time.sleep(_SETTLE_S)
+            self.check()
+            raise
+
+    def address(self, check: Callable[[], None]) -> str:
+        """Wait until Ray has started; returns the address of its control process.
+
+        Raises:
+            StageError: Ray does not start.
+        """
+        while True:
+            check()
+            for report in self._new_reports(wait_s=_POLL_S):
+                kind, _, detail = report.partition(" ")
+                if kind == "started":
+                    return detail
+                raise _not_started(detail)
+            if self._keeper.poll() is not None:
+                errors = self._errors.read_text(errors="replace").strip().splitlines()
+                raise _not_started("".join(errors[-1:]))
+
+    def end(self) -> None:
+        """End every process of Ray and remove its files."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        try:
+            self._keeper.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._keeper.kill()  # upon which the kernel kills Ray's servers
+            self._keeper.wait()
+
+    def _new_reports(self, wait_s: float = 0.0) -> list[str]:
+        """Complete lines that the keeper has written since the last call."""
+        pipe = self._keeper.stdout
+        assert pipe is not None
+        if select.select([pipe], [], [], wait_s)[0]:
+            self._reports += os.read(pipe.fileno(), 65536).decode()
+        *lines, self._reports = self._reports.split("\n")
+        return lines
+
+
 @contextlib.contextmanager
-def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[None]:
+def ray_session(
+    cpus: int, gpus: int, check: Callable[[], None] = lambda: None
+) -> Iterator[RaySession]:
     """Run Ray while the context is open. Afterwards no process and no file of it is left.
+
+    Signal handlers stay as they are, and no signal to this process or its group reaches Ray.
 
     Args:
         cpus: CPU cores that Ray may assign; may exceed those of the machine.
         gpus: GPUs that Ray may assign.
-        started: called once Ray is running, to install signal handlers (``ray.init`` replaces that
-            of SIGTERM).
+        check: called several times per second while Ray starts; may raise to cancel the start.
 
     Raises:
         StageError: the path of the temporary directory is too long, or Ray does not start.
@@ -44,31 +144,104 @@ def ray_session(cpus: int, gpus: int, started: Callable[[], None]) -> Iterator[N
         token.touch(mode=0o600)  # restrict access before the secret is written
         token.write_text(secrets.token_hex(32))
         os.environ.update(environment.ray_session(token))
+        session = _start_keeper(directory, cpus, gpus)
+        try:
+            address = session.address(check)
+            import ray
+
+            connection = _Connection(address)
+            try:
+                with _kept_sigterm_handler():
+                    connection.start()
+                    while connection.is_alive():
+                        connection.join(_POLL_S)
+                        session.check()
+                connection.raise_error()
+                check()
+                yield session
+            finally:
+                connection.join(_END_S)  # a stop request may arrive while it connects
+                ray.shutdown()
+        finally:
+            session.end()
+
+
+class _Connection(threading.Thread):
+    """Connects this process with Ray at ``address``."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(name="ray-connection", daemon=True)
+        self._address = address
+        self._error: Exception | None = None
+
+    def run(self) -> None:
         import ray
 
-        # "local": never join a cluster that happens to run on this host. The output of workers goes
-        # to their log files, not to the driver's.
         try:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                num_gpus=gpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(directory),
-            )
-        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-            remedy = (
-                f"free memory and disk space under {directory.parent}, "
-                "or set TMPDIR to another directory"
-            )
-            raise StageError(f"Ray does not start: {error}", place="ray", remedy=remedy) from error
-        started()
-        try:
-            yield
-        finally:
-            ray.shutdown()
+            # The output of workers goes to their log files, not to the driver's.
+            ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+            # Ray would print the log of a lost raylet, in colour. RayLost says what matters.
+            ray._private.worker.print_to_stdstream = _discard
+        except Exception as error:
+            self._error = error
+
+    def raise_error(self) -> None:
+        """Raise a StageError if the connection failed."""
+        if self._error is not None:
+            raise _not_started(str(self._error)) from self._error
+
+
+def _discard(*arguments: object, **options: object) -> None:
+    """Print nothing."""
+
+
+@contextlib.contextmanager
+def _kept_sigterm_handler() -> Iterator[None]:
+    """Put back the handler of SIGTERM. Ray's C++ code installs one that prints a stack trace."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _start_keeper(directory: Path, cpus: int, gpus: int) -> RaySession:
+    errors = directory / "keeper.err"
+    # As a file, not as a module: it needs no package of ours. -P: a ray.py in the working directory
+    # is not Ray.
+    program = [sys.executable, "-P", str(Path(__file__).with_name("ray_keeper.py"))]
+    with open(errors, "wb") as standard_error:
+        keeper = subprocess.Popen(
+            [*program, str(directory), str(cpus), str(gpus)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=standard_error,
+            bufsize=0,
+            start_new_session=True,
+        )
+    return RaySession(keeper, errors)
+
+
+def _not_started(cause: str) -> StageError:
+    base = tempfile.gettempdir()
+    return StageError(
+        f"Ray does not start: {cause}",
+        place="ray",
+        remedy=f"free memory and disk space under {base}, or set TMPDIR to another directory",
+    )
+
+
+def _lost_server(name: str, status: int) -> RayLost:
+    """Example: ("raylet", -9) -> "Ray's node process (raylet) was killed by SIGKILL"."""
+    label = {"raylet": "node process", "gcs_server": "control process"}[name]
+    end = f"ended with status {status}"
+    if status < 0:
+        end = f"was killed by {signal.Signals(-status).name}"
+    return RayLost(
+        f"Ray's {label} ({name}) {end}",
+        remedy=f"{RERUN}; if it happens again, look for the out-of-memory killer in `dmesg`",
+    )
 
 
 @contextlib.contextmanager

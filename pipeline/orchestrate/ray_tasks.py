@@ -19,9 +19,11 @@ Result = TypeVar("Result")
 
 
 def map_tasks(
-    function: Callable[[Item], Result], items: Sequence[Item]
+    function: Callable[[Item], Result], items: Sequence[Item], check: Callable[[], None]
 ) -> Iterator[tuple[Item, Result]]:
     """Apply ``function`` to every item in the running Ray session.
+
+    ``check`` is called several times per second and may raise: the session's own check.
 
     Yields (item, result) in the order in which the tasks finish. When a worker dies, Ray runs its
     task again, up to ``RETRIES`` times.
@@ -46,6 +48,7 @@ def map_tasks(
                 return
             # Short waits, so that a stop request is noticed soon.
             ready, _ = ray.wait(list(submitted), timeout=0.5)
+            check()
             for ref in ready:
                 yield submitted.pop(ref), _result(ref)
     finally:
@@ -67,6 +70,6 @@ def _result(ref: ObjectRef[Result]) -> Result:
         raise user_error(error.cause) or StageError(str(error)) from None
     except ray.exceptions.RayError as error:
         raise StageError(
-            f"the worker of a task died {RETRIES + 1} times, or Ray's node was lost: {error}",
+            f"the worker of a task died {RETRIES + 1} times: {error}",
             remedy=f"free memory or lower the number of workers, then {RERUN}",
         ) from None

@@ -1,6 +1,11 @@
-"""Stop requests: SIGTERM, SIGUSR1 (preemption) and Ctrl-C stop a run so that it can be resumed.
+"""Stop requests: signals that stop a run so that it can be resumed.
 
-A second Ctrl-C ends the process at once.
+| signal | sent by | effect |
+|---|---|---|
+| SIGTERM, SIGUSR1 | schedulers, systemd, ``timeout`` | stop; training saves first |
+| SIGHUP | a terminal that closes | the same, unless ``nohup`` made it ignored |
+| SIGINT | Ctrl-C | the same; a second one ends the run at once |
+| SIGQUIT | Ctrl-\\ | ends the run at once |
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ from pipeline.errors import Interrupted
 from pipeline.orchestrate.user_errors import RERUN
 
 # Schedulers send SIGTERM or SIGUSR1 before they take the machine away, sometimes both.
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_OF_SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
+_OF_TERMINALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 class StopRequest:
@@ -34,12 +40,14 @@ class StopRequest:
         return self._requested
 
     def install(self) -> None:
-        """Install the signal handlers, in the main thread.
-
-        Repeat this after ``ray.init``, which replaces the handler of SIGTERM.
-        """
-        for number in _SIGNALS:
+        """Install the signal handlers, in the main thread."""
+        for number in _OF_SCHEDULERS:
             signal.signal(number, self._handle)
+        for number in _OF_TERMINALS:
+            # nohup ignores SIGHUP; a script's shell ignores the keys for `./launch.sh JOB &`. Such
+            # a run is meant to outlive the terminal.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     @contextlib.contextmanager
     def after_step(self) -> Iterator[None]:
@@ -68,12 +76,13 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = not self._requested
         self._requested = True
-        if not first and number == signal.SIGINT:
+        if number == signal.SIGQUIT or (number == signal.SIGINT and not first):
             raise KeyboardInterrupt
         if first:
             # The signal may have interrupted the main thread while it was writing to the same
-            # stream, which then refuses a second writer. The message is not worth a crash.
-            with contextlib.suppress(RuntimeError):
+            # stream, which then refuses a second writer. Or the terminal is gone. The message is
+            # not worth a crash.
+            with contextlib.suppress(RuntimeError, OSError):
                 self._announce(self._announcement(number))
         if self._raises:
             # Once only: a second SIGTERM must not hit the clean-up that the first one started.

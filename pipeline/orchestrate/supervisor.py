@@ -17,6 +17,7 @@ from pipeline.files import write_text
 from pipeline.orchestrate.signals import interrupted
 from pipeline.orchestrate.worker import Outcome, StageFn
 from pipeline.orchestrate.worker_group import (
+    SETTLE_S,
     GroupDied,
     Placement,
     WorkerHandle,
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 RESTARTS = 3  # of a group without progress in between
 _POLL_S = 0.2
-# After an error, wait so long for further ones: the death of a process often becomes known after
-# the connection errors that it causes in its peers, and it is the death that must be reported.
-_SETTLE_S = 1.5
 
 
 def run_supervised(
@@ -44,6 +42,7 @@ def run_supervised(
     *,
     stop: Callable[[], bool],
     poll: Callable[[], int],
+    check: Callable[[], None],
     log: Log,
 ) -> dict[str, float]:
     """Run ``stage_fn`` on all ranks, restart the group when it fails; return rank 0's metrics.
@@ -51,12 +50,14 @@ def run_supervised(
     Args:
         stop: true after a stop request. The supervisor passes the request on to the ranks.
         poll: called several times per second; returns the highest step reached so far.
+        check: called as often; raises if Ray is lost, which no restart of the group can mend.
         log: logs a message for the user.
 
     Raises:
         Interrupted: the stage stopped on request.
         StageError: the group failed ``RESTARTS`` times more without progress, or raised an
             exception before any progress.
+        RayLost: raised by ``check``.
         PipelineError: the error of the first rank that raised one.
     """
     reached = poll()
@@ -65,7 +66,7 @@ def run_supervised(
         if stop():
             raise interrupted()
         try:
-            return run_group(stage_fn, placement, stop=stop, poll=poll)
+            return run_group(stage_fn, placement, stop=stop, poll=poll, check=check)
         except GroupDied as error:
             highest = poll()
             progress = highest > reached
@@ -92,23 +93,35 @@ def run_supervised(
 
 
 def run_group(
-    stage_fn: StageFn, placement: Placement, *, stop: Callable[[], bool], poll: Callable[[], int]
+    stage_fn: StageFn,
+    placement: Placement,
+    *,
+    stop: Callable[[], bool],
+    poll: Callable[[], int],
+    check: Callable[[], None],
 ) -> dict[str, float]:
     """Run one group until its last process ends. Raises as ``run_supervised``, and GroupDied."""
     # Claim the generation before any process of the group exists. A process of an earlier group may
     # still be alive, on a host that lost its connection; from now on it must not commit results.
     generation = claim_generation(placement.run_dir.fence(placement.stage))
     outcomes: dict[int, Outcome] = {}
-    with worker_group(placement) as workers:
-        rank_of = start(workers, stage_fn, placement, generation)
+
+    def check_start() -> None:
+        check()
+        if stop():  # no step was done yet: nothing is lost by ending at once
+            raise interrupted()
+
+    with worker_group(placement, check) as workers:
+        rank_of = start(workers, stage_fn, placement, generation, check_start)
         waiting = list(rank_of)
         stopping = _Stopping(workers, placement)
         while waiting:
             ended, waiting = _wait(waiting, _POLL_S)
+            check()
             poll()
             new = collect(ended, rank_of, placement)
             if any(map(is_failure, new)):
-                late, _ = _wait(waiting, _SETTLE_S)
+                late, _ = _wait(waiting, SETTLE_S)
                 raise first_error(new + collect(late, rank_of, placement), placement)
             outcomes |= {outcome.rank: outcome for outcome in new}
             if waiting and stop():

@@ -10,7 +10,6 @@ from pipeline.config import machine
 from pipeline.errors import DataError
 from pipeline.monitor.console import Display
 from pipeline.orchestrate.ray_session import ray_session
-from pipeline.orchestrate.ray_tasks import map_tasks
 from pipeline.prepare.verify import describe, find_datasets, verify_dataset
 
 _LISTED = 20  # problems shown in the error
@@ -26,9 +25,9 @@ def verify(path: Path) -> None:
     datasets = find_datasets(path.absolute())
     problems: list[str] = []
     # Verification changes nothing, so a signal may end it anywhere: no handlers are installed.
-    with ray_session(machine.cores(), 0, started=lambda: None), display.stage("verify"):
+    with ray_session(machine.cores(), 0) as ray, ray.explained(), display.stage("verify"):
         for dataset in datasets:
-            new = verify_dataset(dataset, map_tasks, display.progress)
+            new = verify_dataset(dataset, ray.map_tasks, display.progress)
             problems += new
             display.log(f"{describe(dataset)}: {f'{len(new)} problems' if new else 'ok'}")
     if problems:

@@ -7,7 +7,8 @@ actor each. The workers meet at a port of rank 0.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
@@ -27,6 +28,10 @@ Value = TypeVar("Value")
 
 _PLACEMENT_TIMEOUT_S = 60
 _START_TIMEOUT_S = 120
+_POLL_S = 0.2
+# After an error, wait so long for further ones: the death of a process often becomes known after
+# the connection errors that it causes in its peers, and it is the death that must be reported.
+SETTLE_S = 1.5
 _LOG_TAIL = 15  # lines of a dead process's log in the error message
 
 
@@ -76,8 +81,11 @@ class WorkerHandle(Protocol):
 
 
 @contextlib.contextmanager
-def worker_group(placement: Placement) -> Iterator[list[WorkerHandle]]:
+def worker_group(placement: Placement, check: Callable[[], None]) -> Iterator[list[WorkerHandle]]:
     """Create the workers of a group, by rank. On exit they are killed, whatever they are doing.
+
+    Args:
+        check: called several times per second, and on exit; raises RayLost if Ray is lost.
 
     Raises:
         StageError: the machine has too few GPUs or CPU cores.
@@ -92,7 +100,7 @@ def worker_group(placement: Placement) -> Iterator[list[WorkerHandle]]:
     group = placement_group([bundle] * placement.processes, strategy="PACK")
     workers: list[WorkerHandle] = []
     try:
-        if not group.wait(timeout_seconds=_PLACEMENT_TIMEOUT_S):
+        if not _wait_for(lambda: group.wait(_POLL_S), _PLACEMENT_TIMEOUT_S, check):
             raise StageError(
                 f"not enough {'GPUs' if gpus else 'CPU cores'} for {placement.processes} processes",
                 place=placement.stage,
@@ -112,6 +120,8 @@ def worker_group(placement: Placement) -> Iterator[list[WorkerHandle]]:
             workers.append(cast(WorkerHandle, handle))
         yield workers
     finally:
+        # A lost Ray raises here: no worker is left, and the calls below would never return.
+        check()
         # Kill, do not ask: the peers of a failed rank hang in a collective operation.
         for worker in workers:
             ray.kill(cast("ActorHandle[Worker]", worker), no_restart=True)
@@ -123,17 +133,24 @@ def start(
     stage_fn: StageFn,
     placement: Placement,
     generation: int,
+    check: Callable[[], None],
 ) -> dict[ObjectRef[Outcome], int]:
     """Start the stage on every worker; returns the rank of each future outcome.
+
+    Args:
+        check: called several times per second; may raise to cancel the start.
 
     Raises:
         GroupDied: the process of rank 0 died before it could name a port.
     """
     import ray
 
+    answer = workers[0].free_port.remote()
+    _wait_for(lambda: bool(ray.wait([answer], timeout=_POLL_S)[0]), _START_TIMEOUT_S, check)
     try:
-        port = ray.get(workers[0].free_port.remote(), timeout=_START_TIMEOUT_S)
+        port = ray.get(answer, timeout=0)
     except ray.exceptions.RayError as error:
+        time.sleep(SETTLE_S)
         raise _lost_process(placement, 0, error) from None
     rendezvous = {
         "MASTER_ADDR": "127.0.0.1",
@@ -147,6 +164,16 @@ def start(
         ): rank
         for rank, worker in enumerate(workers)
     }
+
+
+def _wait_for(ready: Callable[[], bool], timeout_s: float, check: Callable[[], None]) -> bool:
+    """Call ``ready``, which may block for ``_POLL_S``, until it is true or the time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        check()
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
 def collect(

@@ -62,7 +62,7 @@ import json, sys
 from pipeline.files import digest
 from pipeline.orchestrate.ray_session import ray_session
 
-with ray_session(cpus=1, gpus=0, started=lambda: None):
+with ray_session(cpus=1, gpus=0):
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -61,6 +61,26 @@ def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+_KEEPERS: dict[int, int] = {}  # by the process ID of the driver, which may have ended
+
+
+def processes(process: subprocess.Popen[str], pattern: str) -> list[int]:
+    """Process IDs of a run whose command lines match: those of the driver's session and of Ray's.
+
+    To find Ray's after the driver's end, call this once before.
+    """
+    keeper = _pgrep("-P", str(process.pid), "-f", "ray_keeper")
+    if keeper:
+        _KEEPERS[process.pid] = keeper[0]
+    sessions = [process.pid, *([_KEEPERS[process.pid]] if process.pid in _KEEPERS else [])]
+    return _pgrep("-s", ",".join(map(str, sessions)), "-f", pattern)
+
+
+def _pgrep(*arguments: str) -> list[int]:
+    listed = subprocess.run(["pgrep", *arguments], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
 def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
     """Wait for the end; returns (exit code, output)."""
     try:

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.e2e.job_runs import (
     losses,
     make_job,
     metrics,
+    processes,
     record,
     results,
     run,
@@ -102,17 +102,6 @@ def test_a_job_killed_in_every_stage_produces_the_same_files(
         assert losses(disturbed, stage) == losses(reference, stage)
 
 
-def _worker_pids(process: subprocess.Popen[str]) -> list[int]:
-    """The training processes of a driver, which run in its session."""
-    listed = subprocess.run(
-        ["pgrep", "-s", str(process.pid), "-f", "ray::Worker"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return [int(pid) for pid in listed.stdout.split()]
-
-
 def test_a_killed_rank_is_replaced_and_the_result_is_the_same(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -121,7 +110,7 @@ def test_a_killed_rank_is_replaced_and_the_result_is_the_same(
     run_dir = tmp_path / "runs" / "small"
     if not wait_for(lambda: any((run_dir / "checkpoints").glob("pretrain/step-*")), process):
         pytest.fail(f"no checkpoint was written:\n{finish(process)[1]}")
-    workers = _worker_pids(process)
+    workers = processes(process, "ray::Worker")
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     code, out = finish(process)
@@ -148,9 +137,10 @@ def test_a_stop_request_exits_with_75_and_the_same_command_resumes(
         lambda: events.exists() and len(losses(run_dir, "pretrain")) >= 2,
         process,
     )
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as Ctrl-C, scancel and timeout do
     code, out = finish(process)
     assert code == 75, out
+    assert "Traceback" not in out
     assert "warning: stopping after the current step" in out
     assert "pretrain stopped after step" in out
     assert "the same command" in out

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,38 @@ def test_nothing_is_added_to_an_active_environment(checkout: Path, tmp_path: Pat
     assert code == 2
     assert "pip install -r requirements/s3.txt" in error
     assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
+def test_a_stop_request_ends_the_installation(
+    checkout: Path, number: signal.Signals, expected: int
+) -> None:
+    """pip is replaced by a program that never ends."""
+    (checkout / "requirements" / "run.txt").write_text("# other pins\n")
+    shims = checkout / ".venv" / "bin"
+    shims.mkdir(parents=True)
+    (shims / "python").write_text('#!/bin/sh\n[ "$2" = pip ] || exit 0\nexec sleep 600\n')
+    (shims / "python").chmod(0o755)
+    (checkout / "python").write_text("#!/bin/sh\n")  # creates no .venv: that above stays
+    (checkout / "python").chmod(0o755)
+    (checkout / "rm").write_text("#!/bin/sh\n")
+    (checkout / "rm").chmod(0o755)
+    process = launch(
+        checkout,
+        "0",
+        PYTHON=str(checkout / "python"),
+        PATH=f"{checkout}:{os.environ['PATH']}",
+    )
+    pip = ["pgrep", "-P", str(process.pid), "-x", "sleep"]
+    deadline = time.monotonic() + 30
+    while not subprocess.run(pip, capture_output=True, check=False).stdout:
+        assert time.monotonic() < deadline, "pip was not started"
+        time.sleep(0.05)
+    process.send_signal(number)
+    code, _, _ = finish(process)  # the output ends only when pip has ended
+    assert code == expected
 
 
 def test_a_missing_interpreter_is_reported(checkout: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from pipeline.files import file_digest
 from pipeline.orchestrate.ray_session import _private_directory
 from tests.data.small_datasets import jpeg
-from tests.e2e.job_runs import finish, record, run, start, state
+from tests.e2e.job_runs import finish, processes, record, run, start, state
 from tests.prepare.source_folders import Files, write_tar
 
 pytestmark = pytest.mark.slow
@@ -88,18 +88,10 @@ def digests(job: Path) -> dict[str, str]:
     }
 
 
-def processes(session: int, pattern: str) -> list[int]:
-    """Process IDs of a session whose command lines match."""
-    matches = subprocess.run(
-        ["pgrep", "-s", str(session), "-f", pattern], capture_output=True, text=True, check=False
-    )
-    return [int(pid) for pid in matches.stdout.split()]
-
-
 def wait_for_worker(process: subprocess.Popen[str]) -> bool:
     """Wait until a task is running; False if the run ends before."""
     while process.poll() is None:
-        if processes(process.pid, VICTIMS["worker"]):
+        if processes(process, VICTIMS["worker"]):
             return True
         time.sleep(0.1)
     return False
@@ -107,7 +99,7 @@ def wait_for_worker(process: subprocess.Popen[str]) -> bool:
 
 def kill(victim: str, process: subprocess.Popen[str], choices: random.Random) -> bool:
     """Kill a process of a running preparation; False if there is none to kill."""
-    candidates = [process.pid] if victim == "driver" else processes(process.pid, VICTIMS[victim])
+    candidates = [process.pid] if victim == "driver" else processes(process, VICTIMS[victim])
     if not candidates or process.poll() is not None:
         return False
     try:
@@ -141,12 +133,9 @@ def wait_for_end(process: subprocess.Popen[str], victim: str) -> int:
 
 
 def all_gone(process: subprocess.Popen[str]) -> bool:
-    """Whether all processes of a run end within 30 seconds.
-
-    Ray's agents, which are idle, take long.
-    """
+    """Whether all processes of a run end within 30 seconds."""
     for _ in range(300):
-        if not processes(process.pid, "pipeline|ray::_apply|raylet/raylet|gcs_server"):
+        if not processes(process, "pipeline|ray"):
             return True
         time.sleep(0.1)
     return False

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.orchestrate.ray_session import ray_session
+from pipeline.orchestrate.ray_session import RaySession, ray_session
 
 
 @pytest.fixture(scope="session")
-def session() -> Iterator[None]:
-    with ray_session(cpus=3, gpus=0, started=lambda: None):
-        yield
+def session() -> Iterator[RaySession]:
+    with ray_session(cpus=3, gpus=0) as session:
+        yield session
 
 
 @pytest.fixture
-def ray_workers(session: None, request: pytest.FixtureRequest) -> None:
+def ray_workers(session: RaySession, request: pytest.FixtureRequest) -> None:
     """Ray, with the functions of the test module pickled by value: workers cannot import it."""
     import ray
 

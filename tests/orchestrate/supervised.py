@@ -41,6 +41,7 @@ class SupervisedRun:
             self.placement,
             stop=stop,
             poll=highest_step,
+            check=lambda: None,
             log=lambda text, level="info": self.messages.append(text),
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError, StageError
-from pipeline.orchestrate.ray_tasks import map_tasks
+from pipeline.orchestrate.ray_session import RaySession
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 
@@ -38,24 +38,26 @@ def _fail(kind: str, number: int) -> int:
     return number
 
 
-def test_every_item_has_one_result() -> None:
-    assert dict(map_tasks(_square, range(50))) == {number: number * number for number in range(50)}
-    assert list(map_tasks(_square, [])) == []
+def test_every_item_has_one_result(session: RaySession) -> None:
+    assert dict(session.map_tasks(_square, range(50))) == {
+        number: number * number for number in range(50)
+    }
+    assert list(session.map_tasks(_square, [])) == []
 
 
-def test_the_task_of_a_killed_worker_is_retried(tmp_path: Path) -> None:
-    assert dict(map_tasks(partial(_die_once, tmp_path), range(12))) == {
+def test_the_task_of_a_killed_worker_is_retried(session: RaySession, tmp_path: Path) -> None:
+    assert dict(session.map_tasks(partial(_die_once, tmp_path), range(12))) == {
         number: number for number in range(12)
     }
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_errors_keep_their_type() -> None:
+def test_errors_keep_their_type(session: RaySession) -> None:
     with pytest.raises(DataError, match=r"n01\.tar: bad tar\n  -> mend it"):
-        list(map_tasks(partial(_fail, "user"), range(20)))
+        list(session.map_tasks(partial(_fail, "user"), range(20)))
     with pytest.raises(
         StageError, match=r"/data/unit\.parquet: the disk is full\n  -> free some space"
     ):
-        list(map_tasks(partial(_fail, "disk"), range(20)))
+        list(session.map_tasks(partial(_fail, "disk"), range(20)))
     with pytest.raises(StageError, match="ZeroDivisionError: a bug"):
-        list(map_tasks(partial(_fail, "bug"), range(20)))
+        list(session.map_tasks(partial(_fail, "bug"), range(20)))

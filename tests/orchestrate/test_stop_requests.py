@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -100,7 +101,12 @@ def test_only_training_has_time_to_save(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("restored_handlers")
 @pytest.mark.parametrize(
     ("number", "hint"),
-    [(signal.SIGINT, " (Ctrl-C again stops at once)"), (signal.SIGTERM, ""), (signal.SIGUSR1, "")],
+    [
+        (signal.SIGINT, " (Ctrl-C again stops at once)"),
+        (signal.SIGTERM, ""),
+        (signal.SIGUSR1, ""),
+        (signal.SIGHUP, ""),
+    ],
 )
 def test_training_announces_a_stop_after_the_current_step(
     number: signal.Signals, hint: str
@@ -142,9 +148,24 @@ def test_only_a_second_ctrl_c_ends_at_once() -> None:
 
 
 @pytest.mark.usefixtures("restored_handlers")
-def test_a_message_that_cannot_be_written_does_not_prevent_the_stop() -> None:
+def test_sigquit_ends_at_once() -> None:
+    stop = StopRequest(lambda text: None)
+    stop.install()
+    with pytest.raises(KeyboardInterrupt), stop.after_step():
+        signal.raise_signal(signal.SIGQUIT)
+
+
+@pytest.mark.usefixtures("restored_handlers")
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("reentrant call inside <_io.BufferedWriter>"),
+        OSError(errno.EIO, "Input/output error"),  # the terminal is closed
+    ],
+)
+def test_a_message_that_cannot_be_written_does_not_prevent_the_stop(failure: Exception) -> None:
     def announce(text: str) -> None:
-        raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+        raise failure
 
     stop = StopRequest(announce)
     stop.install()

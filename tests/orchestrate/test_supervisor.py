@@ -155,7 +155,7 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
             (folder / f"pid{dist_env.rank}").write_text(str(os.getpid()))
             time.sleep(600)
 
-        with ray_session(cpus=2, gpus=0, started=lambda: None):
+        with ray_session(cpus=2, gpus=0):
             SupervisedRun(folder)(stage_fn)
         """
     )
