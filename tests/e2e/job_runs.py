@@ -46,8 +46,8 @@ def make_job(folder: Path) -> Path:
     return job
 
 
-def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start ``python -m pipeline`` on a job, in the folder of the job."""
+def start(job: Path, *arguments: str, umask: int = -1) -> subprocess.Popen[str]:
+    """Start ``python -m pipeline`` on a job, in the folder of the job. ``umask`` -1: inherited."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_BUILD_OPS": "0"}
     command = [sys.executable, "-m", "pipeline", str(job), *arguments]
     return subprocess.Popen(
@@ -58,6 +58,7 @@ def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        umask=umask,
     )
 
 
@@ -71,9 +72,9 @@ def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, s
     return process.returncode, out
 
 
-def run(job: Path, *arguments: str) -> str:
+def run(job: Path, *arguments: str, umask: int = -1) -> str:
     """Run a job that must succeed; returns its output."""
-    code, out = finish(start(job, *arguments))
+    code, out = finish(start(job, *arguments, umask=umask))
     assert code == 0, out
     return out
 

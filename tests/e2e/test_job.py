@@ -25,6 +25,8 @@ from tests.e2e.job_runs import (
 )
 
 pytestmark = pytest.mark.slow
+UMASK = 0o022
+STRICT_UMASK = 0o027  # of the runs that are killed
 # Each stage, and the longest time (seconds) after its start at which its driver is killed.
 KILLED_WITHIN = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}
 
@@ -33,9 +35,20 @@ KILLED_WITHIN = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job file of a run that was not interrupted."""
     job = make_job(tmp_path_factory.mktemp("undisturbed"))
-    out = run(job)
+    out = run(job, umask=UMASK)
     assert "evaluate: done" in out
     return job
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same job, killed once in every stage and resumed."""
+    choices = random.Random(7)
+    job = make_job(tmp_path_factory.mktemp("killed"))
+    for stage, longest in KILLED_WITHIN.items():
+        _kill_driver_during(job, stage, longest * choices.random())
+    run(job, umask=STRICT_UMASK)
+    return job.parent / "runs" / "small"
 
 
 def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -> None:
@@ -55,7 +68,7 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
 
 def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
     """Start a job, wait for a stage, then that long, and kill the driver alone."""
-    process = start(job)
+    process = start(job, umask=STRICT_UMASK)
     if not wait_for(lambda: state(job, stage) == "running", process):
         pytest.fail(f"{stage} was not reached:\n{finish(process)[1]}")
     wait_for(lambda: state(job, stage) != "running", process, seconds)
@@ -64,19 +77,30 @@ def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
 
 
 def test_a_job_killed_in_every_stage_produces_the_same_files(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, killed: Path
 ) -> None:
-    choices = random.Random(7)
-    job = make_job(tmp_path)
-    for stage, longest in KILLED_WITHIN.items():
-        _kill_driver_during(job, stage, longest * choices.random())
-    run(job)
-    disturbed = tmp_path / "runs" / "small"
     reference = undisturbed.parent / "runs" / "small"
-    assert results(disturbed) == results(reference)
-    assert metrics(disturbed) == metrics(reference)
+    assert results(killed) == results(reference)
+    assert metrics(killed) == metrics(reference)
     for stage in ("pretrain", "finetune"):
-        assert losses(disturbed, stage) == losses(reference, stage)
+        assert losses(killed, stage) == losses(reference, stage)
+
+
+def _unexpected_modes(run_dir: Path, umask: int) -> dict[str, str]:
+    """Files and folders whose permissions are not those that the umask leaves."""
+    # safetensors writes to a private ".tmp<random>" first; a killed process leaves it behind.
+    paths = [path for path in run_dir.rglob("*") if not path.name.startswith(".tmp")]
+    modes = {path: path.stat().st_mode & 0o777 for path in [run_dir, *paths]}
+    return {
+        str(path.relative_to(run_dir)): f"{mode:03o}"
+        for path, mode in modes.items()
+        if mode != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+
+
+def test_every_file_of_a_run_follows_the_umask(undisturbed: Path, killed: Path) -> None:
+    assert not _unexpected_modes(undisturbed.parent / "runs" / "small", UMASK)
+    assert not _unexpected_modes(killed, STRICT_UMASK)
 
 
 def _worker_pids(process: subprocess.Popen[str]) -> list[int]:
