@@ -152,7 +152,9 @@ class PreparedDataset:
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
-        """The split "train" or "validation". Opens and checks its shards on first use.
+        """The split "train", "validation", or one that not every dataset has: "selection", "test".
+
+        Opens and checks its shards on first use.
 
         Raises:
             DataError: there is no such split, or a shard is missing, truncated or damaged.

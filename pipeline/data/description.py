@@ -97,6 +97,24 @@ class DatasetDescription:
         """Write ``dataset.json`` atomically. Raises OSError."""
         write_json(directory / DATASET_JSON, asdict(self))
 
+    def reported_split(self) -> str:
+        """The split whose accuracy is the result of a run: test, or validation without one."""
+        return "test" if "test" in self.splits else "validation"
+
+    def selection_split(self) -> str | None:
+        """The split that chooses the best checkpoint; None if the dataset has none to spare.
+
+        Never the reported one: the best of many checkpoints on a split is better there than on
+        images that had no part in the choice.
+
+            train, validation               reported: validation   selection: None
+            train, selection, validation    reported: validation   selection: selection
+            train, validation, test         reported: test         selection: validation
+        """
+        if "selection" in self.splits:
+            return "selection"
+        return "validation" if self.reported_split() == "test" else None
+
     def shards(self) -> Iterator[ShardInfo]:
         """The shards of every split."""
         for split in self.splits.values():

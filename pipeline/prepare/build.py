@@ -36,9 +36,10 @@ from pipeline.files import file_digest, json_digest, write_json, write_text
 from pipeline.layout import CLASSES_JSON, DATASET_JSON
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.extract import extract_unit
-from pipeline.prepare.plan import SPLITS, DatasetPlan, make_plan
+from pipeline.prepare.plan import DatasetPlan, make_plan
 from pipeline.prepare.quarantine import write_quarantine_list
 from pipeline.prepare.shuffle import shuffle_shard
+from pipeline.prepare.splits import SPLITS
 from pipeline.prepare.stats import DatasetStats
 from pipeline.reporting import Log, Progress
 from pipeline.sources.survey import survey
@@ -77,7 +78,7 @@ def prepare_dataset(
     """Build (or complete) a dataset in ``target``.
 
     Returns:
-        Metrics: images, validation, rejected, duplicates, classes, bytes.
+        Metrics: images, the images of each other split, rejected, duplicates, classes, bytes.
 
     Raises:
         DataError: the source is missing or unusable, too many of its images are rejected, or none
@@ -98,6 +99,8 @@ def prepare_dataset(
     stats = _extract(name, context, source, tasks, progress)
     plan = make_plan(context, source.units, stats.images_per_unit, len(source.classes))
     _require_images(plan, context)
+    for note in _selection_notes(plan, config):
+        log(f"{name}: {note}", "warning")
     shards = _shuffle(name, context, plan, tasks, progress)
     # 3. dataset.json comes last: readers take its presence as "complete".
     write_quarantine_list(context, source.units, stats.images_per_unit, plan)
@@ -118,6 +121,10 @@ def fingerprint(source: Survey, config: DatasetConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json", exclude={"root", "layout", "classes", "synthetic", "max_rejected"}
     )
+    # A key that is younger than the first datasets counts only if it changes something: they are
+    # still up to date without it.
+    if not config.selection_fraction:
+        del settings["selection_fraction"]
     # Names are for people; the order of the IDs decides the labels.
     class_ids = [class_id for class_id, _ in source.classes]
     return json_digest([FORMAT, source.layout, class_ids, source.fingerprint_items, settings, seed])
@@ -218,7 +225,7 @@ def _extract(
 
 
 def _require_images(plan: DatasetPlan, context: BuildContext) -> None:
-    for split in SPLITS:
+    for split in ("train", "validation"):
         if plan.labels[split].any():
             continue
         remedy = (
@@ -229,6 +236,20 @@ def _require_images(plan: DatasetPlan, context: BuildContext) -> None:
         raise DataError(
             f"no image is left for the {split} split", place=context.config.root, remedy=remedy
         )
+
+
+def _selection_notes(plan: DatasetPlan, config: DatasetConfig) -> Iterator[str]:
+    """Why there is no selection split although one was wanted."""
+    if not config.selection_fraction or plan.labels["selection"].any():
+        return
+    if plan.labels["test"].any():
+        yield (
+            "selection_fraction is not used: the source has a test split, so the validation split "
+            "chooses the best checkpoint"
+        )
+    else:
+        share = f"{config.selection_fraction:g}"
+        yield f"too few images for a selection split of {share}: none is held out"
 
 
 def _shuffle(
@@ -263,6 +284,7 @@ def _describe(
             shards=[shards[shard.file] for shard in plan.shards if shard.split == split],
         )
         for split in SPLITS
+        if plan.labels[split].any()
     }
     mean, std = stats.mean_and_std()
     short_sides = sorted(stats.images_by_short_side.items(), key=lambda item: int(item[0]))
@@ -299,9 +321,12 @@ def _remove_leftovers(context: BuildContext, shards: dict[str, ShardInfo]) -> No
 
 
 def _metrics(description: DatasetDescription) -> dict[str, float]:
+    # Training images are called "images"; selection and test only appear where they exist.
+    names = {"train": "images"}
     return {
-        "images": float(description.splits["train"].images),
-        "validation": float(description.splits["validation"].images),
+        **{
+            names.get(name, name): float(split.images) for name, split in description.splits.items()
+        },
         "rejected": float(sum(description.rejected.values())),
         "duplicates": float(sum(description.duplicates.values())),
         "classes": float(description.classes),

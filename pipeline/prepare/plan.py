@@ -22,6 +22,7 @@ when. Worked example: three units, ``shard_rows = 2``; content and key stand for
        validation   99 (2, 0)
 
    The key is a hash of the name, so this order is random: neighbours come from unrelated units.
+   (The selection split and the test split have orders of their own; both are empty here.)
 
 3. Cut each order into shards of equal size. 3 rows, at most 2 per shard, make 2 shards with the
    rows [0, 1) and [1, 3):
@@ -37,30 +38,28 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.hashing import key_of, mix_array
 from pipeline.files import atomic, fsync_dir
 from pipeline.prepare.buckets import Buckets, bucket_count
 from pipeline.prepare.context import BuildContext
+from pipeline.prepare.splits import SPLITS, TEST, VALIDATION, LastTrainingImages, Splitter
 from pipeline.prepare.unit_record import IMAGE_RECORD
 from pipeline.sources.units import Unit
-
-SPLITS = ("train", "validation")  # a split's code is its index
-TRAIN = 0
-VALIDATION = 1
 
 # Codes of an image's drop reason: KEPT, or 1 + the index in DROP_REASONS. If several reasons hold,
 # the first of them counts.
 KEPT = 0
-DROP_REASONS = ("duplicate_name", "in_validation", "duplicate")
+DROP_REASONS = ("duplicate_name", "in_test", "in_validation", "duplicate")
 DUPLICATE_NAME = 1
-IN_VALIDATION = 2
-DUPLICATE = 3
+IN_TEST = 2
+IN_VALIDATION = 3
+DUPLICATE = 4
 
 ROW_REF = np.dtype([("unit", "<u4"), ("row", "<u4")])
 PLAN_RECORD = np.dtype([*IMAGE_RECORD.descr, ("split", "i1"), *ROW_REF.descr])
@@ -106,8 +105,8 @@ def make_plan(
     Writes the order of each split, and the drop reason of each image.
 
     Args:
-        units: numbered from 0, in this order. If a unit has no split of its own, the share
-            ``validation_fraction`` of its images is held out, chosen by a hash of the content.
+        units: numbered from 0, in this order. Images of a unit without a split of its own, and
+            images for selection, are held out by a hash of the content (see ``splits``).
         images_per_unit: kept by extraction; int64 (units,).
     """
     scratch = context.work / "plan"
@@ -116,7 +115,8 @@ def make_plan(
     total = int(images_per_unit.sum())
     by_content = Buckets(scratch, "high", bucket_count(total), PLAN_RECORD)
     by_key = Buckets(scratch, "key", bucket_count(total), PLAN_RECORD)
-    for records in _plan_records(context, units):
+    splitter = Splitter.of(context.config, context.seed, units)
+    for records in _plan_records(context, units, splitter):
         by_content.add(records)
         by_key.add(records)
 
@@ -124,12 +124,13 @@ def make_plan(
     # 2 and 1 images have the first numbers 0, 3 and 5, so row 1 of unit 1 is image 4.
     first_numbers = np.cumsum(images_per_unit) - images_per_unit
     drop_reasons = np.lib.format.open_memmap(scratch / "drop_reasons", "w+", np.uint8, (total,))
+    last_images = LastTrainingImages(splitter, num_classes)
     for records in by_content:
-        duplicates, in_validation = _find_repeated_contents(records)
-        drop_reasons[_image_numbers(records[duplicates], first_numbers)] = DUPLICATE
-        # After the duplicates: in_validation comes before duplicate in DROP_REASONS.
-        drop_reasons[_image_numbers(records[in_validation], first_numbers)] = IN_VALIDATION
-    labels, dropped = _write_orders(context, by_key, drop_reasons, first_numbers, num_classes)
+        reasons = _find_repeated_contents(records)
+        drop_reasons[_image_numbers(records, first_numbers)] = reasons
+        last_images.add(records[reasons == KEPT])
+    by_split = (last_images.restored(records) for records in by_key)
+    labels, dropped = _write_orders(context, by_split, drop_reasons, first_numbers, num_classes)
     drop_reasons.flush()
     os.replace(scratch / "drop_reasons", context.drop_reasons)
     fsync_dir(context.work)
@@ -142,7 +143,9 @@ def make_plan(
     return DatasetPlan(shards, dropped, labels)
 
 
-def _plan_records(context: BuildContext, units: Iterable[Unit]) -> Iterator[NDArray[np.void]]:
+def _plan_records(
+    context: BuildContext, units: Iterable[Unit], splitter: Splitter
+) -> Iterator[NDArray[np.void]]:
     """The records of all images, with split, unit and row, in chunks of about CHUNK_ROWS."""
     chunk: list[NDArray[np.void]] = []
     rows = 0
@@ -151,7 +154,7 @@ def _plan_records(context: BuildContext, units: Iterable[Unit]) -> Iterator[NDAr
         records = np.empty(len(images), dtype=PLAN_RECORD)
         for field in IMAGE_RECORD.names or ():
             records[field] = images[field]
-        records["split"] = _split_codes(unit, images["low"], context)
+        records["split"] = splitter.codes(unit, images["low"])
         records["unit"] = unit.number
         records["row"] = np.arange(len(images))
         chunk.append(records)
@@ -164,19 +167,6 @@ def _plan_records(context: BuildContext, units: Iterable[Unit]) -> Iterator[NDAr
         yield np.concatenate(chunk)
 
 
-def _split_codes(
-    unit: Unit, contents: NDArray[np.uint64], context: BuildContext
-) -> int | NDArray[np.bool_]:
-    """The split code of each image of a unit; True is VALIDATION."""
-    if unit.split:
-        return SPLITS.index(unit.split)
-    # By content, so that equal images are never in both splits. Hashed again, because the buckets
-    # are ranges of the content's other half and the seed must matter.
-    threshold = min(int(context.config.validation_fraction * 2.0**64), 2**64 - 1)
-    hashes = mix_array(contents ^ np.uint64(key_of("validation", context.seed)))
-    return np.asarray(hashes < np.uint64(threshold))
-
-
 def _image_numbers(
     records: NDArray[np.void], first_numbers: NDArray[np.int64]
 ) -> NDArray[np.int64]:
@@ -184,14 +174,13 @@ def _image_numbers(
     return np.asarray(first_numbers[records["unit"]] + records["row"])
 
 
-def _find_repeated_contents(
-    records: NDArray[np.void],
-) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """(duplicates, images in validation) of one bucket, as indices into ``records``.
+def _find_repeated_contents(records: NDArray[np.void]) -> NDArray[np.uint8]:
+    """The drop reason of each record of one bucket, KEPT for most.
 
     A duplicate has the content of an earlier image of the same class and split. The same image in
-    two classes is kept in both. A training image whose content is in the validation split is
-    dropped, whatever its class.
+    two classes is kept in both. An image whose content is also in a split that must stay unseen by
+    its own split is dropped, whatever its class: training images that are in validation, and
+    everything that is in test.
     """
     # lexsort is stable: among equals, the image of the earlier unit and row comes first and is
     # kept.
@@ -201,13 +190,18 @@ def _find_repeated_contents(
         records["low"][order]
     )
     duplicate = same_content & _equals_previous(split) & _equals_previous(records["label"][order])
+    reasons = np.where(duplicate, DUPLICATE, KEPT).astype(np.uint8)
 
-    # Number the contents in sorted order (A A B C C -> 0 0 1 2 2), mark those with a validation
-    # image.
+    # Number the contents in sorted order (A A B C C -> 0 0 1 2 2) and mark those that a held-out
+    # split has. Test comes last, because its reason comes before that of validation.
     content = np.cumsum(~same_content) - 1
-    is_held_out = np.zeros(len(order), dtype=bool)
-    is_held_out[content[split == VALIDATION]] = True
-    return order[duplicate], order[(split == TRAIN) & is_held_out[content]]
+    for held_out, reason in ((VALIDATION, IN_VALIDATION), (TEST, IN_TEST)):
+        is_held_out = np.zeros(len(order), dtype=bool)
+        is_held_out[content[split == held_out]] = True
+        reasons[(split < held_out) & is_held_out[content]] = reason
+    in_given_order = np.empty_like(reasons)
+    in_given_order[order] = reasons
+    return in_given_order
 
 
 def _equals_previous(values: NDArray[Value]) -> NDArray[np.bool_]:
@@ -219,7 +213,7 @@ def _equals_previous(values: NDArray[Value]) -> NDArray[np.bool_]:
 
 def _write_orders(
     context: BuildContext,
-    by_key: Buckets,
+    by_key: Iterable[NDArray[np.void]],
     drop_reasons: NDArray[np.uint8],
     first_numbers: NDArray[np.int64],
     num_classes: int,
@@ -231,10 +225,8 @@ def _write_orders(
     """
     labels = {name: np.zeros(num_classes, dtype=np.int64) for name in SPLITS}
     counts = np.zeros(len(DROP_REASONS) + 1, dtype=np.int64)  # by code
-    with (
-        atomic(context.order("train")) as train,
-        atomic(context.order("validation")) as validation,
-    ):
+    with ExitStack() as stack:
+        files = [stack.enter_context(atomic(context.order(name))) for name in SPLITS]
         for records in by_key:
             # Stable: of two images with the same name, the first one is kept.
             records = records[np.argsort(records["key"], kind="stable")]
@@ -243,7 +235,7 @@ def _write_orders(
             reason[_equals_previous(records["key"])] = DUPLICATE_NAME
             drop_reasons[numbers] = reason
             counts += np.bincount(reason, minlength=len(counts))
-            for code, (name, file) in enumerate(zip(SPLITS, (train, validation), strict=True)):
+            for code, (name, file) in enumerate(zip(SPLITS, files, strict=True)):
                 kept = records[(reason == KEPT) & (records["split"] == code)]
                 labels[name] += np.bincount(kept["label"], minlength=num_classes)
                 row_refs = np.empty(len(kept), dtype=ROW_REF)

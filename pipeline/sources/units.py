@@ -21,7 +21,7 @@ from typing import Literal
 UNIT_BYTES = 16 << 20
 UNIT_FILES = 512
 
-SplitName = Literal["train", "validation", ""]  # "": decided per image, by its content
+SplitName = Literal["train", "validation", "test", ""]  # "": decided per image, by its content
 
 # JSON values that identify a stretch of a source in the dataset's fingerprint.
 FingerprintItem = tuple[object, ...]

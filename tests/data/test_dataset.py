@@ -52,6 +52,23 @@ def test_description_is_read_back_as_written(tmp_path: Path) -> None:
     assert [shard.rows for shard in written.shards()] == [4, 4, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("splits", "reported", "selection"),
+    [
+        (["train", "validation"], "validation", None),
+        (["train", "selection", "validation"], "validation", "selection"),
+        (["train", "validation", "test"], "test", "validation"),
+    ],
+)
+def test_the_reported_split_never_selects(
+    tmp_path: Path, splits: list[str], reported: str, selection: str | None
+) -> None:
+    make_dataset(tmp_path, dict.fromkeys(splits, 4))
+    description = DatasetDescription.read(tmp_path)
+    assert description.reported_split() == reported
+    assert description.selection_split() == selection
+
+
 def test_truncated_or_missing_files_are_named_with_a_remedy(tmp_path: Path) -> None:
     make_dataset(tmp_path, {"train": 30, "validation": 30})
     shard = tmp_path / "train-00000.parquet"

@@ -27,8 +27,15 @@ def backwards(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[
 
 
 def prepare(
-    root: Path | str, target: Path, tasks: Any = serial, seed: int = 0, **settings: Any
+    root: Path | str,
+    target: Path,
+    tasks: Any = serial,
+    seed: int = 0,
+    notes: list[str] | None = None,
+    **settings: Any,
 ) -> dict[str, float]:
+    """Prepare a source. ``notes`` receives the messages for the user."""
+    messages = notes if notes is not None else []
     config = DatasetConfig(root=str(root), **{"max_rejected": 1.0, "min_side": 16, **settings})
     return prepare_dataset(
         name="set",
@@ -37,7 +44,7 @@ def prepare(
         seed=seed,
         tasks=tasks,
         progress=lambda *_: None,
-        log=lambda *_: None,
+        log=lambda text, _level: messages.append(text),
     )
 
 

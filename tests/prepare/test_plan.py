@@ -21,7 +21,8 @@ from pipeline.config.schema import DatasetConfig
 from pipeline.data.hashing import key_of, mix
 from pipeline.prepare import buckets, plan, shuffle
 from pipeline.prepare.context import BuildContext
-from pipeline.prepare.plan import DROP_REASONS, SPLITS, make_plan, read_order
+from pipeline.prepare.plan import DROP_REASONS, make_plan, read_order
+from pipeline.prepare.splits import SPLITS
 from pipeline.prepare.unit_record import IMAGE_RECORD
 from pipeline.sources import units
 from pipeline.sources.layouts import class_tars as class_tars_layout
@@ -44,7 +45,7 @@ RECORD = st.tuples(
     st.integers(0, CLASSES - 1),
 )
 RECORDS_OF_UNITS = st.lists(
-    st.tuples(st.sampled_from(["train", "validation", ""]), st.lists(RECORD, max_size=12)),
+    st.tuples(st.sampled_from(["train", "validation", "test", ""]), st.lists(RECORD, max_size=12)),
     max_size=8,
 )
 
@@ -53,8 +54,8 @@ def simple_plan(
     records: UnitRecords, config: DatasetConfig, seed: int
 ) -> tuple[dict[str, list[RowRef]], dict[str, list[RowRef]]]:
     """The plan, made with dictionaries: images dropped by reason, images of a shard by file."""
-    rows = [(row_ref, split, record) for row_ref, split, record in _rows(records, config, seed)]
-    held_out = {record[:2] for _, split, record in rows if split == "validation"}
+    rows = list(_rows(records, config, seed))
+    contents = {name: {record[:2] for _, split, record in rows if split == name} for name in SPLITS}
     first_of_key: dict[int, RowRef] = {}
     first_of_content: dict[Any, RowRef] = {}
     for row_ref, split, (high, low, key, label) in rows:
@@ -65,7 +66,9 @@ def simple_plan(
     for row_ref, split, (high, low, key, label) in rows:
         if first_of_key[key] != row_ref:
             dropped.setdefault("duplicate_name", []).append(row_ref)
-        elif split == "train" and (high, low) in held_out:
+        elif split != "test" and (high, low) in contents["test"]:
+            dropped.setdefault("in_test", []).append(row_ref)
+        elif split in ("train", "selection") and (high, low) in contents["validation"]:
             dropped.setdefault("in_validation", []).append(row_ref)
         elif first_of_content[high, low, split, label] != row_ref:
             dropped.setdefault("duplicate", []).append(row_ref)
@@ -84,11 +87,51 @@ def simple_plan(
 def _rows(
     records: UnitRecords, config: DatasetConfig, seed: int
 ) -> Iterator[tuple[RowRef, str, Record]]:
-    limit = min(int(config.validation_fraction * 2.0**64), 2**64 - 1)
-    for unit, (split, rows) in enumerate(records):
-        for row, record in enumerate(rows):
-            hashed = mix(record[1] ^ key_of("validation", seed))
-            yield (unit, row), split or ("validation" if hashed < limit else "train"), record
+    has_test = any(split == "test" for split, _ in records)
+    shares = {
+        "validation": config.validation_fraction,
+        "selection": 0 if has_test else config.selection_fraction,
+    }
+
+    def is_held_out(low: int, split: str) -> bool:
+        return _hash(low, split, seed) < min(int(shares[split] * 2.0**64), 2**64 - 1)
+
+    def split_of(own_split: str, low: int) -> str:
+        if own_split == "" and is_held_out(low, "validation"):
+            return "validation"
+        if own_split in ("", "train"):
+            return "selection" if is_held_out(low, "selection") else "train"
+        return own_split
+
+    rows = [
+        ((unit, row), split_of(split, record[1]), record)
+        for unit, (split, unit_records) in enumerate(records)
+        for row, record in enumerate(unit_records)
+    ]
+    restored = _restored(rows, seed)
+    for row_ref, split, record in rows:
+        is_restored = split == "selection" and record[:2] in restored
+        yield row_ref, "train" if is_restored else split, record
+
+
+def _hash(low: int, split: str, seed: int) -> int:
+    return mix(low ^ key_of(split, seed))
+
+
+def _restored(rows: Sequence[tuple[RowRef, str, Record]], seed: int) -> set[tuple[int, int]]:
+    """Contents that go back to training, because their class has no other image there."""
+    held_out = {record[:2] for _, split, record in rows if split in ("validation", "test")}
+    restored = set()
+    for label in range(CLASSES):
+        left = [
+            (split, record[:2])
+            for _, split, record in rows
+            if record[3] == label and record[:2] not in held_out
+        ]
+        selected = [content for split, content in left if split == "selection"]
+        if selected and "train" not in [split for split, _ in left]:
+            restored.add(max(selected, key=lambda content: _hash(content[1], "selection", seed)))
+    return restored
 
 
 def write_units(
@@ -109,6 +152,7 @@ def write_units(
     chunk_rows=st.sampled_from([1, 5, 1 << 18]),
     shard_rows=st.integers(1, 9),
     fraction=st.sampled_from([0.0, 0.1, 0.5]),
+    selection=st.sampled_from([0.0, 0.5, 0.9]),
     seed=st.integers(0, 3),
 )
 def test_the_plan_equals_the_simple_one(
@@ -117,9 +161,15 @@ def test_the_plan_equals_the_simple_one(
     chunk_rows: int,
     shard_rows: int,
     fraction: float,
+    selection: float,
     seed: int,
 ) -> None:
-    config = DatasetConfig(root="", shard_rows=shard_rows, validation_fraction=fraction)
+    config = DatasetConfig(
+        root="",
+        shard_rows=shard_rows,
+        validation_fraction=fraction,
+        selection_fraction=selection,
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(buckets, "BUCKET_ROWS", bucket_rows),
@@ -133,6 +183,8 @@ def test_the_plan_equals_the_simple_one(
             path.name for path in context.work.iterdir() if not path.name.startswith("unit-")
         ) == [
             "drop_reasons.npy",
+            "selection.order",
+            "test.order",
             "train.order",
             "validation.order",
         ]

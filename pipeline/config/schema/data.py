@@ -78,6 +78,12 @@ class DatasetConfig(Section):
         description="Images to hold out for validation (share), selected by content hash. Used "
         "only if the source has no validation split.",
     )
+    selection_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0,
+        description="Training images to hold out for choosing the best checkpoint (share), "
+        "selected by content hash; every class keeps one for training. Not used if the source has "
+        "a test split: then the validation split chooses.",
+    )
     image_column: str = Field(
         "image", description="Name of the image column, for layout 'huggingface'."
     )
