@@ -78,12 +78,13 @@ def job(
     )
 
 
-def prepared_run(path: Path, train: int = TRAIN, validation: int = VALIDATION) -> RunDir:
-    """A run directory whose stage 'prepare' is done."""
+def prepared_run(
+    path: Path, train: int = TRAIN, validation: int = VALIDATION, **others: int
+) -> RunDir:
+    """A run directory whose stage 'prepare' is done. ``others``: images of further splits."""
     run_dir = RunDir(path)
-    make_dataset(
-        run_dir.dataset(DATASET), {"train": train, "validation": validation}, classes=CLASSES
-    )
+    counts = {"train": train, "validation": validation, **others}
+    make_dataset(run_dir.dataset(DATASET), counts, classes=CLASSES)
     return run_dir
 
 
