@@ -15,12 +15,13 @@ two processes on a CPU (BUDGETS["cpu"]: 96 pixels, 30,000 presentations, 4 to 60
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ValidationError
 
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.machine import device, world_size
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.schema import ClusterConfig, SplitsConfig
 from pipeline.config.yaml_tree.reading import Node
 from pipeline.errors import ConfigError
 from pipeline.sources.inspection import SourceSummary, inspect_source
@@ -154,7 +155,19 @@ def _inspect(tree: Node, name: str) -> SourceSummary:
         cause = f"data.{name}.root: no folder of images is given"
         raise ConfigError(cause, place=place, remedy=f"--set {key}=DIR")
     layout_name = str(layout.value) if layout is not None else AUTO
-    return inspect_source(root.value, layout_name, f"data.{name}.root", root.origin)
+    splits = _splits(dataset.get("splits"))
+    return inspect_source(root.value, layout_name, f"data.{name}.root", root.origin, splits)
+
+
+def _splits(node: Node | None) -> SplitsConfig | Literal["none"] | None:
+    """The key ``splits`` of a dataset; None also for a mistake, which the schema reports later."""
+    written = node.data() if node is not None else None
+    if written == "none":
+        return "none"
+    try:
+        return SplitsConfig.model_validate(written, strict=True)
+    except ValidationError:
+        return None
 
 
 def _validation_fraction(source: SourceSummary) -> Choice:

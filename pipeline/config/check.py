@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.config.checks.checker import Checker
-from pipeline.config.checks.data import check_datasets, check_prepared_names
+from pipeline.config.checks.data import (
+    check_datasets,
+    check_prepared_names,
+    check_training_images,
+)
 from pipeline.config.checks.selection import check_selection
 from pipeline.config.checks.stages import check_evaluation, check_used_data, check_weights
 from pipeline.config.checks.training import check_model, check_training
@@ -43,6 +47,7 @@ def check(
     check_model(checker)
     check_datasets(checker)
     check_prepared_names(checker)
+    check_training_images(checker)
     for stage in TRAINING:
         if stage in stages:
             check_training(checker, stage, train_config(job, stage), world_size)

@@ -43,7 +43,7 @@ from pipeline.prepare.splits import SPLITS
 from pipeline.prepare.stats import DatasetStats
 from pipeline.reporting import Log, Progress
 from pipeline.sources.survey import survey
-from pipeline.sources.units import Survey
+from pipeline.sources.units import Survey, Unit
 
 # With fewer images, the share of rejected ones says little: the first class may happen to be bad.
 MIN_IMAGES_TO_STOP_EARLY = 1000
@@ -98,7 +98,7 @@ def prepare_dataset(
     _prepare_target(context, source)
     stats = _extract(name, context, source, tasks, progress)
     plan = make_plan(context, source.units, stats.images_per_unit, len(source.classes))
-    _require_images(plan, context)
+    _require_images(plan, context, source.units)
     for note in _selection_notes(plan, config):
         log(f"{name}: {note}", "warning")
     shards = _shuffle(name, context, plan, tasks, progress)
@@ -121,10 +121,11 @@ def fingerprint(source: Survey, config: DatasetConfig, seed: int) -> str:
     settings = config.model_dump(
         mode="json", exclude={"root", "layout", "classes", "synthetic", "max_rejected"}
     )
-    # A key that is younger than the first datasets counts only if it changes something: they are
-    # still up to date without it.
-    if not config.selection_fraction:
-        del settings["selection_fraction"]
+    # Keys that are younger than the first datasets count only where they are set: datasets that
+    # were prepared without them are still up to date.
+    for key in ("selection_fraction", "splits"):
+        if not settings[key]:
+            del settings[key]
     # Names are for people; the order of the IDs decides the labels.
     class_ids = [class_id for class_id, _ in source.classes]
     return json_digest([FORMAT, source.layout, class_ids, source.fingerprint_items, settings, seed])
@@ -224,14 +225,20 @@ def _extract(
     return stats
 
 
-def _require_images(plan: DatasetPlan, context: BuildContext) -> None:
-    for split in ("train", "validation"):
-        if plan.labels[split].any():
+def _require_images(plan: DatasetPlan, context: BuildContext, units: Sequence[Unit]) -> None:
+    """Raise DataError if a split that the source should fill is empty."""
+    # A source may consist of images for evaluation only; then there is nothing to train on.
+    has_training = any(unit.split in ("", "train") for unit in units)
+    has_training &= context.config.validation_fraction < 1
+    has_test = any(unit.split == "test" for unit in units)
+    wanted = {"train": has_training, "validation": has_training or not has_test, "test": has_test}
+    for split, is_wanted in wanted.items():
+        if not is_wanted or plan.labels[split].any():
             continue
         remedy = (
-            "add images"
-            if split == "train"
-            else "raise validation_fraction, or add a val/ folder to the source"
+            "raise validation_fraction, or add a val/ folder to the source"
+            if split == "validation"
+            else "add images"
         )
         raise DataError(
             f"no image is left for the {split} split", place=context.config.root, remedy=remedy

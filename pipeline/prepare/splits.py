@@ -83,6 +83,8 @@ class Splitter:
     def _is_held_out(
         self, contents: NDArray[np.uint64], split: str, fraction: float
     ) -> NDArray[np.bool_]:
+        if fraction == 1:
+            return np.ones(len(contents), dtype=bool)
         threshold = min(int(fraction * 2.0**64), 2**64 - 1)
         return np.asarray(self.hashes(contents, split) < np.uint64(threshold))
 

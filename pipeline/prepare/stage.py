@@ -10,7 +10,13 @@ from pipeline.prepare.build import MapTasks, prepare_dataset
 from pipeline.reporting import Log, Progress
 from pipeline.synthetic import generate
 
-SUMMED_METRICS = ("images", "validation", "rejected", "duplicates", "bytes")
+SPLIT_METRICS = {  # images of a split by metric, and the split in words
+    "images": "training",
+    "selection": "selection",
+    "validation": "validation",
+    "test": "test",
+}
+SUMMED_METRICS = (*SPLIT_METRICS, "rejected", "duplicates", "bytes")
 
 
 def prepare_stage(
@@ -38,9 +44,12 @@ def prepare_stage(
         )
         metrics |= {f"{name}/{key}": value for key, value in dataset_metrics.items()}
         log(f"{name}: {_summary(dataset_metrics)}", "info")
-    return metrics | {
-        key: sum(metrics[f"{name}/{key}"] for name in names) for key in SUMMED_METRICS
+    # Not every dataset has every split.
+    values = {
+        key: [metrics[f"{name}/{key}"] for name in names if f"{name}/{key}" in metrics]
+        for key in SUMMED_METRICS
     }
+    return metrics | {key: sum(counts) for key, counts in values.items() if counts}
 
 
 def _generate(
@@ -66,8 +75,12 @@ def _settings_digest(config: DatasetConfig) -> str:
 
 
 def _summary(metrics: dict[str, float]) -> str:
+    *others, last = [
+        f"{metrics[key]:,.0f} {split}" for key, split in SPLIT_METRICS.items() if key in metrics
+    ]
+    counts = f"{', '.join(others)} and {last}" if others else last
+    size = f"{metrics['bytes'] / 2**20:,.1f} MiB"
     return (
-        f"{metrics['images']:,.0f} training and {metrics['validation']:,.0f} validation images "
-        f"of {metrics['classes']:,.0f} classes, {metrics['bytes'] / 2**20:,.1f} MiB; "
+        f"{counts} images of {metrics['classes']:,.0f} classes, {size}; "
         f"{metrics['rejected']:,.0f} rejected, {metrics['duplicates']:,.0f} duplicates"
     )

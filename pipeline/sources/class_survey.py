@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 from pipeline.errors import DataError
-from pipeline.sources import names
+from pipeline.sources import names, splits
 from pipeline.sources.class_order import ordered_classes, visible_entries
 from pipeline.sources.layout import Entries
 from pipeline.sources.remote import Entry, Storage
 from pipeline.sources.source_config import SourceConfig
+from pipeline.sources.splits import Division
 from pipeline.sources.units import Part, SplitName, Survey, Unit, fingerprint_items, pack_units
 
 CONCURRENT_REQUESTS = 16  # tars or folders of a remote store that are listed at the same time
@@ -27,15 +28,17 @@ PartsOfFolder = Callable[[Storage, str], Iterator[Part]]
 def survey_classes(
     storage: Storage, root: str, config: SourceConfig, *, layout: str, find_parts: PartsOfFolder
 ) -> Survey:
-    """Survey a source of one tar or folder per class, at the top or below train/ and val/.
+    """Survey a source of one tar or folder per class, at the top or below folders of splits.
 
     Raises:
-        DataError: it holds no classes, or some that the class list lacks (D5).
+        DataError: it holds no classes, or some that the class list lacks (D5), or a folder of a
+            split is missing or holds none of the classes.
     """
-    parts_of: dict[SplitName, list[Part]] = {
-        split: list(find_parts(storage, folder))
-        for split, folder in _split_folders(storage, root).items()
+    division = splits.folders(config, storage, root, _possible_splits(storage, root))
+    parts_of = {
+        split: list(find_parts(storage, folder)) for split, folder in division.splits.items()
     }
+    parts_of, notes = _labelled(division, parts_of, root, config)
     all_parts = [part for parts in parts_of.values() for part in parts]
     if not all_parts:
         missing = "tars" if layout == "class_tars" else "folders of images"
@@ -53,14 +56,14 @@ def survey_classes(
         classes=classes,
         units=units,
         fingerprint_items=fingerprint_items(root, units),
-        notes=_notes(all_parts),
+        notes=[*notes, *_notes(all_parts)],
     )
 
 
-def class_entries(storage: Storage, root: str, entries: Entries) -> Entries:
-    """The entries of the folder that holds the classes: of train/ if it exists, or of the root."""
-    train = names.first_present(names.TRAIN_NAMES, entries)
-    return entries if train is None else visible_entries(storage, f"{root}/{train}")
+def class_entries(storage: Storage, root: str, config: SourceConfig, entries: Entries) -> Entries:
+    """The entries of the folder that holds the classes: of the first split, or of the root."""
+    folder = next(iter(splits.folders(config, storage, root, _class_like(entries)).splits.values()))
+    return entries if folder == root else visible_entries(storage, folder)
 
 
 def parts_of_all(
@@ -77,22 +80,50 @@ def parts_of_all(
             yield from parts
 
 
-def _split_folders(storage: Storage, root: str) -> dict[SplitName, str]:
-    """The folders to read, by split.
+def _possible_splits(storage: Storage, root: str) -> list[str]:
+    return _class_like(visible_entries(storage, root))
 
-    Three cases: train/ and val/ (two splits); train/ alone, or classes at the top ("": the split is
-    decided per image).
+
+def _class_like(entries: Entries) -> list[str]:
+    """Folders and class tars: what may be a split or a class."""
+    return [
+        name
+        for name, entry in entries.items()
+        if entry["type"] == "directory" or names.is_class_tar(name)
+    ]
+
+
+def _labelled(
+    division: Division, parts_of: dict[SplitName, list[Part]], root: str, config: SourceConfig
+) -> tuple[dict[SplitName, list[Part]], list[str]]:
+    """The parts without a test folder that has no labels, and notes for the user.
+
+    Such a folder has no class in common with the training images: those of a competition's test
+    set lie together in one folder, which is no class.
+
+    Raises:
+        DataError: a validation folder has no labels, or one that the job names.
     """
-    entries = visible_entries(storage, root)
-    subfolders = [name for name, entry in entries.items() if entry["type"] == "directory"]
-    train = names.first_present(names.TRAIN_NAMES, subfolders)
-    validation = names.first_present(names.VALIDATION_NAMES, subfolders)
-    # A validation folder counts only beside a training folder: "test" alone may be a class.
-    if train is None:
-        return {"": root}
-    if validation is None:
-        return {"": f"{root}/{train}"}
-    return {"train": f"{root}/{train}", "validation": f"{root}/{validation}"}
+    trained = {part.group for split in ("train", "") for part in parts_of.get(split, ())}
+    notes = list(division.notes)
+    for split, parts in list(parts_of.items()):
+        groups = {part.group for part in parts}
+        if split in ("train", "") or not trained or trained & groups:
+            continue
+        folder = division.splits[split].removeprefix(root).lstrip("/")
+        if config.splits is not None or folder not in names.TEST_NAMES:
+            inside = f"only {', '.join(sorted(groups)[:5])}" if groups else "no class at all"
+            raise DataError(
+                f"{folder} has no class in common with the training images: it has {inside}",
+                place=config.root,
+                remedy=f"sort the images of {folder} by class, or set `splits` without it",
+            )
+        del parts_of[split]
+        notes = [f"{folder} is not used: its images have no labels (none of the other classes)"]
+    # Without a validation split, images are held out of the training images.
+    if "train" in parts_of and "validation" not in parts_of:
+        parts_of[""] = parts_of.pop("train")
+    return parts_of, notes
 
 
 def _notes(parts: Iterable[Part]) -> list[str]:

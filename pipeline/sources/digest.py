@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.files import json_digest
 from pipeline.sources.names import SPLIT_NAMES
 from pipeline.sources.source_config import SourceConfig
+from pipeline.sources.splits import named_splits
 
 Entry = tuple[str, int, int]  # name, size (bytes; 0 for a folder), time of the last change (ns)
 
@@ -30,17 +31,21 @@ def source_digest(config: SourceConfig) -> str | None:
         return json_digest(config.root)
     if not root.exists():
         return None
-    return json_digest([_list_folder(folder) for folder in (root, *_split_folders(root))])
+    return json_digest([_list_folder(folder) for folder in (root, *_split_folders(root, config))])
 
 
-def _split_folders(root: Path) -> list[Path]:
+def _split_folders(root: Path, config: SourceConfig) -> list[Path]:
     """All split folders, also those that the survey ignores.
 
     A listing too many costs nothing. A listing too few leaves a change unnoticed.
     """
-    return sorted(
+    folders = {
         path for path in root.iterdir() if path.is_dir() and path.name.lower() in SPLIT_NAMES
-    )
+    }
+    if config.splits is not None and not isinstance(config.splits, str):
+        named = {root / name for name in named_splits(config.splits).values()}
+        folders |= {path for path in named if path.is_dir()} - {root}
+    return sorted(folders)
 
 
 def _list_folder(folder: Path) -> list[Entry]:

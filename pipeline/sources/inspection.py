@@ -13,7 +13,7 @@ import statistics
 import struct
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from PIL import Image
 
 from pipeline.errors import ConfigError
 from pipeline.sources import names
+from pipeline.sources.source_config import SplitsSetting
+from pipeline.sources.splits import divide
 
 SAMPLED_IMAGES = 64  # images whose size is read
 SAMPLED_TARS = 40  # tars whose members are counted; the count of the others is estimated by size
@@ -50,13 +52,16 @@ class SourceSummary:
         )
 
 
-def inspect_source(root: str, layout: str, key: str, place: str) -> SourceSummary:
+def inspect_source(
+    root: str, layout: str, key: str, place: str, splits: SplitsSetting = None
+) -> SourceSummary:
     """Inspect a local folder of class folders or class tars.
 
     Args:
         layout: class_tars, class_folders, or auto to try both.
         key: job key that names the root, for messages.
         place: where the job sets it (file and line), for messages.
+        splits: the dataset's own division into splits.
 
     Raises:
         ConfigError: the folder is missing, unreadable, or of another layout.
@@ -76,12 +81,11 @@ def inspect_source(root: str, layout: str, key: str, place: str) -> SourceSummar
         )
     wanted = [inspectors[layout]] if layout in inspectors else list(inspectors.values())
     try:
-        train = _split_folder(folder, names.TRAIN_NAMES) or folder
-        has_validation = (
-            train != folder and _split_folder(folder, names.VALIDATION_NAMES) is not None
-        )
+        division = divide(splits, _split_like(folder)).splits
+        # Without training images, the first split tells the classes and sizes.
+        train = division.get("train", division.get("", next(iter(division.values()))))
         for inspect in wanted:
-            summary = inspect(train, has_validation)
+            summary = inspect(folder / train, "validation" in division)
             if summary is not None:
                 return summary
     except OSError as error:
@@ -95,10 +99,13 @@ def inspect_source(root: str, layout: str, key: str, place: str) -> SourceSummar
     )
 
 
-def _split_folder(folder: Path, candidates: Sequence[str]) -> Path | None:
-    subfolders = [path.name for path in folder.iterdir() if path.is_dir()]
-    name = names.first_present(candidates, subfolders)
-    return folder / name if name is not None else None
+def _split_like(folder: Path) -> list[str]:
+    """Folders and class tars: what may be a split or a class."""
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if not names.is_hidden(path.name) and (path.is_dir() or names.is_class_tar(path.name))
+    ]
 
 
 def _inspect_folders(folder: Path, has_validation: bool) -> SourceSummary | None:

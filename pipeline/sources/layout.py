@@ -23,10 +23,13 @@ class Layout:
     """
 
     order: int
-    # (storage, root, its visible entries) -> True if the source has this layout.
-    detect: Callable[[Storage, str, Entries], bool]
+    # (storage, root, configuration, visible entries of the root) -> True if the source has this
+    # layout.
+    detect: Callable[[Storage, str, SourceConfig, Entries], bool]
     # (storage, root, configuration) -> the source in units of work. Raises DataError.
     survey: Callable[[Storage, str, SourceConfig], Survey]
     # (part, configuration, label by class id) -> the files of a part.
     read: Callable[[Part, SourceConfig, Mapping[str, int]], Iterator[Member]] | None = None
+    # root -> the names for the key `splits`; only for a layout whose splits are no folders.
+    split_names: Callable[[str], list[str]] | None = None
     is_folder: bool = True  # the root is a folder that can be listed, not a name elsewhere

@@ -7,7 +7,8 @@ changed.
 A folder of class tars (or class folders) looks like this:
 
     train/n01440764.tar         class "n01440764"; the folder may also be called "training"
-    val/n01440764.tar           optional; also "validation", "valid" or "test"
+    val/n01440764.tar           optional; also "validation" or "valid"
+    test/n01440764.tar          optional
     train/._n01440764.tar       skipped: written by macOS beside every copied file
 """
 
@@ -16,10 +17,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-# The first name that exists wins: beside val/, a folder test/ is ignored.
+# Of each tuple, the first name that exists wins. ``splits.choose_splits`` decides what a source
+# with some of them is divided into.
 TRAIN_NAMES = ("train", "training")
-VALIDATION_NAMES = ("val", "validation", "valid", "test")
-SPLIT_NAMES = TRAIN_NAMES + VALIDATION_NAMES
+VALIDATION_NAMES = ("val", "validation", "valid")
+TEST_NAMES = ("test",)
+SPLIT_NAMES = TRAIN_NAMES + VALIDATION_NAMES + TEST_NAMES
 
 CLASS_TAR_SUFFIX = ".tar"
 IMAGE_SUFFIXES = frozenset(
@@ -33,7 +36,7 @@ _RESOURCE_FORK = "._"  # macOS keeps a file's metadata in a second file with thi
 def first_present(candidates: Sequence[str], names: Iterable[str]) -> str | None:
     """The first of ``candidates`` that is among ``names``; None if there is none.
 
-    Example: ``first_present(VALIDATION_NAMES, ["test", "val", "train"])`` is "val".
+    Example: ``first_present(VALIDATION_NAMES, ["valid", "val", "train"])`` is "val".
     """
     present = set(names)
     return next((name for name in candidates if name in present), None)

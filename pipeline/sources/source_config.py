@@ -5,7 +5,22 @@ A protocol, because the schema's room imports this one.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
+
+
+class SplitNames(Protocol):
+    """Folders relative to the root, or names of splits; '' for a split that is not named."""
+
+    @property
+    def train(self) -> str: ...
+    @property
+    def validation(self) -> str: ...
+    @property
+    def test(self) -> str: ...
+
+
+# The key ``splits``. None: divided by the usual names; "none": such folders are classes.
+SplitsSetting = SplitNames | Literal["none"] | None
 
 
 class SourceConfig(Protocol):
@@ -18,6 +33,10 @@ class SourceConfig(Protocol):
     @property
     def layout(self) -> str:
         """class_tars, imagenet_tars, class_folders, huggingface or auto."""
+
+    @property
+    def splits(self) -> SplitsSetting:
+        """What the source is divided into."""
 
     @property
     def classes(self) -> str:

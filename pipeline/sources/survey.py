@@ -5,12 +5,15 @@ Reads names and sizes, no image.
 
 from __future__ import annotations
 
+import os
+
 from pipeline.errors import DataError
-from pipeline.sources import registry
+from pipeline.sources import registry, splits
 from pipeline.sources.class_order import visible_entries
 from pipeline.sources.remote import Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
-from pipeline.sources.units import Survey
+from pipeline.sources.units import SplitName, Survey
+from pipeline.suggest import did_you_mean
 
 
 def survey(config: SourceConfig) -> Survey:
@@ -36,10 +39,44 @@ def open_root(config: SourceConfig) -> tuple[Storage, str]:
     return storage, root
 
 
+def unknown_splits(config: SourceConfig) -> dict[SplitName, tuple[str, str]]:
+    """(cause, remedy) for every name in the key `splits` that a local source does not have.
+
+    Empty for a source that is elsewhere or missing, which only the survey can tell.
+
+    Raises:
+        DataError: the dataset cannot be read.
+    """
+    if config.splits is None or isinstance(config.splits, str) or not os.path.isdir(config.root):
+        return {}
+    storage, root = open_storage(config.root)
+    entries = visible_entries(storage, root)
+    for name, layout in registry.in_detection_order():
+        # Layouts with names for their splits come before those of folders, and recognise a source
+        # without reading it.
+        if layout.split_names is None or config.layout not in (name, "auto"):
+            continue
+        if config.layout == "auto" and not layout.detect(storage, root, config, entries):
+            continue
+        present = layout.split_names(config.root)
+        return {
+            split: (
+                f"the dataset has no split {chosen}",
+                did_you_mean(chosen, present, "its splits"),
+            )
+            for split, chosen in splits.named_splits(config.splits).items()
+            if chosen not in present
+        }
+    return {
+        split: (f"{config.root} has no folder {name}", remedy)
+        for split, name, remedy in splits.unknown_folders(config, storage, root)
+    }
+
+
 def _detect_layout(storage: Storage, root: str, config: SourceConfig) -> str:
     entries = visible_entries(storage, root)
     for name, layout in registry.in_detection_order():
-        if layout.detect(storage, root, entries):
+        if layout.detect(storage, root, config, entries):
             return name
     remedy = (
         "provide class tars or class folders (at the top, or below train/ and val/), "

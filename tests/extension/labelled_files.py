@@ -49,7 +49,7 @@ def _read(part: Part, config: SourceConfig, labels: Mapping[str, int]) -> Iterat
         yield Member(key=f"images/{file}", label=labels[class_id], data=data)
 
 
-def _detect(_storage: Storage, _root: str, entries: Entries) -> bool:
+def _detect(_storage: Storage, _root: str, _config: SourceConfig, entries: Entries) -> bool:
     return LABELS in entries
 
 

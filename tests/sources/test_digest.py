@@ -84,6 +84,6 @@ def test_survey_and_inspection_know_the_same_split_folders(
 
 
 def test_the_first_name_that_exists_wins() -> None:
-    assert first_present(VALIDATION_NAMES, ["test", "val", "train"]) == "val"
-    assert first_present(VALIDATION_NAMES, ["test", "train"]) == "test"
+    assert first_present(VALIDATION_NAMES, ["valid", "val", "train"]) == "val"
+    assert first_present(VALIDATION_NAMES, ["test", "train"]) is None
     assert first_present(TRAIN_NAMES, ["Train"]) is None

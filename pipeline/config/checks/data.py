@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 from pipeline.config.checks.checker import Checker
-from pipeline.config.schema import DatasetConfig, SyntheticConfig
+from pipeline.config.job_queries import TRAINING, dataset_name, stage_names
+from pipeline.config.schema import DatasetConfig, SplitsConfig, SyntheticConfig
 from pipeline.config.schema.shrink import SYNTHETIC_LAYOUTS
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.sources import class_lists
+from pipeline.sources.splits import named_splits
+from pipeline.sources.survey import unknown_splits
 from pipeline.suggest import did_you_mean
 
 
@@ -19,6 +24,63 @@ def check_datasets(checker: Checker) -> None:
         elif not dataset.root:
             remedy = f"--set {key}.root=DIR, or synthetic images: --set '{key}.synthetic={{}}'"
             checker.report(f"{key}.root", "no source is given", remedy)
+        _splits(checker, key, dataset)
+
+
+def _splits(checker: Checker, key: str, dataset: DatasetConfig) -> None:
+    """Report names of splits that contradict each other or that the source does not have."""
+    key = f"{key}.splits"
+    splits = dataset.splits
+    if splits is None:
+        return
+    if dataset.synthetic is not None:
+        checker.report(key, "synthetic images have splits of their own", "remove splits")
+        return
+    if isinstance(splits, str):
+        return
+    named = named_splits(splits)
+    if not named:
+        checker.report(key, "names no split", "name train, validation or test")
+        return
+    for split, name in named.items():
+        if name.startswith("/") or ".." in name.split("/"):
+            cause = f"{name} is outside of the source"
+            checker.report(f"{key}.{split}", cause, f"a folder below {dataset.root}")
+            return
+    # A folder in two splits would train on the images that it is evaluated on.
+    for (split, name), (other, other_name) in itertools.combinations(named.items(), 2):
+        outer, inner = sorted((f"{name.strip('/')}/", f"{other_name.strip('/')}/"), key=len)
+        if inner.startswith(outer) or outer == "./":
+            cause = f"{other} ({other_name}) and {split} ({name}) have images in common"
+            checker.report(f"{key}.{other}", cause, "name folders beside each other")
+            return
+    try:
+        unknown = unknown_splits(dataset)
+    except DataError as error:
+        checker.report(key, error.cause, error.remedy)
+        return
+    for split, (cause, remedy) in unknown.items():
+        checker.report(f"{key}.{split}", cause, remedy)
+
+
+def check_training_images(checker: Checker) -> None:
+    """Report datasets that are for evaluation only, and that a stage trains on."""
+    for stage in TRAINING:
+        if stage not in stage_names(checker.job):
+            continue
+        try:
+            name = dataset_name(checker.job, stage)
+        except ConfigError:
+            continue  # reported elsewhere
+        dataset = checker.job.data.get(name)
+        if dataset is None:
+            continue
+        if isinstance(dataset.splits, SplitsConfig) and not dataset.splits.train:
+            cause = f"names no training images, and the stage {stage} trains on them"
+            checker.report(f"data.{name}.splits", cause, "add train: FOLDER")
+        elif dataset.validation_fraction == 1 and dataset.synthetic is None:
+            cause = f"1 holds out every image, and the stage {stage} trains on {name}"
+            checker.report(f"data.{name}.validation_fraction", cause, "take less than 1")
 
 
 def check_prepared_names(checker: Checker) -> None:

@@ -5,7 +5,7 @@ section, hence the one import path.
 """
 
 from pipeline.config.schema.cluster import ClusterConfig
-from pipeline.config.schema.data import DatasetConfig, SyntheticConfig
+from pipeline.config.schema.data import DatasetConfig, SplitsConfig, SyntheticConfig
 from pipeline.config.schema.job import EvaluateStage, ExportStage, Job, PrepareStage, Stages
 from pipeline.config.schema.model import ModelConfig
 from pipeline.config.schema.rules import hparam_keys
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "PrepareStage",
     "Section",
+    "SplitsConfig",
     "Stages",
     "SyntheticConfig",
     "TrainConfig",

@@ -50,6 +50,24 @@ class SyntheticConfig(Section):
     )
 
 
+class SplitsConfig(Section):
+    """The splits of a source by name."""
+
+    train: str = Field(
+        "",
+        description="Folder of the training images, relative to `root`, or name of a split. "
+        "Without `validation`, images are held out of it.",
+    )
+    validation: str = Field(
+        "", description="Folder of the validation images, relative to `root`, or name of a split."
+    )
+    test: str = Field(
+        "",
+        description="Folder of the test images, relative to `root`, or name of a split. Their "
+        "accuracy is the result of the run.",
+    )
+
+
 class DatasetConfig(Section):
     """A labelled image dataset and how it is prepared into shards."""
 
@@ -73,16 +91,25 @@ class DatasetConfig(Section):
         + " auto: detected from the source.",
         json_schema_extra={"enum": list(_LAYOUTS)},
     )
+    splits: Annotated[
+        SplitsConfig | Literal["none"] | None,
+        Rules(rehearse_input=fixed(None)),
+    ] = Field(
+        None,
+        description="Folders (relative to `root`; '.' is the root itself) or split names of the "
+        "source that become train, validation and test. 'none': folders that are called like "
+        "splits are classes. null: by their usual names, such as train, val and test.",
+    )
     classes: str = Field(
         "auto",
         description="Class order: a list in configs/classes (fall11_21841, google_21843, "
         "imagenet1k), a file with one class per line, or 'auto': synsets.txt of the source if it "
         "exists, otherwise the sorted class names of the source.",
     )
-    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    validation_fraction: Fraction = Field(
         0.1,
         description="Images to hold out for validation (share), selected by content hash. Used "
-        "only if the source has no validation split.",
+        "only if the source has no validation split. 1: all images, to evaluate and not to train.",
     )
     selection_fraction: Annotated[
         float, Field(ge=0.0, lt=1.0), Rules(rehearse_input=held_out_for_selection)

@@ -44,7 +44,7 @@ def _problems(tree: Node, errors: Sequence[ErrorDetails]) -> list[Problem]:
     for error in errors:
         path, key = _path(error["loc"])
         if error["type"] == "extra_forbidden":
-            path = [*path, str(error["loc"][len(path)])]
+            path = [*path, str(error["loc"][-1])]
             unknown[".".join(path)] = _unknown_key(tree, path, key)
         elif error["loc"] and error["loc"][-1] == "[key]":
             cause = (
@@ -55,7 +55,15 @@ def _problems(tree: Node, errors: Sequence[ErrorDetails]) -> list[Problem]:
         else:
             # One value can violate several branches of a union; the first message is enough.
             invalid.setdefault(".".join(path), _invalid_value(tree, path, key))
-    return [*unknown.values(), *invalid.values()]
+    # `splits` is a mapping or 'none'. A mistake in the mapping violates both branches: the problem
+    # of the key inside says more than that of the whole.
+    wrong = [*unknown, *invalid]
+    inner = {
+        dotted: problem
+        for dotted, problem in invalid.items()
+        if not any(other.startswith(f"{dotted}.") for other in wrong)
+    }
+    return [*unknown.values(), *inner.values()]
 
 
 def _path(location: Sequence[int | str]) -> tuple[list[str], describe.SchemaKey]:
@@ -67,10 +75,9 @@ def _path(location: Sequence[int | str]) -> tuple[list[str], describe.SchemaKey]
     key = describe.root()
     for part in location:
         child = key.child(part) if isinstance(part, str) and part != "[key]" else None
-        if child is None:
-            break
-        path.append(str(part))
-        key = child
+        if child is not None:
+            path.append(str(part))
+            key = child
     return path, key
 
 

@@ -1,4 +1,4 @@
-"""One folder per class, at the top or in train/ and val|validation|test/."""
+"""One folder per class, at the top or in train/, val/ and test/."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_FILES, Part, Survey
 
 
-def _detect(storage: Storage, root: str, entries: Entries) -> bool:
-    inside = class_entries(storage, root, entries).values()
+def _detect(storage: Storage, root: str, config: SourceConfig, entries: Entries) -> bool:
+    inside = class_entries(storage, root, config, entries).values()
     return any(entry["type"] == "directory" for entry in inside)
 
 

@@ -1,4 +1,4 @@
-"""<class>.tar files, at the top or in train/ and val|validation|test/."""
+"""<class>.tar files, at the top or in train/, val/ and test/."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_BYTES, Part, Survey
 
 
-def _detect(storage: Storage, root: str, entries: Entries) -> bool:
-    return any(names.is_class_tar(name) for name in class_entries(storage, root, entries))
+def _detect(storage: Storage, root: str, config: SourceConfig, entries: Entries) -> bool:
+    return any(names.is_class_tar(name) for name in class_entries(storage, root, config, entries))
 
 
 def _survey(storage: Storage, root: str, config: SourceConfig) -> Survey:

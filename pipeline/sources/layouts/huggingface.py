@@ -10,6 +10,7 @@ protocols.
 from __future__ import annotations
 
 import functools
+import json
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from typing import Protocol, cast
 import fsspec
 
 from pipeline.errors import DataError
+from pipeline.sources import splits
 from pipeline.sources.class_order import ordered_classes
 from pipeline.sources.layout import Entries, Layout
 from pipeline.sources.member import Member
-from pipeline.sources.names import SPLIT_NAMES, TRAIN_NAMES, VALIDATION_NAMES, first_present
+from pipeline.sources.names import SPLIT_NAMES, TRAIN_NAMES, first_present
 from pipeline.sources.remote import Storage, open_storage, without_secrets
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_FILES, Part, SplitName, Survey, Unit
@@ -54,6 +56,7 @@ class HubSummary:
     splits: dict[SplitName, tuple[str, int]]  # our name -> (the dataset's own name, rows)
     class_ids: list[str]  # in the order of its labels
     fingerprints: list[str]  # one per split, made by `datasets`
+    notes: list[str]
 
 
 def inspect_dataset(config: SourceConfig) -> HubSummary:
@@ -63,28 +66,45 @@ def inspect_dataset(config: SourceConfig) -> HubSummary:
         DataError: it cannot be loaded, or lacks the image column or the label column.
     """
     dataset = _load(config.root)
-    # Split names of datasets are free text: "Train" and "TRAIN" occur.
-    own_names = {name.lower(): name for name in dataset}
-    train_key = first_present(TRAIN_NAMES, own_names)
-    train = own_names[train_key] if train_key is not None else next(iter(dataset))
-    # A dataset whose only split is "test" trains on it, so it is no validation split as well.
-    others = [key for key, name in own_names.items() if name != train]
-    validation_key = first_present(VALIDATION_NAMES, others)
-    splits: dict[SplitName, tuple[str, int]] = {}
-    if validation_key is None:
-        splits[""] = (train, len(dataset[train]))
-    else:
-        validation = own_names[validation_key]
-        splits["train"] = (train, len(dataset[train]))
-        splits["validation"] = (validation, len(dataset[validation]))
-    used = {name: dataset[name] for name, _ in splits.values()}
-    for name, split in used.items():
-        _require_columns(name, split, config)
+    splits.require_known(config, list(dataset))
+    division = _divide(config, list(dataset))
+    notes = list(division.notes)
+    chosen = dict(division.splits)
+    test = chosen.get("test")
+    if config.splits is None and test and _is_unlabelled(dataset[test], config.label_column):
+        del chosen["test"]
+        notes.append(f"the split {test} is not used: its images have no labels")
+    for name in chosen.values():
+        _require_labels(name, dataset[name], config)
+    used = {name: dataset[name] for name in chosen.values()}
     return HubSummary(
-        splits=splits,
+        splits={split: (name, len(dataset[name])) for split, name in chosen.items()},
         class_ids=_class_ids(list(used.values()), config.label_column),
         fingerprints=[str(split._fingerprint) for split in used.values()],
+        notes=notes,
     )
+
+
+def _divide(config: SourceConfig, present: Sequence[str]) -> splits.Division:
+    """What the dataset is divided into, with its own names of the splits."""
+    if config.splits is not None:
+        return splits.divide(config.splits, present)
+    # Split names of datasets are free text: "Train" and "TRAIN" occur.
+    own_names = {name.lower(): name for name in present}
+    # A dataset without a split for training trains on its first one, if it is not divided.
+    if first_present(TRAIN_NAMES, own_names) is None:
+        own_names = {TRAIN_NAMES[0]: present[0]} | dict(list(own_names.items())[1:])
+    division = splits.divide(None, list(own_names))
+    named = {split: own_names[name] for split, name in division.splits.items()}
+    return splits.Division(named, division.notes)
+
+
+def _is_unlabelled(split: HubSplit, column: str) -> bool:
+    """True if every label is missing; -1 stands for a hidden label in published datasets."""
+    if column not in split.column_names:
+        return True
+    labels: set[object] = set(split.unique(column))
+    return labels <= {-1, None}
 
 
 def survey_dataset(_storage: Storage, _root: str, config: SourceConfig) -> Survey:
@@ -109,7 +129,7 @@ def survey_dataset(_storage: Storage, _root: str, config: SourceConfig) -> Surve
         classes=classes,
         units=units,
         fingerprint_items=[(config.root, *dataset.fingerprints)],
-        notes=[],
+        notes=dataset.notes,
     )
 
 
@@ -142,12 +162,32 @@ def read_part(part: Part, config: SourceConfig, labels: Mapping[str, int]) -> It
         yield Member(key=f"{part.group}/{name}", label=labels[class_id], data=data)
 
 
-def _is_dataset(_storage: Storage, _root: str, entries: Entries) -> bool:
+def split_names(root: str) -> list[str]:
+    """The splits of a dataset in a local folder, without reading its images.
+
+    Raises:
+        DataError: `datasets` cannot read the folder.
+    """
+    import datasets
+
+    folder = Path(root)
+    try:
+        saved = folder / SAVED_FILES[0]
+        if saved.is_file():
+            return [str(name) for name in json.loads(saved.read_text())["splits"]]
+        if (folder / SAVED_FILES[1]).is_file():
+            return ["train"]
+        return [str(name) for name in datasets.load_dataset_builder(root).config.data_files]
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        raise _cannot_load(root, error) from None
+
+
+def _is_dataset(_storage: Storage, _root: str, _config: SourceConfig, entries: Entries) -> bool:
     saved = {*SAVED_FILES, "dataset_info.json"} & set(entries)
     return bool(saved) or any(name.endswith(".parquet") for name in entries)
 
 
-def _require_columns(name: str, split: HubSplit, config: SourceConfig) -> None:
+def _require_labels(name: str, split: HubSplit, config: SourceConfig) -> None:
     for column in (config.image_column, config.label_column):
         if column not in split.column_names:
             raise DataError(
@@ -156,6 +196,12 @@ def _require_columns(name: str, split: HubSplit, config: SourceConfig) -> None:
                 remedy="set image_column and label_column to two of: "
                 f"{', '.join(split.column_names)}",
             )
+    if _is_unlabelled(split, config.label_column):
+        raise DataError(
+            f"the images of split '{name}' have no labels",
+            place=config.root,
+            remedy="choose another split: splits: {train: NAME, validation: NAME, test: NAME}",
+        )
 
 
 def _class_ids(splits: Sequence[HubSplit], column: str) -> list[str]:
@@ -192,14 +238,18 @@ def _load(root: str) -> HubDataset:
         ConnectionError,
         datasets.exceptions.DatasetsError,
     ) as error:
-        raise DataError(
-            f"`datasets` cannot load it: {without_secrets(str(error))}",
-            place=without_secrets(root),
-            remedy="give a folder of Parquet files or images, a folder that save_to_disk wrote, "
-            "or a dataset's name on the hub",
-        ) from None
+        raise _cannot_load(root, error) from None
     is_dict = isinstance(loaded, dict)  # DatasetDict; a single Dataset has no splits
     return cast("HubDataset", loaded if is_dict else {"train": loaded})
+
+
+def _cannot_load(root: str, error: Exception) -> DataError:
+    return DataError(
+        f"`datasets` cannot load it: {without_secrets(str(error))}",
+        place=without_secrets(root),
+        remedy="give a folder of Parquet files or images, a folder that save_to_disk wrote, "
+        "or a dataset's name on the hub",
+    )
 
 
 def _load_local(root: str) -> object:
@@ -232,5 +282,6 @@ LAYOUT = Layout(
     detect=_is_dataset,
     survey=survey_dataset,
     read=read_part,
+    split_names=split_names,
     is_folder=False,
 )

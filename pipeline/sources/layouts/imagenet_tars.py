@@ -39,8 +39,15 @@ Labels = dict[str, int]  # class index by the stem of an image's name
 def survey_imagenet(storage: Storage, root: str, config: SourceConfig) -> Survey:
     """Survey both archives.
 
-    Raises DataError if one of them, or the validation labels, is missing or wrong.
+    Raises DataError if one of them, or the validation labels, is missing or wrong, or if the job
+    has splits of its own.
     """
+    if config.splits is not None:
+        raise DataError(
+            "`splits` cannot divide ImageNet's own archives",
+            place=config.root,
+            remedy="remove it: the two archives are train and validation",
+        )
     entries = visible_entries(storage, root)
     train_size = _archive_size(entries, OUTER_TRAIN, config)
     validation_size = _archive_size(entries, OUTER_VALIDATION, config)
@@ -189,6 +196,6 @@ def _cut_at_members(
 
 LAYOUT = Layout(
     order=1,
-    detect=lambda storage, root, entries: OUTER_TRAIN in entries,
+    detect=lambda storage, root, config, entries: OUTER_TRAIN in entries,
     survey=survey_imagenet,
 )
