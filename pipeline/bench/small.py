@@ -22,7 +22,7 @@ from typing import cast
 import torch
 
 from pipeline.bench.requirements import require
-from pipeline.bench.small_images import Selection, write_selection, write_synthetic
+from pipeline.bench.small_images import Subset, write_subset, write_synthetic
 from pipeline.bench.small_networks import NETWORKS, CurvePoint, SmallCase, SmallMetrics
 from pipeline.bench.workers import run_case
 from pipeline.errors import ConfigError, StageError
@@ -48,7 +48,7 @@ class SmallBench:
     overrides: further settings of the job, KEY=VALUE.
     """
 
-    selection: Selection
+    subset: Subset
     data: str = ""
     seeds: int = 3
     seconds: float | None = None
@@ -160,9 +160,9 @@ def main(bench: SmallBench, json_path: Path | None = None) -> dict[str, object]:
         folder = Path(temporary)
         source = bench.data or os.environ.get(SOURCE_VARIABLE, "")
         if not source:
-            write_synthetic(folder / "synthetic", bench.selection)
+            write_synthetic(folder / "synthetic", bench.subset)
         images = folder / "images"
-        counts = write_selection(source or str(folder / "synthetic"), images, bench.selection)
+        counts = write_subset(source or str(folder / "synthetic"), images, bench.subset)
         for seed in range(bench.seeds):
             results += _measure_seed(bench, folder, seed)
     report: dict[str, object] = {
@@ -170,7 +170,7 @@ def main(bench: SmallBench, json_path: Path | None = None) -> dict[str, object]:
         "summary": summary(results),
         "source": source or "synthetic images",
         "images": counts,
-        "classes": bench.selection.classes,
+        "classes": bench.subset.classes,
         "budget_seconds": bench.seconds or f"wall time of the whole job {JOB} of the same seed",
         "threads": bench.threads,
         "image_size": bench.image_size,

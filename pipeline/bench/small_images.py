@@ -31,7 +31,7 @@ TEST = "test"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
+class Subset:
     """Which part of a source is used: the first classes by name, and images of each by name."""
 
     classes: int
@@ -39,14 +39,14 @@ class Selection:
     test_images_per_class: int
 
 
-def write_synthetic(target: Path, selection: Selection) -> None:
+def write_synthetic(target: Path, subset: Subset) -> None:
     """Write class folders of small synthetic images, for use without a data set."""
     config = DatasetConfig(
         layout="class_folders",
         synthetic=SyntheticConfig(
-            classes=selection.classes,
-            images_per_class=selection.images_per_class,
-            validation_per_class=selection.test_images_per_class,
+            classes=subset.classes,
+            images_per_class=subset.images_per_class,
+            validation_per_class=subset.test_images_per_class,
             min_size=32,
             max_size=48,
             corrupt_fraction=0,
@@ -57,7 +57,7 @@ def write_synthetic(target: Path, selection: Selection) -> None:
     finish_source(config, target)
 
 
-def write_selection(source: str, target: Path, selection: Selection) -> dict[str, int]:
+def write_subset(source: str, target: Path, subset: Subset) -> dict[str, int]:
     """Copy the selected images of ``source`` into class folders below ``target``.
 
     Args:
@@ -72,10 +72,10 @@ def write_selection(source: str, target: Path, selection: Selection) -> dict[str
     config = DatasetConfig(root=source)
     surveyed = survey(config)
     class_ids = [class_id for class_id, _ in surveyed.classes]
-    chosen = sorted(class_ids)[: selection.classes]
-    if len(chosen) < selection.classes:
+    chosen = sorted(class_ids)[: subset.classes]
+    if len(chosen) < subset.classes:
         raise DataError(
-            f"has {len(chosen)} classes, {selection.classes} are wanted",
+            f"has {len(chosen)} classes, {subset.classes} are wanted",
             place=source,
             remedy=f"--classes {len(chosen)}",
         )
@@ -90,8 +90,8 @@ def write_selection(source: str, target: Path, selection: Selection) -> dict[str
         )
     counts: dict[str, int] = {}
     for split, folder, most in (
-        ("train", TRAIN, selection.images_per_class),
-        (reported, TEST, selection.test_images_per_class),
+        ("train", TRAIN, subset.images_per_class),
+        (reported, TEST, subset.test_images_per_class),
     ):
         by_class: dict[str, list[Member]] = defaultdict(list)
         for member in _readable(surveyed, split, config, chosen):

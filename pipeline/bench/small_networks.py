@@ -39,7 +39,7 @@ class SmallCase:
     """One training.
 
     network: a key of NETWORKS.
-    directory: as written by `write_selection`.
+    directory: as written by `write_subset`.
     seconds: of training, without the evaluations for the curve.
     mixup: parameter of the Beta distribution (0: off).
     """

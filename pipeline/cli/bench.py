@@ -103,10 +103,10 @@ def bench_small(
     --set changes the job.
     """
     from pipeline.bench.small import SmallBench, main
-    from pipeline.bench.small_images import Selection
+    from pipeline.bench.small_images import Subset
 
     bench = SmallBench(
-        selection=Selection(
+        subset=Subset(
             classes=classes,
             images_per_class=images_per_class,
             test_images_per_class=test_images_per_class,

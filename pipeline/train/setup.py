@@ -91,9 +91,7 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
     return StageSetup(
         spec=spec,
         step=step,
-        history=MetricsHistory(state.evaluations, state.last_metrics)
-        if state
-        else MetricsHistory(),
+        history=MetricsHistory.of(state),
         selection=selection,
         first_step=restored.step if restored else 0,
         resumed=restored is not None,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image as Pillow
 
 from pipeline.bench import small, small_networks
-from pipeline.bench.small_images import TEST, TRAIN, Selection, load_split, write_selection
+from pipeline.bench.small_images import TEST, TRAIN, Subset, load_split, write_subset
 from pipeline.errors import ConfigError, DataError
 from tests.prepare.source_folders import class_tars, images, write_tar
 
@@ -24,8 +24,8 @@ BUDGET = 2.0  # seconds
 NO_TORCHVISION = importlib.util.find_spec("torchvision") is None
 
 
-def selection(classes: int = 2, train: int = 5, test: int = 3) -> Selection:
-    return Selection(classes=classes, images_per_class=train, test_images_per_class=test)
+def subset(classes: int = 2, train: int = 5, test: int = 3) -> Subset:
+    return Subset(classes=classes, images_per_class=train, test_images_per_class=test)
 
 
 def names(folder: Path) -> list[str]:
@@ -39,7 +39,7 @@ def test_the_first_images_of_the_first_classes_are_taken(tmp_path: Path) -> None
         shuffled = dict(reversed(list(images(label, 9).items())))
         write_tar(source / "train" / f"c{label}.tar", shuffled)
         write_tar(source / "test" / f"c{label}.tar", images(label, 4, first=500))
-    counts = write_selection(str(source), tmp_path / "target", selection())
+    counts = write_subset(str(source), tmp_path / "target", subset())
     assert counts == {TRAIN: 10, TEST: 6}
     assert sorted(path.name for path in (tmp_path / "target" / TRAIN).iterdir()) == ["c0", "c1"]
     for label in (0, 1):
@@ -52,15 +52,15 @@ def test_the_first_images_of_the_first_classes_are_taken(tmp_path: Path) -> None
 def test_too_few_classes_and_missing_test_images_are_refused(tmp_path: Path) -> None:
     class_tars(tmp_path / "two", classes=2)
     with pytest.raises(DataError, match="has 2 classes, 3 are wanted") as caught:
-        write_selection(str(tmp_path / "two"), tmp_path / "a", selection(classes=3))
+        write_subset(str(tmp_path / "two"), tmp_path / "a", subset(classes=3))
     assert caught.value.remedy == "--classes 2"
     class_tars(tmp_path / "one split", classes=2, validation=0)
     with pytest.raises(DataError, match="has no separate test images"):
-        write_selection(str(tmp_path / "one split"), tmp_path / "b", selection())
+        write_subset(str(tmp_path / "one split"), tmp_path / "b", subset())
 
 
 def test_an_unknown_network_is_refused_before_anything_runs() -> None:
-    bench = small.SmallBench(selection=selection(), networks=["cnn", "vgg"])
+    bench = small.SmallBench(subset=subset(), networks=["cnn", "vgg"])
     with pytest.raises(ConfigError, match="knows no network 'vgg'") as caught:
         small.main(bench)
     assert caught.value.remedy == "choose from: cnn, resnet18"

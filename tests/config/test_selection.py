@@ -46,7 +46,11 @@ def test_a_dataset_without_a_selection_split_is_refused(
 def test_a_test_split_lets_the_validation_images_choose(tmp_path: Path) -> None:
     for folder in ("train", "val", "test"):
         (tmp_path / "images" / folder).mkdir(parents=True)
-    check(load(tmp_path, f"data.toy.root={tmp_path / 'images'}").job, 1)
+    root = f"data.toy.root={tmp_path / 'images'}"
+    check(load(tmp_path, root).job, 1)
+    # Without it, they are reported again.
+    no_test = "data.toy.splits={train: train, validation: val}"
+    assert "stages.pretrain.keep: toy reports" in refusal(load(tmp_path, root, no_test))
 
 
 def test_synthetic_images_have_no_test_split(tmp_path: Path) -> None:

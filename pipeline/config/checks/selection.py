@@ -15,8 +15,7 @@ from pipeline.config.job_queries import (
 from pipeline.config.schema import DatasetConfig
 from pipeline.errors import ConfigError
 from pipeline.sources import names
-
-TEST_FOLDER = "test"
+from pipeline.sources.splits import divide
 
 
 def check_selection(checker: Checker) -> None:
@@ -50,6 +49,9 @@ def _may_have_test_split(dataset: DatasetConfig) -> bool:
     # Only preparation looks into object stores and Hugging Face datasets.
     if dataset.layout == "huggingface" or not folder.is_dir():
         return True
-    present = {path.name for path in folder.iterdir() if path.is_dir()}
-    validation = set(names.VALIDATION_NAMES) - {TEST_FOLDER}
-    return TEST_FOLDER in present and bool(validation & present)
+    present = [
+        path.name
+        for path in folder.iterdir()
+        if not names.is_hidden(path.name) and (path.is_dir() or names.is_class_tar(path.name))
+    ]
+    return "test" in divide(dataset.splits, present).splits
