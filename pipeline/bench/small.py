@@ -88,18 +88,15 @@ def job_metrics(run_dir: RunDir, seed: int, started: float, seconds: float) -> S
         seconds: wall time of the whole job.
     """
     stages = json.loads(run_dir.run_json.read_text())["stages"]
+    training = [stage for stage, record in stages.items() if "steps" in record["metrics"]]
     curve: list[CurvePoint] = [
         {"seconds": event.time - started, "top1": event.scalars[tags.TOP1]}
-        for stage in stages
+        for stage in training
         for event in read_events(run_dir.events(stage))
-        if event.kind == "evaluation" and tags.TOP1 in event.scalars
+        if event.kind == "evaluation"
     ]
     top1 = float(stages["evaluate"]["metrics"]["top1"])
-    steps = [
-        f"{stage} {record['metrics']['steps']:.0f} steps"
-        for stage, record in stages.items()
-        if "steps" in record["metrics"]
-    ]
+    steps = [f"{stage} {stages[stage]['metrics']['steps']:.0f} steps" for stage in training]
     return {
         "network": JOB,
         "design": f"jobs/{JOB}.yaml: {', '.join(steps)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -37,6 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = make_job(tmp_path_factory.mktemp("undisturbed"))
     out = run(job, umask=UMASK)
     assert "evaluate: done" in out
+    (job.parent / "output").write_text(out)
     return job
 
 
@@ -57,13 +59,31 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     assert [stages[stage]["state"] for stage in KILLED_WITHIN] == ["done"] * 5
     assert stages["evaluate"]["metrics"]["images"] == 33
     assert stages["export"]["metrics"]["reload_difference"] == 0
-    assert sorted(losses(run_dir, "pretrain")) == list(range(1, 29))
+    assert sorted(losses(run_dir, "pretrain")) == list(range(1, 25))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     out = run(undisturbed)
     assert "pretrain: up to date" in out
     assert "nothing to do: every stage is up to date" in out
     touched = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert sorted(touched) == [".lock", "run.json", "run.log", "run.yaml"]
+
+
+def test_the_best_weights_are_evaluated_exported_and_stated(undisturbed: Path) -> None:
+    stages = record(undisturbed)["stages"]
+    chosen = stages["finetune"]["metrics"]
+    assert stages["evaluate"]["metrics"]["top1"] == pytest.approx(chosen["top1"])
+    model = json.loads((undisturbed.parent / "runs/small/export/model.json").read_text())
+    names = ("kept_step", "selection_top1", "top1")
+    assert {name: model["trained"][name] for name in names} == {
+        name: chosen[name] for name in names
+    }
+    figure = f"best on selection {chosen['selection_top1']:.1%}  of step {chosen['kept_step']:.0f}"
+    (row,) = [
+        line
+        for line in (undisturbed.parent / "output").read_text().splitlines()
+        if line.lstrip().startswith("finetune") and figure in line
+    ]
+    assert "done" in row
 
 
 def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
