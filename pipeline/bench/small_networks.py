@@ -26,7 +26,7 @@ from torch.nn import functional
 from pipeline.bench.small_images import TEST, TRAIN, load_split
 from pipeline.data.device import MEAN, STD
 
-EVALUATIONS = 12  # points of the learning curve
+EVALUATIONS = 8  # points of the learning curve; each costs a pass over the test images
 EVALUATION_BATCH = 250
 SMALL_STEM_BELOW = 96  # pixels: ResNet's own stem and max-pool shrink an image by 4 at once
 WARM_UP = 0.15  # of the budget
