@@ -5,7 +5,7 @@
 # requirements/ has one lock file per set of packages. .venv holds `run` and the sets added to it:
 #   run     everything that a job needs
 #   dev     checks and tests                  ./launch.sh test
-#   bench   data loaders to compare with      ./launch.sh bench loader
+#   bench   baselines of the benchmarks       ./launch.sh bench loader
 #   s3      s3:// URLs                        ./launch.sh install s3
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.

@@ -4,9 +4,10 @@ Every write follows the same steps, so that a crash or a full disk at any moment
 old file or the new one, never a part of it:
 
 1. write to a hidden temporary file in the same directory (``.<name>.<pid>.tmp``);
-2. fsync the temporary file, so that its content is on the disk before its name is;
-3. rename it to the final name (atomic within a file system);
-4. fsync the directory, so that the rename itself survives a power cut.
+2. give it the mode of any new file (0666 less the umask), whichever library has written it;
+3. fsync the temporary file, so that its content is on the disk before its name is;
+4. rename it to the final name (atomic within a file system);
+5. fsync the directory, so that the rename itself survives a power cut.
 
 All digests are xxh3-128 in hexadecimal (32 characters). They detect damage, not manipulation.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -86,24 +88,38 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _renamed_on_success(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; then sync and rename the file there to ``path``.
+    """Yield the path of an empty temporary file; then sync and rename the file there to ``path``.
 
-    If the body raises, the file is deleted instead.
+    The body fills the file or puts another one in its place. If it raises, the file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process ID keeps two processes that write the same file from sharing a temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # The mode of a new file is asked of the system and not computed: the umask can only be read
+        # by changing it, for all threads, and a folder's default ACL takes its place.
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = _mode(temporary)
         yield temporary  # step 1
-        # Step 2. Without it, the rename may reach the disk before the content does, and a power
+        # Step 2. safetensors writes a private file (0600) and renames it to the path that it is
+        # given: nobody else could read the weights.
+        if _mode(temporary) != mode:
+            temporary.chmod(mode)
+        # Step 3. Without it, the rename may reach the disk before the content does, and a power
         # cut leaves an empty file under the final name.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)  # step 3
-        fsync_dir(path.parent)  # step 4
+        os.replace(temporary, path)  # step 4
+        fsync_dir(path.parent)  # step 5
     except BaseException:  # KeyboardInterrupt too: no temporary file stays behind
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _mode(path: Path) -> int:
+    """The permissions of a file, such as 0o644."""
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def digest(data: bytes | memoryview) -> str:

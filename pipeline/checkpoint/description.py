@@ -27,13 +27,15 @@ class WeightsDescription:
 
     network: dict[str, object] = field(default_factory=dict)  # the NetworkSpec
     weights: str = ""  # which values: "ema" or "master"
-    step: int | None = None
+    step: int | None = None  # of the weights
+    keep: str = "last"  # why this step: "last" or "best"
+    selection_split: str | None = None  # on which it was the best
     classes: list[str] | None = None  # class ids in index order
     image_size: int | None = None  # pixels
     resize: float | None = None  # short side before the centre crop, as a multiple of image_size
     precision: str | None = None
     data: str | None = None  # fingerprint of the training data
-    metrics: dict[str, float] = field(default_factory=dict)  # at the end of the stage
+    metrics: dict[str, float] = field(default_factory=dict)  # accuracies: of these weights
 
     @classmethod
     def read(cls, weights: Path) -> WeightsDescription:

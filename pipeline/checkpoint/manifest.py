@@ -63,7 +63,8 @@ class Manifest:
     """Contents of a checkpoint.
 
     ``step``: number of optimizer steps done. ``shapes``: global shape of each parameter. ``kinds``:
-    the values stored for each parameter (master, exp_avg, exp_avg_sq, ema). ``files``: by name.
+    the values stored for each parameter (master, exp_avg, exp_avg_sq, ema, best). ``files``: by
+    name.
     """
 
     step: int

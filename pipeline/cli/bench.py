@@ -1,4 +1,4 @@
-"""Commands that measure: bench reversible, bench loader, bench prepare."""
+"""Commands that measure: bench reversible, bench loader, bench prepare, bench small."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import JsonFile
+from pipeline.cli.options import JsonFile, Overrides
 
 app = typer.Typer(help="Run a benchmark against its baselines.", no_args_is_help=True)
 
@@ -58,3 +58,66 @@ def bench_prepare(json_file: JsonFile = None) -> None:
     from pipeline.bench import prepare
 
     prepare.main(json_file)
+
+
+@app.command("small")
+def bench_small(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder with train/ and test/, each with one folder or tar per class. Default: "
+            "the variable CIFAR10, else synthetic images.",
+            show_default=False,
+        ),
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each network.")] = 3,
+    classes: Annotated[int, typer.Option(min=2, help="The first classes by name.")] = 6,
+    images_per_class: Annotated[
+        int, typer.Option(min=1, help="Training images of each class, the first by name.")
+    ] = 300,
+    test_images_per_class: Annotated[
+        int, typer.Option(min=1, help="Test images of each class, the first by name.")
+    ] = 500,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Training time of the other networks. Default: as long as the whole job took.",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the other networks.")] = 2,
+    image_size: Annotated[
+        int, typer.Option(min=16, help="Side of the other networks' images (pixels).")
+    ] = 32,
+    mixup: Annotated[
+        float, typer.Option(min=0, help="Mixup of the other networks (0: off).")
+    ] = 0.0,
+    networks: Annotated[
+        str, typer.Option(help="The other networks, comma-separated.")
+    ] = "cnn,resnet18",
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Compare the job own_images with a plain CNN and a ResNet-18 on few small images.
+
+    --set changes the job.
+    """
+    from pipeline.bench.small import SmallBench, main
+    from pipeline.bench.small_images import Subset
+
+    bench = SmallBench(
+        subset=Subset(
+            classes=classes,
+            images_per_class=images_per_class,
+            test_images_per_class=test_images_per_class,
+        ),
+        data=data,
+        seeds=seeds,
+        seconds=seconds,
+        threads=threads,
+        image_size=image_size,
+        mixup=mixup,
+        networks=[name for name in networks.split(",") if name],
+        overrides=overrides or (),
+    )
+    main(bench, json_file)

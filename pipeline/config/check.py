@@ -14,6 +14,7 @@ from pipeline.config.checks.data import (
     check_prepared_names,
     check_training_images,
 )
+from pipeline.config.checks.selection import check_selection
 from pipeline.config.checks.stages import check_evaluation, check_used_data, check_weights
 from pipeline.config.checks.training import check_model, check_training
 from pipeline.config.job_queries import ORDER, TRAINING, stage_names, train_config
@@ -52,5 +53,6 @@ def check(
             check_training(checker, stage, train_config(job, stage), world_size)
     check_weights(checker)
     check_used_data(checker)
+    check_selection(checker)
     check_evaluation(checker)
     raise_problems(checker.problems)

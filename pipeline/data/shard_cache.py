@@ -199,7 +199,7 @@ class ShardCache:
             with self._locked(CAPACITY_LOCK):
                 free, downloading = self._free_space(size)
                 if free >= size:
-                    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     os.ftruncate(descriptor, size)
                     return descriptor
@@ -244,7 +244,7 @@ class ShardCache:
         path = self.directory / f".lock-{name}"
         # A new descriptor each time: flock locks belong to the open file, so that threads of one
         # process exclude each other as well.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield

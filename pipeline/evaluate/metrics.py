@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 LOSS = "loss"
+TOP1 = "top1"
 
 
 def _top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -36,4 +37,4 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 # Name -> sum over a batch, from logits (N, classes) and labels (N,): a scalar on their device. The
 # mean over all images of the split is reported.
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"top1": top1, "top5": top5, LOSS: loss}
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TOP1: top1, "top5": top5, LOSS: loss}

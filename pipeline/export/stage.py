@@ -37,7 +37,10 @@ from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, RunDir
 from pipeline.model import Network
 
 # Metrics of the training that describe the model. Its throughput describes the machine.
-MODEL_METRICS = ("loss", "top1", "top5", "steps")
+MODEL_METRICS = (
+    *("loss", "top1", "top5", "steps"),
+    *("kept_step", "selection_top1", "validation_top1"),  # of `keep: best`
+)
 SELF_TEST_SIZE = 224  # pixels at most: a larger image takes longer and tests nothing more
 WRITE_ERRORS = (
     OSError,

@@ -42,6 +42,10 @@ _LAYOUT = {
         "validation": _lines(r"accuracy/(?!train_).*"),
         "training": _lines(tags.TRAIN_TOP1),
     },
+    "Selection of the best weights": {
+        "top-1 on the selection split": _lines(tags.SELECTION_TOP1),
+        "step that is kept": _lines(tags.KEPT_STEP),
+    },
     "Optimisation": {
         "learning rate": _lines(tags.LEARNING_RATE),
         "gradient norm": _lines(tags.GRAD_NORM),

@@ -14,14 +14,22 @@ from pipeline.config import job_queries
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
 
+_OF_BEST = ("selection_top1", "validation_top1", "kept_step")  # with `keep: best`
 _METRICS = {  # shown in the table, in this order
     "prepare": ("images", "selection", "validation", "test", "rejected", "duplicates"),
-    "pretrain": ("top1", "loss", "steps", "images_per_s"),
-    "finetune": ("top1", "loss", "steps", "images_per_s"),
+    "pretrain": ("top1", *_OF_BEST, "loss", "steps", "images_per_s"),
+    "finetune": ("top1", *_OF_BEST, "loss", "steps", "images_per_s"),
     "evaluate": ("top1", "top5", "validation_images", "test_images"),
     "export": ("parameters", "reload_difference"),
 }
-_LABELS = {"top1": "top-1", "top5": "top-5", "images_per_s": "images/s"}
+_LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "selection_top1": "best on selection",
+    "validation_top1": "best on validation",
+    "kept_step": "of step",
+    "images_per_s": "images/s",
+}
 
 
 def summarise(run: JobRunner) -> None:
@@ -62,7 +70,7 @@ def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
     for name in shown:
         if name in metrics:
             value = metrics[name]
-            text = f"{value:.1%}" if name in ("top1", "top5") else _number(value)
+            text = f"{value:.1%}" if name.endswith(("top1", "top5")) else _number(value)
             parts.append(f"{_LABELS.get(name, name.replace('_', ' '))} {text}")
     return "  ".join(parts)
 

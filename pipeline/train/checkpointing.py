@@ -29,7 +29,7 @@ from pipeline.layout import WEIGHTS_FILE
 from pipeline.model import NetworkSpec
 from pipeline.reporting import Log
 from pipeline.train.training_state import TrainingState
-from pipeline.train.zero_state import REPLICATED, ShardedState
+from pipeline.train.zero_state import BEST, REPLICATED, ShardedState
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,9 @@ def write_weights(
 ) -> None:
     """Write the result of a stage: complete fp32 weights and their description. Collective.
 
-    The values are the EMA of the checkpoint, or the weights themselves if it has none. Rank 0
-    writes. ``description`` is completed with what the checkpoint knows.
+    The values are the best ones of the checkpoint if ``description.keep`` says so. Otherwise they
+    are its EMA, or the weights themselves if it has none. Rank 0 writes. ``description`` is
+    completed with what the checkpoint knows.
 
     Raises:
         CheckpointError: on all ranks, if they cannot be written.
@@ -228,6 +229,7 @@ def _write_weights(
     manifest = Manifest.read(checkpoint)
     reader = CheckpointReader(checkpoint, manifest)
     kind = "ema" if "ema" in manifest.kinds else "master"
-    tensors = {name: reader.full(kind, name) for name in sorted(manifest.shapes)}
+    stored_kind = BEST if description.keep == "best" else kind
+    tensors = {name: reader.full(stored_kind, name) for name in sorted(manifest.shapes)}
     write_with(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path))
-    replace(description, network=asdict(spec), weights=kind, step=manifest.step).write(directory)
+    replace(description, network=asdict(spec), weights=kind).write(directory)

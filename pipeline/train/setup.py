@@ -17,6 +17,7 @@ from pipeline.train.engine import make_engine
 from pipeline.train.metrics import Metrics
 from pipeline.train.network_spec import training_spec
 from pipeline.train.schedule import Schedule
+from pipeline.train.selection import Selection, selection_of
 from pipeline.train.self_check import SelfCheck
 from pipeline.train.step import TrainingStep
 from pipeline.train.training_state import MetricsHistory
@@ -30,6 +31,7 @@ class StageSetup:
     spec: NetworkSpec
     step: TrainingStep
     history: MetricsHistory
+    selection: Selection | None  # of the weights to keep; None: the last ones
     first_step: int  # 0-based: the steps that a checkpoint has done already
     resumed: bool  # from a checkpoint of this stage
     replaced_samples: int  # until the checkpoint
@@ -54,7 +56,8 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
         device=context.device,
     )
     # 2. The weights of a checkpoint or of another stage.
-    sharded = ShardedState(engine, with_ema=bool(config.ema_decay))
+    selection = selection_of(context, log)
+    sharded = ShardedState(engine, with_ema=bool(config.ema_decay), with_best=selection is not None)
     restored = restore(context.checkpoints, sharded, context.identity(spec), log)
     _attach_recorder(context, log, restored)
     if restored is None:
@@ -88,9 +91,8 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
     return StageSetup(
         spec=spec,
         step=step,
-        history=MetricsHistory(state.evaluations, state.last_metrics)
-        if state
-        else MetricsHistory(),
+        history=MetricsHistory.of(state),
+        selection=selection,
         first_step=restored.step if restored else 0,
         resumed=restored is not None,
         replaced_samples=state.replaced_samples if state else 0,

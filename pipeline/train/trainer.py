@@ -20,7 +20,7 @@ from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.errors import CheckpointError, Interrupted, StageError
 from pipeline.evaluate.accuracy import Evaluation, image_grid, validate
-from pipeline.evaluate.metrics import LOSS
+from pipeline.evaluate.metrics import LOSS, TOP1
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.runtime.dist_env import DistEnv
@@ -187,24 +187,43 @@ class Trainer:
         return scalars
 
     def _evaluate(self, done: int) -> dict[str, float]:
-        """Evaluate the EMA (without one, the weights) on the validation split. Collective."""
+        """Evaluate the EMA (without one, the weights) on the validation split. Collective.
+
+        With ``keep: best``, also on the selection split; the best weights are remembered.
+        """
         state = self.step.context.state
         # Each rank has running statistics of its own batches; all must evaluate the same network.
         state.average_buffers()
         with ema_weights(state):
-            evaluation = self._validate()
+            evaluation = self._validate("validation")
+            scores = {"step": done, **evaluation.metrics}
+            selection = self.setup.selection
+            if selection is not None:
+                # Without a split of its own, the images of the curve choose.
+                separate = selection.split != "validation"
+                chooses = self._validate(selection.split) if separate else evaluation
+                scores[selection.metric] = chooses.metrics[TOP1]
+        scalars = {
+            tags.VALIDATION_LOSS if name == LOSS else tags.accuracy(name): value
+            for name, value in evaluation.metrics.items()
+        }
+        if selection is not None:
+            best = selection.best([*self.history.evaluations, scores])
+            if best is scores:
+                state.remember_best()
+            scalars |= {
+                tags.SELECTION_TOP1: scores[selection.metric],
+                tags.KEPT_STEP: best["step"],
+            }
         recorder = self.log.recorder
         if recorder is not None:
-            scalars = {
-                tags.VALIDATION_LOSS if name == LOSS else tags.accuracy(name): value
-                for name, value in evaluation.metrics.items()
-            }
             recorder.evaluation(done, scalars)
             if len(evaluation.samples) > 1:  # a plain head has no reconstructions
                 recorder.images("reconstructions", done, image_grid(evaluation.samples).numpy())
-        return {"step": done, **evaluation.metrics}
+        return scores
 
-    def _validate(self) -> Evaluation:
+    def _validate(self, split: str) -> Evaluation:
+        """Evaluate on a split of the dataset. Collective."""
         context = self.context
         config = context.config
         engine = self.step.context.engine
@@ -213,7 +232,7 @@ class Trainer:
             config.augment, context.num_classes, context.job.seed, train=False
         )
         with EvalLoader(
-            context.data.split("validation"),
+            context.data.split(split),
             image_size=config.image_size,
             resize=config.eval_resize,
             # Without gradients, twice as many images fit into memory.
@@ -268,13 +287,22 @@ class Trainer:
 def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> dict[str, float]:
     """Write the stage's weights, from its last checkpoint, and return its metrics. Collective."""
     config = context.config
-    evaluation = setup.history.evaluations[-1]
+    evaluations = setup.history.evaluations
+    selection = setup.selection
+    evaluation = evaluations[-1] if selection is None else selection.best(evaluations)
+    step = context.total_steps if selection is None else int(evaluation["step"])
     # "loss" stays that of training: the evaluation's is in the event log.
     metrics = {
         **setup.history.last_metrics,
         **{name: value for name, value in evaluation.items() if name not in ("step", LOSS)},
         "steps": float(context.total_steps),
     }
+    if selection is not None:
+        metrics["kept_step"] = float(step)
+        log(
+            f"kept the weights of step {step}: top-1 {evaluation[selection.metric]:.1%} on the "
+            f"{selection.split} split, the best of {len(evaluations)} evaluations"
+        )
     description = WeightsDescription(
         classes=context.data.classes,
         image_size=config.image_size,
@@ -282,6 +310,9 @@ def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> di
         precision=config.precision,
         data=context.data.fingerprint,
         metrics=metrics,
+        step=step,
+        keep=config.keep if selection is not None else "last",
+        selection_split=selection.split if selection is not None else None,
     )
     checkpoint = directory_of(context.checkpoints, context.total_steps)
     write_weights(context.run_dir.stage(context.stage), checkpoint, setup.spec, description)

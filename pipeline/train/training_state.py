@@ -54,3 +54,8 @@ class MetricsHistory:
 
     evaluations: list[dict[str, float]] = field(default_factory=list)
     last_metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, state: TrainingState | None) -> MetricsHistory:
+        """The history in a checkpoint; empty without one."""
+        return cls() if state is None else cls(state.evaluations, state.last_metrics)

@@ -33,6 +33,7 @@ from torch.nn import Parameter
 from pipeline.train.engine import DeepSpeedEngine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BEST = "best"  # kind of the best weights so far
 REPLICATED = -1  # ``Fragment.flat`` of a tensor that every rank holds completely
 
 
@@ -62,9 +63,11 @@ class ShardedState:
     Args:
         with_ema: keep an exponential moving average (``train/ema.py`` updates it). It starts from
             the current weights.
+        with_best: keep a copy of the best weights so far (``remember_best`` replaces it), on the
+            host. Until the first call it has no meaning.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, *, with_ema: bool) -> None:
+    def __init__(self, engine: DeepSpeedEngine, *, with_ema: bool, with_best: bool = False) -> None:
         self.engine = engine
         self.zero_stage = int(engine.zero_optimization_stage())
         self.parameters: dict[str, Parameter] = dict(engine.module.named_parameters())
@@ -85,6 +88,9 @@ class ShardedState:
         self.fragments = list(self._find_fragments())
         self._reset_moments()
         self.ema = [flat.detach().clone() for flat in self.flats] if with_ema else None
+        # Not on the device: its memory decides how large a network can be.
+        self.best = [_host_copy(flat) for flat in self.flats] if with_best else None
+        self._best_buffers = {name: _host_copy(buffer) for name, buffer in self.buffers.items()}
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The AdamW inside DeepSpeed's wrappers: none under ZeRO 0, one or two otherwise."""
@@ -161,7 +167,10 @@ class ShardedState:
             self._optimizer.state[key]["step"].fill_(float(step))
 
     def flats_by_kind(self) -> dict[str, list[Tensor]]:
-        """``master`` (the fp32 weights), the moments and, if kept, ``ema``: flats of one layout."""
+        """``master`` (the fp32 weights), the moments; if kept, ``ema`` and ``best``.
+
+        All of them are flats of one layout.
+        """
         kinds = {"master": self.flats}
         for moment in MOMENTS:
             kinds[moment] = [
@@ -169,12 +178,15 @@ class ShardedState:
             ]
         if self.ema is not None:
             kinds["ema"] = self.ema
+        if self.best is not None:
+            kinds[BEST] = self.best
         return kinds
 
     def tensors(self) -> Iterator[tuple[Fragment, str, Tensor]]:
         """(fragment, kind, values) of all that this rank holds; the values are writable views.
 
-        Running statistics are replicated on every rank (flat = -1); their EMA is the value itself.
+        Running statistics are replicated on every rank (flat = -1); their EMA is the value itself,
+        but the best weights have those of their own step.
         """
         kinds = self.flats_by_kind()
         for fragment in self.fragments:
@@ -191,6 +203,8 @@ class ShardedState:
             )
             for kind in ("master", "ema") if self.ema is not None else ("master",):
                 yield replicated, kind, buffer.view(-1)
+            if self.best is not None:
+                yield replicated, BEST, self._best_buffers[name].view(-1)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
@@ -207,6 +221,18 @@ class ShardedState:
         torch.distributed.all_reduce(sums)
         means = (sums / world_size).split([buffer.numel() for buffer in flat_buffers])
         torch._foreach_copy_(flat_buffers, list(means))
+
+    @torch.no_grad()
+    def remember_best(self) -> None:
+        """Copy the weights that evaluation uses (the EMA if there is one) to ``best``.
+
+        No communication: each rank copies its share. Call ``average_buffers`` before.
+        """
+        if self.best is None:
+            return
+        torch._foreach_copy_(self.best, self.flats if self.ema is None else self.ema)
+        for name, buffer in self.buffers.items():
+            self._best_buffers[name].copy_(buffer)
 
     @torch.no_grad()
     def copy_to_model(self, values: list[Tensor]) -> None:
@@ -254,3 +280,8 @@ class ShardedState:
             yield parameter.ds_tensor.data  # ZeRO-3: this rank's partition
         if parameter.data.numel():
             yield parameter.data  # empty while ZeRO-3 has released the parameter
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A copy of its own in the host's memory."""
+    return tensor.detach().to("cpu", copy=True)

@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str]] = {
     "train": GROUND
     | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "runtime"},
     "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
-    "bench": GROUND | {"config", "data", "model", "prepare", "runtime", "sources", "synthetic"},
+    "bench": GROUND
+    | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
     "orchestrate": GROUND
     | {"config", "data", "evaluate", "export", "monitor", "prepare", "runtime", "sources", "train"},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -26,6 +27,8 @@ from tests.e2e.job_runs import (
 )
 
 pytestmark = pytest.mark.slow
+UMASK = 0o022
+STRICT_UMASK = 0o027  # of the runs that are killed
 # Each stage, and the longest time (seconds) after its start at which its driver is killed.
 KILLED_WITHIN = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}
 
@@ -34,9 +37,21 @@ KILLED_WITHIN = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The job file of a run that was not interrupted."""
     job = make_job(tmp_path_factory.mktemp("undisturbed"))
-    out = run(job)
+    out = run(job, umask=UMASK)
     assert "evaluate: done" in out
+    (job.parent / "output").write_text(out)
     return job
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of the same job, killed once in every stage and resumed."""
+    choices = random.Random(7)
+    job = make_job(tmp_path_factory.mktemp("killed"))
+    for stage, longest in KILLED_WITHIN.items():
+        _kill_driver_during(job, stage, longest * choices.random())
+    run(job, umask=STRICT_UMASK)
+    return job.parent / "runs" / "small"
 
 
 def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -> None:
@@ -45,7 +60,7 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     assert [stages[stage]["state"] for stage in KILLED_WITHIN] == ["done"] * 5
     assert stages["evaluate"]["metrics"]["validation_images"] == 33
     assert stages["export"]["metrics"]["reload_difference"] == 0
-    assert sorted(losses(run_dir, "pretrain")) == list(range(1, 29))
+    assert sorted(losses(run_dir, "pretrain")) == list(range(1, 25))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file()}
     out = run(undisturbed)
     assert "pretrain: up to date" in out
@@ -74,11 +89,27 @@ def test_an_export_is_evaluated_without_its_run_on_a_folder_of_validation_images
     assert "validation images 33" in out
     alone = metrics(tmp_path / "runs" / "small")["evaluate"]
     assert alone == pytest.approx(metrics(run_dir)["evaluate"], rel=1e-4)
+def test_the_best_weights_are_evaluated_exported_and_stated(undisturbed: Path) -> None:
+    stages = record(undisturbed)["stages"]
+    chosen = stages["finetune"]["metrics"]
+    assert stages["evaluate"]["metrics"]["top1"] == pytest.approx(chosen["top1"])
+    model = json.loads((undisturbed.parent / "runs/small/export/model.json").read_text())
+    names = ("kept_step", "selection_top1", "top1")
+    assert {name: model["trained"][name] for name in names} == {
+        name: chosen[name] for name in names
+    }
+    figure = f"best on selection {chosen['selection_top1']:.1%}  of step {chosen['kept_step']:.0f}"
+    (row,) = [
+        line
+        for line in (undisturbed.parent / "output").read_text().splitlines()
+        if line.lstrip().startswith("finetune") and figure in line
+    ]
+    assert "done" in row
 
 
 def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
     """Start a job, wait for a stage, then that long, and kill the driver alone."""
-    process = start(job)
+    process = start(job, umask=STRICT_UMASK)
     if not wait_for(lambda: state(job, stage) == "running", process):
         pytest.fail(f"{stage} was not reached:\n{finish(process)[1]}")
     wait_for(lambda: state(job, stage) != "running", process, seconds)
@@ -87,19 +118,30 @@ def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
 
 
 def test_a_job_killed_in_every_stage_produces_the_same_files(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, killed: Path
 ) -> None:
-    choices = random.Random(7)
-    job = make_job(tmp_path)
-    for stage, longest in KILLED_WITHIN.items():
-        _kill_driver_during(job, stage, longest * choices.random())
-    run(job)
-    disturbed = tmp_path / "runs" / "small"
     reference = undisturbed.parent / "runs" / "small"
-    assert results(disturbed) == results(reference)
-    assert metrics(disturbed) == metrics(reference)
+    assert results(killed) == results(reference)
+    assert metrics(killed) == metrics(reference)
     for stage in ("pretrain", "finetune"):
-        assert losses(disturbed, stage) == losses(reference, stage)
+        assert losses(killed, stage) == losses(reference, stage)
+
+
+def _unexpected_modes(run_dir: Path, umask: int) -> dict[str, str]:
+    """Files and folders whose permissions are not those that the umask leaves."""
+    # safetensors writes to a private ".tmp<random>" first; a killed process leaves it behind.
+    paths = [path for path in run_dir.rglob("*") if not path.name.startswith(".tmp")]
+    modes = {path: path.stat().st_mode & 0o777 for path in [run_dir, *paths]}
+    return {
+        str(path.relative_to(run_dir)): f"{mode:03o}"
+        for path, mode in modes.items()
+        if mode != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+
+
+def test_every_file_of_a_run_follows_the_umask(undisturbed: Path, killed: Path) -> None:
+    assert not _unexpected_modes(undisturbed.parent / "runs" / "small", UMASK)
+    assert not _unexpected_modes(killed, STRICT_UMASK)
 
 
 def test_a_killed_rank_is_replaced_and_the_result_is_the_same(

@@ -27,6 +27,7 @@ TEST_TOOLS = {
     "duckdb",
     "codespell",
     "flask",
+    "torchvision",
     "webdataset",
 }
 # Distributions whose modules have another name.
@@ -136,7 +137,7 @@ def third_party_imports() -> dict[str, str]:
 def test_direct_dependencies_are_those_that_are_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported = third_party_imports()
-    optional = {"webdataset"}  # the loader benchmark
+    optional = {"webdataset"}  # the benchmarks; torchvision is imported by name
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared
     started_by_name = {"tensorboard"}  # `python -m tensorboard.main`, torch.utils.tensorboard

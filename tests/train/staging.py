@@ -79,12 +79,12 @@ def job(
 
 
 def prepared_run(
-    path: Path, train: int = TRAIN, validation: int = VALIDATION, test: int = 0
+    path: Path, train: int = TRAIN, validation: int = VALIDATION, **others: int
 ) -> RunDir:
-    """A run directory whose stage 'prepare' is done."""
+    """A run directory whose stage 'prepare' is done. ``others``: images of further splits."""
     run_dir = RunDir(path)
-    splits = {"train": train, "validation": validation, "test": test}
-    used = {name: images for name, images in splits.items() if images}
+    counts = {"train": train, "validation": validation, **others}
+    used = {name: images for name, images in counts.items() if images}
     make_dataset(run_dir.dataset(DATASET), used, classes=CLASSES)
     return run_dir
 

@@ -8,7 +8,13 @@ from pydantic import Field, PositiveInt
 
 from pipeline.config.schema.rules import Rules
 from pipeline.config.schema.section import Fraction, Section, Seed, known_name
-from pipeline.config.schema.shrink import at_most, fixed, readable_layout, synthetic_source
+from pipeline.config.schema.shrink import (
+    at_most,
+    fixed,
+    held_out_for_selection,
+    readable_layout,
+    synthetic_source,
+)
 from pipeline.sources import registry
 
 DatasetName = Annotated[
@@ -105,7 +111,9 @@ class DatasetConfig(Section):
         description="Images to hold out for validation (share), selected by content hash. Used "
         "only if the source has no validation split. 1: all images, to evaluate and not to train.",
     )
-    selection_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    selection_fraction: Annotated[
+        float, Field(ge=0.0, lt=1.0), Rules(rehearse_input=held_out_for_selection)
+    ] = Field(
         0.0,
         description="Training images to hold out for choosing the best checkpoint (share), "
         "selected by content hash; every class keeps one for training. Not used if the source has "

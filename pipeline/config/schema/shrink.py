@@ -23,6 +23,7 @@ CLASSES = 24
 SYNTHETIC_LAYOUTS = ("class_tars", "class_folders", "imagenet_tars")  # that can be generated
 IMAGES_PER_CLASS = 12
 VALIDATION_PER_CLASS = 4
+SELECTION_FRACTION = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +33,13 @@ class RehearsalContext:
     ``image_sizes``: image size of the job -> of the rehearsal (see ``small_image_sizes``).
     ``class_count``: length of the dataset's class list; None if the source decides.
     ``dataset_number``: position of the dataset in the job's ``data``, from 0.
+    ``keeps_best``: a stage of the job keeps its best weights.
     """
 
     image_sizes: Mapping[int, int]
     class_count: int | None = None
     dataset_number: int = 0
+    keeps_best: bool = False
 
 
 # From a key's value in the job to its value in the rehearsal, both as plain JSON values.
@@ -106,6 +109,14 @@ def synthetic_source(_value: object, context: RehearsalContext) -> dict[str, obj
         "corrupt_fraction": 0.02,  # the quarantine is rehearsed too
         "seed": 1 + context.dataset_number,  # datasets of one job differ
     }
+
+
+def held_out_for_selection(fraction: float, context: RehearsalContext) -> float:
+    """A share that is held out where the real job may select on a test split.
+
+    Synthetic sources have none.
+    """
+    return fraction or (SELECTION_FRACTION if context.keeps_best else 0.0)
 
 
 def without_weights_file(source: str, _context: RehearsalContext) -> str:

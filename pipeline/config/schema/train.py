@@ -178,7 +178,8 @@ class TrainConfig(Section):
         0.0, description="Decay of the exponential moving average of the weights (0: no EMA)."
     )
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
-    # The remaining keys decide what is checked, evaluated, logged and saved, not what is computed.
+    # The remaining keys decide what is checked, evaluated, logged and saved, not what is computed;
+    # only `keep` decides about the result.
     on_mismatch: Annotated[Literal["retry", "warn", "stop"], Rules(may_change_on_resume=True)] = (
         Field(
             "retry",
@@ -190,6 +191,13 @@ class TrainConfig(Section):
         PositiveFloat, Rules(may_change_on_resume=True, rehearse=fixed(1.0))
     ] = Field(
         1.0, description="Interval between evaluations (epochs). The last step is always evaluated."
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="Weights that the stage hands on and exports. 'last': those of the last step. "
+        "'best': those of the evaluation with the best top-1 on the selection split of its "
+        "dataset, of equal ones the latest. The dataset needs `selection_fraction` or a test "
+        "split.",
     )
     eval_resize: Annotated[PositiveFloat, Rules(may_change_on_resume=True)] = Field(
         1.143,
