@@ -89,6 +89,8 @@ def test_an_export_is_evaluated_without_its_run_on_a_folder_of_validation_images
     assert "validation images 33" in out
     alone = metrics(tmp_path / "runs" / "small")["evaluate"]
     assert alone == pytest.approx(metrics(run_dir)["evaluate"], rel=1e-4)
+
+
 def test_the_best_weights_are_evaluated_exported_and_stated(undisturbed: Path) -> None:
     stages = record(undisturbed)["stages"]
     chosen = stages["finetune"]["metrics"]
