@@ -35,7 +35,7 @@ def data_show(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The image file to write (PNG).")] = Path("data.png"),
-    epoch: Annotated[int, typer.Option(min=0, help="The first epoch to show.")] = 0,
+    epoch: Annotated[int, typer.Option(min=1, help="The first epoch to show.")] = 1,
     rows: Annotated[int, typer.Option(min=1, max=64, help="Number of images.")] = 8,
     stage: Annotated[
         str,
@@ -55,7 +55,7 @@ def data_show(
     from pipeline.orchestrate.inspect_target import find
 
     inspected = find(target, RUNS, stage)
-    sheet = contact_sheet(open_dataset(inspected.dataset), inspected.settings, epoch, rows)
+    sheet = contact_sheet(open_dataset(inspected.dataset), inspected.settings, epoch - 1, rows)
     write_bytes(out, png(sheet))
     height, width = sheet.shape[:2]
     augmentation = inspected.stage or "default augmentation"

@@ -25,7 +25,7 @@ class Event:
     step: int
     time: float  # seconds since 1970
     total: int = 0  # steps of the whole stage
-    epoch: int = 0
+    epoch: int = 0  # from 1; 0: not known
     scalars: dict[str, float] = field(default_factory=dict)
     text: str = ""
     level: str = ""

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.command import command
 from pipeline.config import job_queries
+from pipeline.metric_text import metric_text
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
 
@@ -21,7 +22,6 @@ _METRICS = {  # shown in the table, in this order
     "evaluate": ("top1", "top5", "images"),
     "export": ("parameters", "reload_difference"),
 }
-_LABELS = {"top1": "top-1", "top5": "top-5", "images_per_s": "images/s"}
 
 
 def summarise(run: JobRunner) -> None:
@@ -54,21 +54,11 @@ def _table(records: Mapping[str, StageRecord]) -> Table:
 
 
 def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
-    """Example: "top-1 76.2%  loss 1.234  steps 500  images/s 1,234"."""
-    parts = []
+    """Example: "top-1 76.2%  loss 1.2340  steps 500  1,234.5 images/s"."""
     shown = list(_METRICS[stage])
     if stage == "evaluate":
         shown += [name for name in metrics if name not in (*shown, "loss")]
-    for name in shown:
-        if name in metrics:
-            value = metrics[name]
-            text = f"{value:.1%}" if name in ("top1", "top5") else _number(value)
-            parts.append(f"{_LABELS.get(name, name.replace('_', ' '))} {text}")
-    return "  ".join(parts)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+    return "  ".join(metric_text(name, metrics[name]) for name in shown if name in metrics)
 
 
 def _relative(path: Path) -> str:
