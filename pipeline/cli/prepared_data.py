@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli.options import RUNS
 
-app = typer.Typer(help="Look at prepared data.", no_args_is_help=True)
+app = typer.Typer(help="Look at prepared data.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def verify(

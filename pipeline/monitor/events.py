@@ -109,6 +109,16 @@ def read_events(path: Path) -> list[Event]:
     return events
 
 
+def read_last_events(path: Path, size: int = 1 << 16) -> list[Event]:
+    """The valid events in the last ``size`` bytes of a log, which may be long; [] without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - size))
+            return list(_parse(file.read()))  # the first line may be cut; it is skipped
+    except FileNotFoundError:
+        return []
+
+
 def _parse(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         try:

@@ -7,9 +7,10 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,9 @@ from pipeline.layout import RunDir
 # pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
 # lock of the run, not this state, tells whether a process is working on it.
 State = Literal["pending", "running", "done", "failed"]
+
+_LOCK_ATTEMPTS = 5
+_LOCK_PAUSE_S = 0.02
 
 
 class Artifact(BaseModel):
@@ -161,6 +165,19 @@ def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
         ) from None
 
 
+def is_locked(run_dir: RunDir) -> bool:
+    """True while a process works on the run."""
+    try:
+        with open(run_dir.lock) as file:
+            # A shared lock: two that look at the same time do not see each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Hold the lock of a run. The kernel releases it when the process ends, however it ends.
@@ -171,7 +188,7 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with open(run_dir.lock, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -187,3 +204,16 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock the open file, or raise BlockingIOError.
+
+    ``is_locked`` holds a shared lock for a moment, so a lock that is held gets a few more tries.
+    """
+    for _ in range(_LOCK_ATTEMPTS - 1):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
