@@ -107,8 +107,8 @@ def is_run(run_dir: RunDir) -> bool:
 
 def runs_in(folder: Path) -> list[RunDir]:
     """The runs in a folder, in the order of their names; [] if there is no such folder."""
-    found = [RunDir(path) for path in sorted(folder.glob("*"))]
-    return [run_dir for run_dir in found if is_run(run_dir)]
+    folders = [RunDir(path) for path in sorted(folder.glob("*"))]
+    return [run_dir for run_dir in folders if is_run(run_dir)]
 
 
 def find_run(target: str | Path, folder: Path) -> RunDir | None:

@@ -213,7 +213,8 @@ def _lock(file: IO[str]) -> None:
     """
     for _ in range(_LOCK_ATTEMPTS - 1):
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             time.sleep(_LOCK_PAUSE_S)
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

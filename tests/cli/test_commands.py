@@ -114,7 +114,17 @@ def test_usage_texts_name_the_command_that_was_typed(
 
 def test_every_command_has_help() -> None:
     shown = invoke("--help").output
-    commands = ["run", "train", "runs", "verify", "predict", "schema", "explain", "tensorboard", "test"]
+    commands = [
+        "run",
+        "train",
+        "runs",
+        "verify",
+        "predict",
+        "schema",
+        "explain",
+        "tensorboard",
+        "test",
+    ]
     for name in [*commands, "bench", "data"]:
         assert f" {name} " in shown
         assert invoke(name, "--help").exit_code == 0

@@ -99,9 +99,9 @@ def test_a_run_is_found_by_its_name_or_its_directory(
     make_run(tmp_path / "runs", "mine")
     monkeypatch.chdir(tmp_path)
     for target in ("mine", "runs/mine", tmp_path / "runs" / "mine"):
-        found = find_run(target, Path("runs"))
-        assert found is not None
-        assert found.run_json.is_file()
+        run_dir = find_run(target, Path("runs"))
+        assert run_dir is not None
+        assert run_dir.run_json.is_file()
     assert find_run("other", Path("runs")) is None
 
 
