@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from pipeline.checkpoint.reader import RangeReader, WeightsReader
+from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.errors import CheckpointError
-from pipeline.files import write_json
+from pipeline.files import matches_digest, with_digest, write_json
 from pipeline.layout import WEIGHTS_JSON, RunDir
 
 Shapes = dict[str, tuple[int, ...]]
@@ -47,6 +48,8 @@ class WeightsDescription:
             values = json.loads(path.read_text())
             if not isinstance(values, dict):
                 raise ValueError("not a JSON object")
+            if not matches_digest(values):
+                raise ValueError("checksum mismatch: it changed after it was written")
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError) as error:
@@ -64,7 +67,7 @@ class WeightsDescription:
 
     def write(self, directory: Path) -> None:
         """Write ``weights.json`` into ``directory``."""
-        write_json(directory / WEIGHTS_JSON, asdict(self))
+        write_json(directory / WEIGHTS_JSON, with_digest(asdict(self)))
 
 
 def weights_path(run_dir: RunDir, initial: str) -> Path:
@@ -84,8 +87,14 @@ def weights_path(run_dir: RunDir, initial: str) -> Path:
 
 
 def initial_weights(run_dir: RunDir, initial: str) -> WeightsReader:
-    """Open the weights that a stage starts `from`. Raises CheckpointError as ``weights_path``."""
-    return WeightsReader(weights_path(run_dir, initial))
+    """Open the weights that a stage starts `from`, after a comparison with their digest.
+
+    Raises:
+        CheckpointError: the file does not exist, is damaged or cannot be read.
+    """
+    path = weights_path(run_dir, initial)
+    verify_weights_file(path)
+    return WeightsReader(path)
 
 
 def is_head(name: str) -> bool:

@@ -26,10 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
+from pipeline.files import DIGEST, matches_digest
 from pipeline.model import Network, NetworkSpec
 
 MODEL_JSON = "model.json"
@@ -106,11 +108,12 @@ def load_export(directory: str | Path) -> Exported:
     """Load an exported model from its folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or differs from the digest that it carries.
     """
     directory = Path(directory)
     try:
         description: ModelDescription = json.loads((directory / MODEL_JSON).read_text())
+        _verify(directory, description)
         network = make_network(description)
         network.load_state_dict(load_file(directory / MODEL_WEIGHTS), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -120,6 +123,17 @@ def load_export(directory: str | Path) -> Exported:
             remedy="run the stage 'export', or copy its complete folder",
         ) from error
     return Exported(network.eval(), description)
+
+
+def _verify(directory: Path, description: ModelDescription) -> None:
+    if not matches_digest(description):
+        raise CheckpointError(
+            "checksum mismatch: the file changed after it was written",
+            place=str(directory / MODEL_JSON),
+            remedy="run the stage 'export' again; if you changed the file on purpose, remove the "
+            f'key "{DIGEST}" from it',
+        )
+    verify_weights_file(directory / MODEL_WEIGHTS)
 
 
 def make_network(description: ModelDescription) -> Network:
