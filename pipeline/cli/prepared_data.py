@@ -1,4 +1,4 @@
-"""Commands about prepared data: verify, data show."""
+"""Commands about prepared data: data show."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ import typer
 from pipeline.cli.options import RUNS
 
 app = typer.Typer(help="Look at prepared data.", no_args_is_help=True, rich_markup_mode=None)
-
-
-def verify(
-    path: Annotated[
-        Path,
-        typer.Argument(help="A run directory, or a prepared dataset.", show_default=False),
-    ],
-) -> None:
-    """Verify prepared data: checksums, counts, and that every image can be decoded."""
-    from pipeline.orchestrate import verify_data
-
-    verify_data.verify(path)
 
 
 @app.command("show")

@@ -1,4 +1,4 @@
-"""The command runs."""
+"""Commands about runs: runs, verify."""
 
 from __future__ import annotations
 
@@ -19,3 +19,22 @@ def runs(
     from pipeline.orchestrate import run_list
 
     run_list.print_runs(folder)
+
+
+def verify(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_DATASET",
+            help="A run (name or directory), or a prepared dataset.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Compare the files of a run with their digests.
+
+    Run state, weights, checkpoints, export and prepared data; every prepared image is decoded.
+    """
+    from pipeline.orchestrate import verify_data
+
+    verify_data.verify(target, RUNS)

@@ -15,7 +15,7 @@ from typing import IO, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError, StageError
-from pipeline.files import file_digest, write_json
+from pipeline.files import file_digest, with_digest, write_json
 from pipeline.layout import RunDir
 
 # pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
@@ -65,6 +65,7 @@ class StageRecord(BaseModel):
     state: State = "pending"
     seconds: float = Field(0.0, description="Run time of all attempts that were not killed.")
     inputs: dict[str, str] = Field(default_factory=dict, description="Digests by name.")
+    settings: str = Field("", description="Digest of the job that the stage was started with.")
     outputs: dict[str, Artifact] = Field(
         default_factory=dict, description="By path, relative to the run directory."
     )
@@ -96,7 +97,7 @@ class RunState:
     """Reads ``run.json``, and rewrites it atomically at every change."""
 
     def __init__(self, run_dir: RunDir, name: str) -> None:
-        self._path = run_dir.run_json
+        self._run_dir = run_dir
         self._record = read_run_state(run_dir) or RunStateRecord(name=name)
 
     def declare(self, stages: Sequence[str]) -> None:
@@ -117,7 +118,13 @@ class RunState:
     def start(self, name: str, inputs: dict[str, str], *, from_scratch: bool) -> None:
         """Set a stage to running. From scratch, the time of earlier attempts does not count."""
         seconds = 0.0 if from_scratch else self.stage(name).seconds
-        self._record.stages[name] = StageRecord(state="running", seconds=seconds, inputs=inputs)
+        settings = self._run_dir.started_with(name)
+        self._record.stages[name] = StageRecord(
+            state="running",
+            seconds=seconds,
+            inputs=inputs,
+            settings=file_digest(settings) if settings.is_file() else "",
+        )
         self._save()
 
     def finish(
@@ -143,7 +150,7 @@ class RunState:
 
     def _save(self) -> None:
         # The whole file, under another name and then renamed: a crash leaves the old one complete.
-        write_json(self._path, self._record.model_dump(mode="json"))
+        write_json(self._run_dir.run_json, with_digest(self._record.model_dump(mode="json")))
 
 
 def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
