@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS
+from pipeline.cli.options import RUNS, Overrides
 
 app = typer.Typer(help="Look at prepared data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -32,6 +32,7 @@ def data_show(
             show_default=False,
         ),
     ] = "",
+    overrides: Overrides = None,
 ) -> None:
     """Draw a contact sheet of training images.
 
@@ -42,7 +43,7 @@ def data_show(
     from pipeline.files import write_bytes
     from pipeline.orchestrate.inspect_target import find
 
-    inspected = find(target, RUNS, stage)
+    inspected = find(target, RUNS, stage, overrides or [])
     sheet = contact_sheet(open_dataset(inspected.dataset), inspected.settings, epoch - 1, rows)
     write_bytes(out, png(sheet))
     height, width = sheet.shape[:2]

@@ -40,6 +40,9 @@ SELF_TEST = "selftest.safetensors"
 PUBLISHED_WEIGHTS = "revcol.pth"
 
 
+Prediction = tuple[str, str, float]  # class id, name, probability
+
+
 class Preprocessing(TypedDict):
     """From an image file to the network's input; ``image_size`` in pixels."""
 
@@ -91,16 +94,23 @@ class Exported:
         # The same order of operations as on the training device, for the same bits.
         return images.mul(1.0 / (255.0 * std)).sub_(mean / std)
 
+    def predict(self, path: str | Path, best: int = 5) -> list[Prediction]:
+        """The ``best`` most probable classes of an image file. Raises DataError as ``prepare``."""
+        return self.classify(self.prepare(path), best)[0]
+
     @torch.no_grad()
-    def predict(self, path: str | Path, best: int = 5) -> list[tuple[str, str, float]]:
-        """The ``best`` most probable classes of an image file: (id, name, probability)."""
-        probabilities = self.network(self.prepare(path)).logits[-1].softmax(1)[0]
-        values, indices = probabilities.topk(min(best, len(probabilities)))
+    def classify(self, images: Tensor, best: int = 5) -> list[list[Prediction]]:
+        """The ``best`` most probable classes of each prepared image, (N, 3, H, W)."""
+        probabilities = self.network(images).logits[-1].softmax(1)
+        values, indices = probabilities.topk(min(best, probabilities.shape[1]))
         classes = self.description["classes"]
         names = self.description["class_names"]
         return [
-            (classes[index], names[index], float(value))
-            for value, index in zip(values, indices.tolist(), strict=True)
+            [
+                (classes[index], names[index], value)
+                for value, index in zip(*value_and_index, strict=True)
+            ]
+            for value_and_index in zip(values.tolist(), indices.tolist(), strict=True)
         ]
 
 

@@ -35,7 +35,7 @@ def summarise(run: JobRunner) -> None:
     directory = _relative(run.run_dir.path)
     if run.run_state.stage("export").state == "done":
         export = _relative(run.run_dir.export)
-        run.log(f"exported model   {export}   try it: {command('predict', export, 'IMAGE.jpg')}")
+        run.log(f"exported model   {export}   try it: {command('predict', directory, 'IMAGE.jpg')}")
     run.log(f"curves, images   {command('tensorboard', directory)}")
     run_json = _relative(run.run_dir.run_json)
     run.log(f"all metrics      {run_json}   log: {_relative(run.run_dir.run_log)}")

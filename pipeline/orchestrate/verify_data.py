@@ -14,7 +14,7 @@ from pipeline.monitor.console import Display
 from pipeline.orchestrate.ray_session import ray_session
 from pipeline.orchestrate.ray_tasks import map_tasks
 from pipeline.orchestrate.run_state import is_locked
-from pipeline.orchestrate.verify_run import Damage, Part, rerun, verify_parts
+from pipeline.orchestrate.verify_run import Damage, VerifiedPart, rerun, verify_parts
 from pipeline.prepare.verify import describe, find_datasets, prepared_datasets, verify_dataset
 
 _LISTED = 20  # problems shown per remedy
@@ -40,7 +40,7 @@ def verify(target: Path, runs: Path) -> None:
         raise DamageError(_listed(damages))
 
 
-def _parts(target: Path, run_dir: RunDir | None, display: Display) -> Iterator[Part]:
+def _parts(target: Path, run_dir: RunDir | None, display: Display) -> Iterator[VerifiedPart]:
     if run_dir is None:
         datasets = find_datasets(target.absolute())
         remedy = "prepare the dataset again"
@@ -68,7 +68,7 @@ def _parts(target: Path, run_dir: RunDir | None, display: Display) -> Iterator[P
                 place, _, cause = problem.partition(": ")
                 place = place.replace(str(dataset.absolute()), str(dataset))
                 damages.append(Damage(place, cause, remedy))
-            yield Part(name, damages)
+            yield VerifiedPart(name, damages)
 
 
 def _listed(damages: list[Damage]) -> str:

@@ -36,14 +36,14 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Part:
+class VerifiedPart:
     """Files of a run that belong together, and those of them that are damaged."""
 
     name: str
     damages: list[Damage]
 
 
-def verify_parts(run_dir: RunDir) -> Iterator[Part]:
+def verify_parts(run_dir: RunDir) -> Iterator[VerifiedPart]:
     """Every part of a run but the shards of its datasets, each after its verification."""
     record: RunStateRecord | None = None
     damages: list[Damage] = []
@@ -54,23 +54,25 @@ def verify_parts(run_dir: RunDir) -> Iterator[Part]:
     except StageError as error:
         damages.append(Damage(str(run_dir.run_json), error.cause, _restore_state()))
     damages += _changed_settings(run_dir, record)
-    yield Part("run state", damages)
+    yield VerifiedPart("run state", damages)
     for stage, state in (record.stages if record is not None else {}).items():
         digests = {path: artifact.digest for path, artifact in state.outputs.items()}
         if state.state == "done" and digests:
-            yield Part(f"results of {stage}", list(_changed_results(run_dir, stage, digests)))
+            yield VerifiedPart(
+                f"results of {stage}", list(_changed_results(run_dir, stage, digests))
+            )
     for stage in TRAINING:
         for _, directory in list_checkpoints(run_dir.checkpoints(stage)):
             damages = list(_changed_checkpoint(directory))
             # A run that is under way deletes its old checkpoints meanwhile.
             if directory.exists():
-                yield Part(f"checkpoint {directory.name} of {stage}", damages)
+                yield VerifiedPart(f"checkpoint {directory.name} of {stage}", damages)
 
 
 def rerun(run_dir: RunDir, stage: str) -> str:
     """The remedy for damaged results of a stage, which the stage writes again if they are gone."""
-    again = command("run", run_dir.run_yaml, "--run-dir", run_dir.path, "--stage", stage)
-    return f"delete each of these files, then {again}"
+    again = command("run", run_dir.run_yaml, "--run-dir", run_dir.path)
+    return f"delete each of these files, then {again} --stage {stage}"
 
 
 def _restore_state() -> str:

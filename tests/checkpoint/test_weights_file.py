@@ -53,7 +53,7 @@ def test_the_digest_travels_with_a_copy_under_another_name(path: Path, tmp_path:
     shutil.copy(path, copy)
     verify_weights_file(copy)
     damage(copy, -1)
-    with pytest.raises(CheckpointError, match="mine.safetensors: checksum mismatch"):
+    with pytest.raises(CheckpointError, match=r"mine\.safetensors: checksum mismatch"):
         verify_weights_file(copy)
 
 

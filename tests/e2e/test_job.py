@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.job_runs import (
+    ROOT,
     finish,
     losses,
     make_job,
@@ -51,6 +53,32 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     assert "nothing to do: every stage is up to date" in out
     touched = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert sorted(touched) == [".lock", "run.json", "run.log", "run.yaml"]
+
+
+def test_verify_names_every_damaged_file_of_a_run(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "small"
+    shutil.copytree(undisturbed.parent / "runs" / "small", run_dir)
+    shard = next(run_dir.glob("stages/prepare/images/train-*.parquet"))
+    weights = run_dir / "stages/finetune/weights.safetensors"
+    for path in (shard, weights):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "verify", "small"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "results of finetune: 1 problem" in done.stdout
+    assert "results of export: ok" in done.stdout
+    assert "checkpoint step-00000028 of pretrain: ok" in done.stdout
+    assert "2 damaged files:" in done.stderr
+    for path in (shard, weights):
+        assert f"{path.relative_to(tmp_path)}: checksum mismatch" in done.stderr
 
 
 def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:
