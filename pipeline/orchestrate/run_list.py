@@ -111,7 +111,7 @@ def _state_at_rest(stages: dict[str, StageRecord], next_stage: str) -> str:
     """The state of a run that is not finished, while no process works on it."""
     if any(record.state == "failed" for record in stages.values()):
         return "failed"
-    begun = any(record.state != "pending" or record.seconds > 0 for record in stages.values())
+    begun = any(record.in_words != "not started" for record in stages.values())
     return "interrupted" if begun and next_stage else "not started"
 
 

@@ -74,6 +74,13 @@ class StageRecord(BaseModel):
     )
     error: str = ""
 
+    @property
+    def in_words(self) -> str:
+        """The state for a person: a pending stage was either never started, or interrupted."""
+        if self.state != "pending":
+            return self.state
+        return "interrupted" if self.seconds > 0 else "not started"
+
     @model_validator(mode="before")
     @classmethod
     def _read_older_names(cls, values: object) -> object:

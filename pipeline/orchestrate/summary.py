@@ -29,7 +29,7 @@ def summarise(run: JobRunner) -> None:
     # A table of a run that did nothing would show old numbers as if they were new.
     if run.ran:
         names = job_queries.stage_names(run.job)
-        run.display.console.print(_table({name: run.run_state.stage(name) for name in names}))
+        run.display.console.print(table({name: run.run_state.stage(name) for name in names}))
     else:
         run.log("nothing to do: every stage is up to date")
     directory = _relative(run.run_dir.path)
@@ -42,14 +42,15 @@ def summarise(run: JobRunner) -> None:
     run.log(f"next             {_next(run)}")
 
 
-def _table(records: Mapping[str, StageRecord]) -> Table:
+def table(records: Mapping[str, StageRecord]) -> Table:
+    """One row per stage: name, state, time and its most important metrics."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "state", "time", "metrics"):
         table.add_column(column, justify="right" if column == "time" else "left")
     for name, record in records.items():
         colour = {"done": "green", "failed": "red"}.get(record.state, "yellow")
         time = str(timedelta(seconds=round(record.seconds)))
-        table.add_row(name, f"[{colour}]{record.state}[/]", time, _metrics(name, record.metrics))
+        table.add_row(name, f"[{colour}]{record.in_words}[/]", time, _metrics(name, record.metrics))
     return table
 
 

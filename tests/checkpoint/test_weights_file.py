@@ -76,7 +76,11 @@ def test_any_changed_bit_is_noticed(path: Path) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", struct.pack("<Q", 1 << 60) + b"{}", b"\0" * 99])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"abc", struct.pack("<Q", 1 << 60) + b"{}", b"\0" * 99],
+    ids=["empty", "short", "endless header", "zeros"],
+)
 def test_another_kind_of_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
