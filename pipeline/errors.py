@@ -70,6 +70,12 @@ class CheckpointError(PipelineError):
     exit_code = 3
 
 
+class DamageError(PipelineError):
+    """Files are not as they were written."""
+
+    exit_code = 3
+
+
 class Interrupted(PipelineError):
     """A stop request ended the run; the same command resumes it."""
 

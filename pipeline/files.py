@@ -18,13 +18,14 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
 import xxhash
 
 BLOCK = 1 << 20  # bytes per read when a file is digested
+DIGEST = "digest"  # key under which a JSON object carries its own digest
 
 
 def fsync_dir(path: Path) -> None:
@@ -143,3 +144,14 @@ def json_digest(value: object) -> str:
         TypeError: ``value`` holds something that JSON has no form for.
     """
     return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def with_digest(record: Mapping[str, object]) -> dict[str, object]:
+    """A JSON object with the digest of its other values under the key "digest"."""
+    content = {key: value for key, value in record.items() if key != DIGEST}
+    return {**content, DIGEST: json_digest(content)}
+
+
+def matches_digest(record: Mapping[str, object]) -> bool:
+    """True for a JSON object whose values are those of its digest, or that has none."""
+    return DIGEST not in record or with_digest(record)[DIGEST] == record[DIGEST]

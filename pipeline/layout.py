@@ -107,3 +107,23 @@ class RunDir:
     def tensorboard(self, stage: str = "") -> Path:
         """TensorBoard files of a stage, or the folder of all stages."""
         return self.path / "tensorboard" / stage if stage else self.path / "tensorboard"
+
+
+def is_run(run_dir: RunDir) -> bool:
+    """True if the directory holds a run, perhaps one that has not begun its first stage."""
+    return run_dir.run_json.is_file() or run_dir.run_yaml.is_file()
+
+
+def runs_in(folder: Path) -> list[RunDir]:
+    """The runs in a folder, in the order of their names; [] if there is no such folder."""
+    folders = [RunDir(path) for path in sorted(folder.glob("*"))]
+    return [run_dir for run_dir in folders if is_run(run_dir)]
+
+
+def find_run(target: str | Path, folder: Path) -> RunDir | None:
+    """The run that a user names: a run directory, or the name of a run in ``folder``.
+
+    A directory wins over a name. None if neither is a run.
+    """
+    candidates = [RunDir(Path(target)), RunDir(folder / target)]
+    return next((run_dir for run_dir in candidates if is_run(run_dir)), None)

@@ -14,7 +14,8 @@ class Log(Protocol):
 class Progress(Protocol):
     """Reports that ``done`` of ``total`` units of ``task`` are finished.
 
-    ``detail``: text to show beside the count, such as rates.
+    ``details``: texts to show beside the count, such as rates, the most important one first. A
+    narrow terminal leaves out the last ones.
     """
 
-    def __call__(self, task: str, done: int, total: int, detail: str = "") -> None: ...
+    def __call__(self, task: str, done: int, total: int, *details: str) -> None: ...

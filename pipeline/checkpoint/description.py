@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError
-from pipeline.files import write_json
+from pipeline.files import matches_digest, with_digest, write_json
 from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, WEIGHTS_JSON
 
 # Keys of ``weights.json`` as earlier versions wrote them -> the field that replaced them.
@@ -75,7 +75,7 @@ class WeightsDescription:
 
     def write(self, directory: Path) -> None:
         """Write ``weights.json`` into ``directory``."""
-        write_json(directory / WEIGHTS_JSON, asdict(self))
+        write_json(directory / WEIGHTS_JSON, with_digest(asdict(self)))
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
@@ -88,6 +88,8 @@ def _read_object(path: Path) -> dict[str, Any] | None:
         raise _unreadable(path, str(error)) from error
     if not isinstance(values, dict):
         raise _unreadable(path, "not a JSON object")
+    if not matches_digest(values):
+        raise _unreadable(path, "checksum mismatch: it changed after it was written")
     return values
 
 

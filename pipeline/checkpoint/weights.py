@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.checkpoint.reader import RangeReader, WeightsReader
+from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.errors import CheckpointError
 from pipeline.layout import RunDir
 
@@ -28,8 +29,14 @@ def weights_path(run_dir: RunDir, initial: str) -> Path:
 
 
 def initial_weights(run_dir: RunDir, initial: str) -> WeightsReader:
-    """Open the weights that a stage starts `from`. Raises CheckpointError as ``weights_path``."""
-    return WeightsReader(weights_path(run_dir, initial))
+    """Open the weights that a stage starts `from`, after a comparison with their digest.
+
+    Raises:
+        CheckpointError: the file does not exist, is damaged or cannot be read.
+    """
+    path = weights_path(run_dir, initial)
+    verify_weights_file(path)
+    return WeightsReader(path)
 
 
 def is_head(name: str) -> bool:

@@ -9,7 +9,9 @@ import typer
 
 from pipeline.cli.options import JsonFile, Overrides
 
-app = typer.Typer(help="Run a benchmark against its baselines.", no_args_is_help=True)
+app = typer.Typer(
+    help="Run a benchmark against its baselines.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command("reversible")

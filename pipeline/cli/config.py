@@ -11,7 +11,7 @@ from pipeline.cli.options import Overrides, load
 
 
 def schema() -> None:
-    """Print the JSON Schema of job files, for completion and checks in an editor."""
+    """Print the JSON Schema of job files, for an editor."""
     from pipeline.config.schema_text.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
@@ -35,7 +35,7 @@ def explain(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Explain a key of a job: meaning, unit, default, and its value in a job."""
+    """Explain a key of a job: meaning, unit, default, value."""
     from pipeline.config import render
 
     print(render.explain(key, load(job, overrides) if job is not None else None))

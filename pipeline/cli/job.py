@@ -26,7 +26,12 @@ def run(
     overrides: Overrides = None,
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", help="Run only this stage; repeatable.", show_default=False),
+        typer.Option(
+            "--stage",
+            metavar="STAGE",
+            help="Run only this stage; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     force: Annotated[
         bool,
@@ -46,7 +51,10 @@ def run(
         typer.Option("--list", help="List the shipped jobs.", is_eager=True, callback=_list_jobs),
     ] = False,
 ) -> None:
-    """Run the stages of a job that are not up to date. Resumes an interrupted run."""
+    """Run the stages of a job that are not up to date. Resumes an interrupted run.
+
+    The word run may be left out before a file: JOB.yaml [options].
+    """
     from pipeline.orchestrate import run_job
 
     loaded = load(job, overrides, rehearse=rehearse)

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-_CLASSES_SHOWN = 3
+from pipeline.cli.options import RUNS
 
 
 def predict(
-    export: Annotated[
-        Path,
-        typer.Argument(help="Folder of an exported model: runs/<name>/export.", show_default=False),
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_EXPORT",
+            help="A run (name or directory), or the folder or a file of an exported model.",
+            show_default=False,
+        ),
     ],
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Files, folders, and patterns such as 'photos/**/*.jpg'.",
+            show_default=False,
+        ),
+    ],
+    best: Annotated[int, typer.Option("--top-k", min=1, help="Classes per image.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 16,
 ) -> None:
-    """Print the most probable classes of images."""
-    from pipeline.export.reload import load_export
+    """Print the most probable classes of images.
 
-    model = load_export(export)
-    for image in images:
-        classes = ", ".join(
-            f"{name} {probability:.1%}"
-            for _, name, probability in model.predict(image, best=_CLASSES_SHOWN)
-        )
-        print(f"{image}: {classes}")
+    A file that is no image does not end the work: it is listed at the end, and the exit code is 3.
+    """
+    from pipeline.orchestrate.predict import predict
+
+    if as_json and as_csv:
+        raise typer.BadParameter("choose one of --json and --csv")
+    form = "json" if as_json else "csv" if as_csv else "text"
+    predict(model, images, runs=RUNS, best=best, batch=batch, form=form)

@@ -1,4 +1,4 @@
-"""Commands about prepared data: verify, data show."""
+"""Commands about prepared data: data show."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS
+from pipeline.cli.options import RUNS, Overrides
 
-app = typer.Typer(help="Look at prepared data.", no_args_is_help=True)
-
-
-def verify(
-    path: Annotated[
-        Path,
-        typer.Argument(help="A run directory, or a prepared dataset.", show_default=False),
-    ],
-) -> None:
-    """Verify prepared data: checksums, counts, and that every image can be decoded."""
-    from pipeline.orchestrate import verify_data
-
-    verify_data.verify(path)
+app = typer.Typer(help="Look at prepared data.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("show")
@@ -35,7 +23,7 @@ def data_show(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The image file to write (PNG).")] = Path("data.png"),
-    epoch: Annotated[int, typer.Option(min=0, help="The first epoch to show.")] = 0,
+    epoch: Annotated[int, typer.Option(min=1, help="The first epoch to show.")] = 1,
     rows: Annotated[int, typer.Option(min=1, max=64, help="Number of images.")] = 8,
     stage: Annotated[
         str,
@@ -44,6 +32,7 @@ def data_show(
             show_default=False,
         ),
     ] = "",
+    overrides: Overrides = None,
 ) -> None:
     """Draw a contact sheet of training images.
 
@@ -54,8 +43,8 @@ def data_show(
     from pipeline.files import write_bytes
     from pipeline.orchestrate.inspect_target import find
 
-    inspected = find(target, RUNS, stage)
-    sheet = contact_sheet(open_dataset(inspected.dataset), inspected.settings, epoch, rows)
+    inspected = find(target, RUNS, stage, overrides or [])
+    sheet = contact_sheet(open_dataset(inspected.dataset), inspected.settings, epoch - 1, rows)
     write_bytes(out, png(sheet))
     height, width = sheet.shape[:2]
     augmentation = inspected.stage or "default augmentation"

@@ -21,7 +21,7 @@ from pipeline.config.machine import device
 from pipeline.config.machine import world_size as processes
 from pipeline.config.schema import Job
 from pipeline.config.schema.renamed import RENAMED_KEYS
-from pipeline.config.schema_text import describe
+from pipeline.config.schema_text import describe, suggestions
 from pipeline.config.schema_text.describe import SchemaKey
 from pipeline.config.yaml_tree.reading import scalar
 from pipeline.errors import ConfigError
@@ -147,6 +147,8 @@ def explain(key: str, loaded: LoadedJob | None = None) -> str:
         lines += [f"    {child.path[-1]:<24} {child.description}" for child in children]
         return "\n".join(lines)
     lines.append(f"  type     {first.expectation}")
+    if first.how_chosen:
+        lines.append(f"  auto     {first.how_chosen}")
     if first.unit:
         lines.append(f"  unit     {first.unit}")
     default = "none: required" if first.required else json.dumps(first.schema.get("default"))
@@ -165,7 +167,7 @@ def _find(key: str) -> list[SchemaKey]:
         ConfigError: see ``explain``.
     """
     path = tuple(part for part in key.strip().split(".") if part)
-    if len(path) > 1 and path[0] == "data" and describe.is_dataset_key(path[1]):
+    if len(path) > 1 and path[0] == "data" and suggestions.means_dataset_key(path[1]):
         path = ("data", describe.ANY, *path[1:])  # data.root: of any dataset
     keys = _matching(path)
     if keys:
@@ -182,7 +184,8 @@ def _find(key: str) -> list[SchemaKey]:
     everything = list(describe.all_keys())
     last = closest(key.rpartition(".")[2], [known.path[-1] for known in everything])
     best = closest(key, [known.dotted for known in everything]) or last
-    remedy = f"did you mean '{best}'?" if best else f"sections: {', '.join(describe.root().keys)}"
+    meant = suggestions.keys_meant(key.rpartition(".")[2]) or ([best] if best else [])
+    remedy = suggestions.ask(meant) if meant else f"sections: {', '.join(describe.root().keys)}"
     raise ConfigError(f"there is no key '{key}'", place="explain", remedy=remedy)
 
 

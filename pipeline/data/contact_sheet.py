@@ -54,7 +54,8 @@ def contact_sheet(
     The images are taken at equal distances from the whole training split. The columns are:
 
     - the image as stored;
-    - the result of `TrainTransform` in each of ``epochs`` epochs, beginning with ``epoch``;
+    - the result of `TrainTransform` in each of ``epochs`` epochs, beginning with ``epoch`` (from 0
+      here, as in the keys of the augmentation; the titles count from 1);
     - the network input: the first of these after `DeviceAugment`, with the classes that have the
       largest share of its target. Neighbouring rows are treated as neighbours in a batch, so that
       mixup and cutmix mix them.
@@ -82,10 +83,10 @@ def contact_sheet(
     sheet.title(_title(data, settings))
     sheet.column(0, "as stored", [_fitted(image, side) for image in stored])
     for number, (shown_epoch, images) in enumerate(augmented.items(), 1):
-        sheet.column(number, f"epoch {shown_epoch}", [_scaled(image, side) for image in images])
+        sheet.column(number, f"epoch {shown_epoch + 1}", [_scaled(image, side) for image in images])
     sheet.column(
         len(augmented) + 1,
-        f"network, epoch {epoch}",
+        f"network, epoch {epoch + 1}",
         [_scaled(image, side) for image in inputs.images],
         inputs.captions,
     )

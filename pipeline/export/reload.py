@@ -26,15 +26,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
+from pipeline.files import DIGEST, matches_digest
 from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS
 from pipeline.model import Network, NetworkSpec
 
 SELF_TEST = "selftest.safetensors"
 PUBLISHED_WEIGHTS = "revcol.pth"
+
+
+Prediction = tuple[str, str, float]  # class id, name, probability
 
 
 class Preprocessing(TypedDict):
@@ -90,16 +95,23 @@ class Exported:
         # The same order of operations as on the training device, for the same bits.
         return images.mul(1.0 / (255.0 * std)).sub_(mean / std)
 
+    def predict(self, path: str | Path, best: int = 5) -> list[Prediction]:
+        """The ``best`` most probable classes of an image file. Raises DataError as ``prepare``."""
+        return self.classify(self.prepare(path), best)[0]
+
     @torch.no_grad()
-    def predict(self, path: str | Path, best: int = 5) -> list[tuple[str, str, float]]:
-        """The ``best`` most probable classes of an image file: (id, name, probability)."""
-        probabilities = self.network(self.prepare(path)).logits[-1].softmax(1)[0]
-        values, indices = probabilities.topk(min(best, len(probabilities)))
+    def classify(self, images: Tensor, best: int = 5) -> list[list[Prediction]]:
+        """The ``best`` most probable classes of each prepared image, (N, 3, H, W)."""
+        probabilities = self.network(images).logits[-1].softmax(1)
+        values, indices = probabilities.topk(min(best, probabilities.shape[1]))
         classes = self.description["classes"]
         names = self.description["class_names"]
         return [
-            (classes[index], names[index], float(value))
-            for value, index in zip(values, indices.tolist(), strict=True)
+            [
+                (classes[index], names[index], value)
+                for value, index in zip(*value_and_index, strict=True)
+            ]
+            for value_and_index in zip(values.tolist(), indices.tolist(), strict=True)
         ]
 
 
@@ -107,11 +119,12 @@ def load_export(directory: str | Path) -> Exported:
     """Load an exported model from its folder.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or differs from the digest that it carries.
     """
     directory = Path(directory)
     try:
         description: ModelDescription = json.loads((directory / MODEL_JSON).read_text())
+        _verify(directory, description)
         network = make_network(description)
         network.load_state_dict(load_file(directory / MODEL_WEIGHTS), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -121,6 +134,17 @@ def load_export(directory: str | Path) -> Exported:
             remedy="run the stage 'export', or copy its complete folder",
         ) from error
     return Exported(network.eval(), description)
+
+
+def _verify(directory: Path, description: ModelDescription) -> None:
+    if not matches_digest(description):
+        raise CheckpointError(
+            "checksum mismatch: the file changed after it was written",
+            place=str(directory / MODEL_JSON),
+            remedy="run the stage 'export' again; if you changed the file on purpose, remove the "
+            f'key "{DIGEST}" from it',
+        )
+    verify_weights_file(directory / MODEL_WEIGHTS)
 
 
 def make_network(description: ModelDescription) -> Network:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import pipeline
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.weights import weights_path
+from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.config import job_queries
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
@@ -32,7 +33,7 @@ from pipeline.export.reload import (
     SELF_TEST,
     ModelDescription,
 )
-from pipeline.files import atomic, file_digest, write_json, write_with
+from pipeline.files import atomic, file_digest, with_digest, write_json, write_with
 from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, RunDir
 from pipeline.model import Network
 
@@ -112,15 +113,13 @@ def _write(network: Network, description: ModelDescription, target: Path) -> Non
     # Copies: loaded weights are views of one mapped file, and both formats would take them for
     # tensors that share memory.
     state = {name: value.detach().clone() for name, value in network.state_dict().items()}
-    write_with(
-        target / MODEL_WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"})
-    )
+    write_weights_file(target / MODEL_WEIGHTS, state, metadata={"format": "pt"})
     if official.has_published_names(network.spec):
         published = official.to_published(network, state)
         # An open file instead of a path: torch.save would store the (temporary) file name.
         with atomic(target / PUBLISHED_WEIGHTS) as file:
             torch.save({"model": published}, file)
-    write_json(target / MODEL_JSON, description)
+    write_json(target / MODEL_JSON, with_digest(description))
     _write_self_test(
         network, min(SELF_TEST_SIZE, description["preprocessing"]["image_size"]), target
     )

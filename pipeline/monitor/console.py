@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
 
+from pipeline.metric_text import metric_text
 from pipeline.monitor import tags
 from pipeline.monitor.events import Event, Follower
+from pipeline.monitor.progress_line import PhaseLine, ProgressLine
 
+_REFRESHES_PER_S = 4  # of the live line
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
 
 
@@ -30,7 +32,7 @@ class LatestMetrics:
     """The newest value of each metric that the display shows."""
 
     total: int = 0  # steps of the stage
-    epoch: int = 0
+    epoch: int = 0  # from 1; 0: not known
     images_per_s: float = 0.0
     loss: float | None = None
     accuracy: float | None = None  # top-1 on the validation split, 0 to 1
@@ -43,15 +45,16 @@ class LatestMetrics:
         self.loss = event.scalars.get(tags.LOSS, self.loss)
         self.accuracy = event.scalars.get(tags.TOP1, self.accuracy)
 
-    def __str__(self) -> str:
-        parts = []
-        if self.images_per_s:
-            parts.append(f"{self.images_per_s:,.1f} images/s")
+    def in_words(self) -> list[str]:
+        """The known metrics, the most important one first: a narrow terminal drops the last."""
+        words = [f"epoch {self.epoch}"] if self.epoch else []
         if self.loss is not None:
-            parts.append(f"loss {self.loss:.4f}")
+            words.append(metric_text(tags.LOSS, self.loss))
         if self.accuracy is not None:
-            parts.append(f"top-1 {self.accuracy:.1%}")
-        return "  ".join(parts)
+            words.append(metric_text(tags.TOP1, self.accuracy))
+        if self.images_per_s:
+            words.append(metric_text(tags.IMAGES_PER_S, self.images_per_s))
+        return words
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,8 @@ class Display:
         self._task: str | None = None
         self._task_start = TaskStart(done=0, time=0.0)
         self._last_line = -interval
-        self._bar: Progress | None = None
-        self._bar_task: TaskID | None = None
+        self._live: Live | None = None
+        self._line: ProgressLine | PhaseLine = PhaseLine("", "", clock)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -96,25 +99,31 @@ class Display:
         self._stage = name
         self._task = None
         self._last_line = -self._interval
+        self.phase("starting")
         if not self.console.is_terminal:
             yield
             return
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[detail]}", style="cyan"),
-            TimeRemainingColumn(),
+        live = Live(
+            get_renderable=lambda: self._line,
+            console=self.console,
+            transient=True,
+            refresh_per_second=_REFRESHES_PER_S,
+            # Rich sends prints to the console, above the line. Beside a line on standard error,
+            # they must stay on standard output: it may be a file.
+            redirect_stdout=not self.console.stderr,
         )
-        with Progress(*columns, console=self.console, transient=True) as self._bar:
-            self._bar_task = self._bar.add_task(name, total=0, detail="")
+        with live:
+            self._live = live
             try:
                 yield
             finally:
-                self._bar = None
-                self._bar_task = None
+                self._live = None
 
-    def progress(self, task: str, done: int, total: int, detail: str = "") -> None:
+    def phase(self, word: str) -> None:
+        """Show ``word`` until the next progress: "starting", "loading", "compiling"."""
+        self._line = PhaseLine(self._stage, word, self._clock)
+
+    def progress(self, task: str, done: int, total: int, *details: str) -> None:
         """Report that ``done`` of ``total`` units of ``task`` are finished."""
         now = self._clock()
         # A count that falls is a new attempt at the same task: after a restart of the processes, or
@@ -122,23 +131,15 @@ class Display:
         if task != self._task or done < self._task_start.done:
             self._task = task
             self._task_start = TaskStart(done=done, time=now)
-            if self._bar is not None and self._bar_task is not None:
-                self._bar.reset(self._bar_task)
         label = f"{self._stage}: {task}" if task else self._stage
-        if self._bar is not None and self._bar_task is not None:
-            self._bar.update(
-                self._bar_task,
-                description=escape(label),
-                completed=done,
-                total=total,
-                detail=detail,
-            )
+        left = self._time_left(done, total, now)
+        self._line = ProgressLine(label=label, done=done, total=total, left=left, details=details)
         # Plain lines are rare, or they would fill log files. The last one of a task always appears.
         if now - self._last_line >= self._interval or done == total:
             self._last_line = now
-            parts = (f"{label} {done}/{total}", detail, self._time_left(done, total, now))
-            # With a live bar, the plain line goes to the log file only.
-            self._print("  ".join(part for part in parts if part), on_screen=self._bar is None)
+            parts = (f"{label} {done}/{total}", *details, left)
+            # With a live line, the plain one goes to the log file only.
+            self._print("  ".join(part for part in parts if part), on_screen=self._live is None)
 
     def log(self, text: str, level: str = "info") -> None:
         """Print a message that stays on the screen; ``level`` is info, warning or error."""
@@ -170,12 +171,14 @@ class DisplayFeed:
     """Feeds a display with the events that a stage appends to its event log.
 
     ``highest_step`` is the largest step seen. The supervisor compares it before and after a restart
-    to tell whether the processes make progress.
+    to tell whether the processes make progress. ``compiles``: the first steps of the stage compile
+    the network, which takes minutes.
     """
 
-    def __init__(self, events: Path, display: Display) -> None:
+    def __init__(self, events: Path, display: Display, *, compiles: bool = False) -> None:
         self._follower = Follower(events, from_end=True)  # events of earlier attempts are history
         self._display = display
+        self._first_steps = "compiling" if compiles else "loading"
         self._metrics = LatestMetrics()
         self.highest_step = 0
 
@@ -187,18 +190,17 @@ class DisplayFeed:
     def _show(self, event: Event) -> None:
         if event.kind == "message":
             self._display.log(event.text, event.level)
+        elif event.kind == "start":
+            # The processes run. Until the first metrics they load weights and images, or compile.
+            self._display.phase(self._first_steps)
         elif event.kind == "evaluation":
             self._metrics.update(event)
-            values = "  ".join(
-                f"{tag.removeprefix('accuracy/')} {value:.4g}"
-                for tag, value in event.scalars.items()
-            )
+            values = "  ".join(metric_text(tag, value) for tag, value in event.scalars.items())
             self._display.log(f"evaluation after step {event.step}: {values}")
         elif event.kind == "step":
             self._metrics.update(event)
             self.highest_step = max(self.highest_step, event.step)
-            detail = f"epoch {self._metrics.epoch + 1}  {self._metrics}"
-            self._display.progress("", event.step, self._metrics.total, detail)
+            self._display.progress("", event.step, self._metrics.total, *self._metrics.in_words())
 
 
 @contextlib.contextmanager

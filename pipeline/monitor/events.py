@@ -25,7 +25,7 @@ class Event:
     step: int
     time: float  # seconds since 1970
     total: int = 0  # steps of the whole stage
-    epoch: int = 0
+    epoch: int = 0  # from 1; 0: not known
     scalars: dict[str, float] = field(default_factory=dict)
     text: str = ""
     level: str = ""
@@ -107,6 +107,16 @@ def read_events(path: Path) -> list[Event]:
             events = [earlier for earlier in events if earlier.step <= event.step]
         events.append(event)
     return events
+
+
+def read_last_events(path: Path, size: int = 1 << 16) -> list[Event]:
+    """The valid events in the last ``size`` bytes of a log, which may be long; [] without one."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - size))
+            return list(_parse(file.read()))  # the first line may be cut; it is skipped
+    except FileNotFoundError:
+        return []
 
 
 def _parse(data: bytes) -> Iterator[Event]:

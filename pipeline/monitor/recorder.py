@@ -32,7 +32,9 @@ class Recorder:
         )
 
     def step(self, step: int, total_steps: int, epoch: int, scalars: dict[str, float]) -> None:
-        """Record the metrics after optimizer step ``step`` (1-based) of ``total_steps``."""
+        """Record the metrics after optimizer step ``step`` of ``total_steps``; both, and ``epoch``,
+        count from 1.
+        """
         self._step = step
         self._events.write("step", step, total=total_steps, epoch=epoch, scalars=scalars)
         self._board.scalars(step, scalars)

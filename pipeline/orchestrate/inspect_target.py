@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +26,17 @@ class InspectTarget:
     settings: Settings
 
 
-def find(target: Path, runs: Path, stage: str = "") -> InspectTarget:
+def find(target: Path, runs: Path, stage: str = "", overrides: Sequence[str] = ()) -> InspectTarget:
     """The dataset that ``target`` names, with the settings of ``stage``.
 
     Args:
         target: path of a job file, a run directory or a dataset; name of a run or a shipped job.
         runs: folder of the runs.
         stage: a training stage; default: the first one that trains on the dataset.
+        overrides: settings to show instead of those of the job or run, as KEY=VALUE.
 
     Raises:
-        ConfigError: the job has no such stage.
+        ConfigError: the job has no such stage, or an override does not fit.
         DataError: ``target`` names nothing of this kind.
     """
     # A path wins over the name of a run, and that over the name of a shipped job: the run directory
@@ -44,15 +46,16 @@ def find(target: Path, runs: Path, stage: str = "") -> InspectTarget:
         path = find_job_file(str(target))
     # 1. A job file: the dataset lies in the run directory of its name.
     if path.is_file():
-        job = load_job(path, []).job
+        job = load_job(path, overrides).job
         return _of_job(job, RunDir(runs / job.name), stage)
     # 2. A run directory.
     run_dir = RunDir(path)
     if run_dir.run_yaml.is_file():
-        return _of_job(load_job(run_dir.run_yaml, [], migrate=True).job, run_dir, stage)
+        job = load_job(run_dir.run_yaml, overrides, migrate=True).job
+        return _of_job(job, run_dir, stage)
     # 3. A prepared dataset, perhaps inside a run directory.
     if (path / DATASET_JSON).is_file():
-        return _of_dataset(path.absolute(), stage)
+        return _of_dataset(path.absolute(), stage, overrides)
     known = sorted(path.name for path in runs.glob("*") if RunDir(path).run_yaml.is_file())
     raise DataError(
         "is no job file, run or prepared dataset",
@@ -62,17 +65,18 @@ def find(target: Path, runs: Path, stage: str = "") -> InspectTarget:
     )
 
 
-def _of_dataset(dataset: Path, stage: str) -> InspectTarget:
+def _of_dataset(dataset: Path, stage: str, overrides: Sequence[str]) -> InspectTarget:
     """A dataset inside a run directory has the settings with which this run trains on it."""
     run_dir = RunDir(dataset.parent.parent.parent)  # <run>/stages/prepare/<dataset>
     if run_dir.run_yaml.is_file() and dataset == run_dir.dataset(dataset.name):
-        job = load_job(run_dir.run_yaml, [], migrate=True).job
+        job = load_job(run_dir.run_yaml, overrides, migrate=True).job
         stage = stage or _stage_that_trains_on(job, dataset.name)
         if stage:
             return InspectTarget(dataset, stage, _settings(job, stage))
-    if stage:
+    if stage or overrides:
+        unknown = f"the stage '{stage}'" if stage else f"the setting {overrides[0]}"
         raise ConfigError(
-            f"no job is known that has the stage '{stage}'",
+            f"no job is known that has {unknown}",
             place=str(dataset),
             remedy="name the job file or the run instead",
         )

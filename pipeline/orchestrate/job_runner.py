@@ -17,6 +17,7 @@ from pipeline.config.schema import Job
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.files import write_text
 from pipeline.layout import RunDir
+from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, resume_policy
 from pipeline.orchestrate.ray_session import RaySession, ray_session
@@ -153,17 +154,8 @@ def _run_stage(run: JobRunner, stage: str, ray: RaySession) -> None:
 
 def _headline(metrics: dict[str, float]) -> str:
     """The most important metrics, for example "top-1 76.2%  top-5 93.1%  images 50,000"."""
-    accuracies = [
-        f"{name.replace('top', 'top-')} {metrics[name]:.1%}"
-        for name in ("top1", "top5")
-        if name in metrics
-    ]
-    counts = [
-        f"{name.replace('_', ' ')} {metrics[name]:,.0f}"
-        for name in ("images", "validation_images", "test_images", "parameters")
-        if name in metrics
-    ]
-    return "  ".join([*accuracies, *counts])
+    names = ("top1", "top5", "images", "validation_images", "test_images", "parameters")
+    return "  ".join(metric_text(name, metrics[name]) for name in names if name in metrics)
 
 
 def _prepare(run: JobRunner, ray: RaySession) -> dict[str, float]:
@@ -174,7 +166,10 @@ def _prepare(run: JobRunner, ray: RaySession) -> dict[str, float]:
 
 def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
     """Run a stage in its group of processes and show its events."""
-    feed = DisplayFeed(run.run_dir.events(stage), run.display)
+    compiles = stage in TRAINING and run.job.model.compile
+    feed = DisplayFeed(run.run_dir.events(stage), run.display, compiles=compiles)
+    if stage not in TRAINING:  # these write no events that could show progress
+        run.display.phase("running")
 
     def poll() -> int:
         feed.poll()

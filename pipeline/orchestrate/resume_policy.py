@@ -65,7 +65,7 @@ def decide(
     """
     # Rules 1 and 2.
     if started_with is None:
-        return Decision("start", "not run yet")
+        return Decision("start", "starting")
     if force:
         return Decision("restart", "restarting from scratch (--force)")
     # Rule 3. This includes interrupted stages: their first half has used the old data.

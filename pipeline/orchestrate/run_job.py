@@ -12,6 +12,7 @@ from pipeline.config.check import check
 from pipeline.config.load import LoadedJob
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
+from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
 from pipeline.orchestrate.job_runner import open_run, run_stages
 from pipeline.orchestrate.run_state import run_lock
@@ -69,7 +70,7 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
             train_stage(loaded.job, stage, run_dir, dist_env, stop)
         return
     check(loaded.job, dist_env.size, loaded.origins, run_dir)
-    feed = DisplayFeed(run_dir.events(stage), display)
+    feed = DisplayFeed(run_dir.events(stage), display, compiles=loaded.job.model.compile)
     with (
         run_lock(run_dir),
         display.stage(stage),
@@ -77,4 +78,4 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
         stop.after_step(),
     ):
         metrics = train_stage(loaded.job, stage, run_dir, dist_env, stop)
-    display.log("  ".join(f"{name} {value:,.4g}" for name, value in metrics.items()))
+    display.log("  ".join(metric_text(name, value) for name, value in metrics.items()))

@@ -7,19 +7,23 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError, StageError
-from pipeline.files import file_digest, write_json
+from pipeline.files import file_digest, with_digest, write_json
 from pipeline.layout import RunDir
 
 # pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
 # lock of the run, not this state, tells whether a process is working on it.
 State = Literal["pending", "running", "done", "failed"]
+
+_LOCK_ATTEMPTS = 5
+_LOCK_PAUSE_S = 0.02
 
 
 class Artifact(BaseModel):
@@ -61,6 +65,7 @@ class StageRecord(BaseModel):
     state: State = "pending"
     seconds: float = Field(0.0, description="Run time of all attempts that were not killed.")
     inputs: dict[str, str] = Field(default_factory=dict, description="Digests by name.")
+    settings: str = Field("", description="Digest of the job that the stage was started with.")
     outputs: dict[str, Artifact] = Field(
         default_factory=dict, description="By path, relative to the run directory."
     )
@@ -68,6 +73,13 @@ class StageRecord(BaseModel):
         default_factory=dict, description="Results by name, such as top1."
     )
     error: str = ""
+
+    @property
+    def in_words(self) -> str:
+        """The state for a person: a pending stage was either never started, or interrupted."""
+        if self.state != "pending":
+            return self.state
+        return "interrupted" if self.seconds > 0 else "not started"
 
     @model_validator(mode="before")
     @classmethod
@@ -92,7 +104,7 @@ class RunState:
     """Reads ``run.json``, and rewrites it atomically at every change."""
 
     def __init__(self, run_dir: RunDir, name: str) -> None:
-        self._path = run_dir.run_json
+        self._run_dir = run_dir
         self._record = read_run_state(run_dir) or RunStateRecord(name=name)
 
     def declare(self, stages: Sequence[str]) -> None:
@@ -113,7 +125,13 @@ class RunState:
     def start(self, name: str, inputs: dict[str, str], *, from_scratch: bool) -> None:
         """Set a stage to running. From scratch, the time of earlier attempts does not count."""
         seconds = 0.0 if from_scratch else self.stage(name).seconds
-        self._record.stages[name] = StageRecord(state="running", seconds=seconds, inputs=inputs)
+        settings = self._run_dir.started_with(name)
+        self._record.stages[name] = StageRecord(
+            state="running",
+            seconds=seconds,
+            inputs=inputs,
+            settings=file_digest(settings) if settings.is_file() else "",
+        )
         self._save()
 
     def finish(
@@ -139,7 +157,7 @@ class RunState:
 
     def _save(self) -> None:
         # The whole file, under another name and then renamed: a crash leaves the old one complete.
-        write_json(self._path, self._record.model_dump(mode="json"))
+        write_json(self._run_dir.run_json, with_digest(self._record.model_dump(mode="json")))
 
 
 def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
@@ -161,6 +179,19 @@ def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
         ) from None
 
 
+def is_locked(run_dir: RunDir) -> bool:
+    """True while a process works on the run."""
+    try:
+        with open(run_dir.lock) as file:
+            # A shared lock: two that look at the same time do not see each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Hold the lock of a run. The kernel releases it when the process ends, however it ends.
@@ -171,7 +202,7 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
     run_dir.path.mkdir(parents=True, exist_ok=True)
     with open(run_dir.lock, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
@@ -187,3 +218,17 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock the open file, or raise BlockingIOError.
+
+    ``is_locked`` holds a shared lock for a moment, so a lock that is held gets a few more tries.
+    """
+    for _ in range(_LOCK_ATTEMPTS - 1):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.command import command
 from pipeline.config import job_queries
+from pipeline.metric_text import metric_text
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
 
@@ -22,14 +23,6 @@ _METRICS = {  # shown in the table, in this order
     "evaluate": ("top1", "top5", "validation_images", "test_images"),
     "export": ("parameters", "reload_difference"),
 }
-_LABELS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "selection_top1": "best on selection",
-    "validation_top1": "best on validation",
-    "kept_step": "of step",
-    "images_per_s": "images/s",
-}
 
 
 def summarise(run: JobRunner) -> None:
@@ -37,46 +30,37 @@ def summarise(run: JobRunner) -> None:
     # A table of a run that did nothing would show old numbers as if they were new.
     if run.ran:
         names = job_queries.stage_names(run.job)
-        run.display.console.print(_table({name: run.run_state.stage(name) for name in names}))
+        run.display.console.print(table({name: run.run_state.stage(name) for name in names}))
     else:
         run.log("nothing to do: every stage is up to date")
     directory = _relative(run.run_dir.path)
     if run.run_state.stage("export").state == "done":
         export = _relative(run.run_dir.export)
-        run.log(f"exported model   {export}   try it: {command('predict', export, 'IMAGE.jpg')}")
+        run.log(f"exported model   {export}   try it: {command('predict', directory, 'IMAGE.jpg')}")
     run.log(f"curves, images   {command('tensorboard', directory)}")
     run_json = _relative(run.run_dir.run_json)
     run.log(f"all metrics      {run_json}   log: {_relative(run.run_dir.run_log)}")
     run.log(f"next             {_next(run)}")
 
 
-def _table(records: Mapping[str, StageRecord]) -> Table:
+def table(records: Mapping[str, StageRecord]) -> Table:
+    """One row per stage: name, state, time and its most important metrics."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "state", "time", "metrics"):
         table.add_column(column, justify="right" if column == "time" else "left")
     for name, record in records.items():
         colour = {"done": "green", "failed": "red"}.get(record.state, "yellow")
         time = str(timedelta(seconds=round(record.seconds)))
-        table.add_row(name, f"[{colour}]{record.state}[/]", time, _metrics(name, record.metrics))
+        table.add_row(name, f"[{colour}]{record.in_words}[/]", time, _metrics(name, record.metrics))
     return table
 
 
 def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
-    """Example: "top-1 76.2%  loss 1.234  steps 500  images/s 1,234"."""
-    parts = []
+    """Example: "top-1 76.2%  loss 1.2340  steps 500  1,234.5 images/s"."""
     shown = list(_METRICS[stage])
     if stage == "evaluate":
         shown += [name for name in metrics if name not in (*shown, "loss")]
-    for name in shown:
-        if name in metrics:
-            value = metrics[name]
-            text = f"{value:.1%}" if name.endswith(("top1", "top5")) else _number(value)
-            parts.append(f"{_LABELS.get(name, name.replace('_', ' '))} {text}")
-    return "  ".join(parts)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+    return "  ".join(metric_text(name, metrics[name]) for name in shown if name in metrics)
 
 
 def _relative(path: Path) -> str:

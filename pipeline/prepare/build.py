@@ -214,8 +214,13 @@ def _extract(
     start = time.monotonic()
     for unit, record in tasks(partial(extract_unit, context), source.units):
         stats.add(unit.number, record)
-        rate = f"{_rate(stats.kept, start)}, {stats.rejected} rejected"
-        progress(f"{name}: reading", stats.units_done, len(source.units), rate)
+        progress(
+            f"{name}: reading",
+            stats.units_done,
+            len(source.units),
+            f"{stats.rejected} rejected",
+            *_rate(stats.kept, start),
+        )
         # Stop early: a source of the wrong kind should not cost a night before its error appears.
         seen = stats.kept + stats.rejected
         is_last = stats.units_done == len(source.units)
@@ -268,13 +273,13 @@ def _shuffle(
     for shard, info in tasks(partial(shuffle_shard, context), plan.shards):
         shards[shard.file] = info
         rows += info.rows
-        progress(f"{name}: shuffling", len(shards), len(plan.shards), _rate(rows, start))
+        progress(f"{name}: shuffling", len(shards), len(plan.shards), *_rate(rows, start))
     return shards
 
 
-def _rate(images: int, start: float) -> str:
+def _rate(images: int, start: float) -> tuple[str, str]:
     rate = images / max(time.monotonic() - start, 1e-3)
-    return f"{images} images, {rate:.0f} images/s"
+    return f"{images:,} images", f"{rate:,.0f} images/s"
 
 
 def _describe(

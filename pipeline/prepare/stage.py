@@ -61,7 +61,7 @@ def _generate(
     source = run_dir.dataset(name).with_name(f"{name}.source-{_settings_digest(config)}")
     files = generate.plan_files(config, source)
     for done, _ in enumerate(tasks(generate.write_file, files), 1):
-        progress(f"{name}: generating images", done, len(files), "")
+        progress(f"{name}: generating images", done, len(files))
     generate.finish_source(config, source)
     return config.model_copy(update={"root": str(source), "synthetic": None})
 

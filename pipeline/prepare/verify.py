@@ -89,9 +89,7 @@ def find_datasets(path: Path) -> list[Path]:
     """
     if (path / DATASET_JSON).is_file():
         return [path]
-    datasets = sorted(
-        file.parent for file in RunDir(path).stage("prepare").glob(f"*/{DATASET_JSON}")
-    )
+    datasets = prepared_datasets(RunDir(path))
     if not datasets:
         raise DataError(
             "no prepared dataset here",
@@ -99,6 +97,11 @@ def find_datasets(path: Path) -> list[Path]:
             remedy="give a run directory, or the directory of a dataset",
         )
     return datasets
+
+
+def prepared_datasets(run_dir: RunDir) -> list[Path]:
+    """The prepared datasets of a run, in the order of their names."""
+    return sorted(file.parent for file in run_dir.stage("prepare").glob(f"*/{DATASET_JSON}"))
 
 
 def describe(path: Path) -> str:

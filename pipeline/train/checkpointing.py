@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints, remove_leftovers, set_aside
 from pipeline.checkpoint.reader import CheckpointReader, RangeReader
 from pipeline.checkpoint.weights import backbone_names
+from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.checkpoint.writer import WRITE_ERRORS, save
 from pipeline.errors import CheckpointError
-from pipeline.files import write_with
 from pipeline.layout import WEIGHTS_FILE
 from pipeline.model import NetworkSpec
 from pipeline.reporting import Log
@@ -231,5 +230,5 @@ def _write_weights(
     kind = "ema" if "ema" in manifest.kinds else "master"
     stored_kind = BEST if description.keep == "best" else kind
     tensors = {name: reader.full(stored_kind, name) for name in sorted(manifest.shapes)}
-    write_with(directory / WEIGHTS_FILE, lambda path: save_file(tensors, path))
+    write_weights_file(directory / WEIGHTS_FILE, tensors)
     replace(description, network=asdict(spec), weights=kind).write(directory)

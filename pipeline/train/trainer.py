@@ -147,7 +147,7 @@ class Trainer:
         """Log the metrics of the steps since the last log. Collective; waits for the device."""
         scalars = self._scalars(done)
         if self.log.recorder is not None:
-            epoch = (done - 1) // self.loader.steps_per_epoch
+            epoch = (done - 1) // self.loader.steps_per_epoch + 1  # as users count them, too
             self.log.recorder.step(done, self.context.total_steps, epoch, scalars)
         self.history.last_metrics = {
             "loss": scalars[tags.LOSS],

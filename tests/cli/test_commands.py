@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipeline import cli, command
+from pipeline import __version__, cli, command
 from pipeline.cli import entry_point
 from pipeline.errors import ConfigError
 from pipeline.orchestrate.job_files import description, find_job_file, shipped_jobs
@@ -114,7 +114,17 @@ def test_usage_texts_name_the_command_that_was_typed(
 
 def test_every_command_has_help() -> None:
     shown = invoke("--help").output
-    commands = ["run", "train", "verify", "predict", "schema", "explain", "tensorboard", "test"]
+    commands = [
+        "run",
+        "train",
+        "runs",
+        "verify",
+        "predict",
+        "schema",
+        "explain",
+        "tensorboard",
+        "test",
+    ]
     for name in [*commands, "bench", "data"]:
         assert f" {name} " in shown
         assert invoke(name, "--help").exit_code == 0
@@ -149,3 +159,20 @@ def test_help_loads_neither_torch_nor_ray() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Usage: pipeline " in done.stdout
+
+
+def test_the_version_is_printed_with_those_of_the_libraries() -> None:
+    shown = invoke("--version").output
+    assert re.match(rf"pipeline {re.escape(__version__)} \(Python 3\.\d+\.\d+, torch \d", shown)
+
+
+def test_help_shows_the_usual_form_and_no_type_for_a_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(command.VARIABLE, "./launch.sh")
+    assert run_main(monkeypatch, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("Usage: ./launch.sh JOB.yaml [options] | COMMAND")
+    for arguments in (["--help"], ["run", "--help"], ["bench", "loader", "--help"]):
+        assert "<bool>" not in invoke(*arguments).output
+    assert re.search(r"--dry-run +Print", invoke("run", "--help").output)

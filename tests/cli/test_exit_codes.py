@@ -57,6 +57,7 @@ def exit_code(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> object:
         (["run", "quickstart", "--force"], "--force needs --stage"),
         (["data", "show", "nothing"], "is no job file, run or prepared dataset"),
         (["verify", "nothing"], "no prepared dataset here"),
+        (["predict", "nothing", "a.jpg"], "is neither a run nor an exported model"),
     ],
 )
 def test_wrong_input_is_2(tmp_path: Path, arguments: list[str], message: str) -> None:

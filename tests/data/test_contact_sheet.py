@@ -24,6 +24,7 @@ from pipeline.data.contact_sheet import (
     contact_sheet,
     png,
 )
+from pipeline.data.dataset import open_dataset
 from pipeline.data.decode import Image
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import TrainLoader
@@ -150,10 +151,17 @@ def test_find_accepts_job_files_runs_and_datasets(
         assert (target.settings.image_size, target.settings.seed) == (32, 5)
         assert target.settings.augment.randaugment == 5
         assert find(Path(name), runs, "finetune").settings.augment.mixup == 0
+        overrides = ["seed=6", "stages.pretrain.augment.randaugment=0"]
+        changed = find(Path(name), runs, overrides=overrides).settings
+        assert (changed.seed, changed.augment.randaugment) == (6, 0)
     make_dataset(tmp_path / "alone", {"train": 3})
     assert find(Path("alone"), runs).settings == Settings(224, AugmentConfig(), 0)
     with pytest.raises(ConfigError, match="no job is known that has the stage 'pretrain'"):
         find(Path("alone"), runs, "pretrain")
+    with pytest.raises(ConfigError, match="no job is known that has the setting seed=6"):
+        find(Path("alone"), runs, overrides=["seed=6"])
+    with pytest.raises(ConfigError, match="did you mean 'seed'"):
+        find(Path("small"), runs, overrides=["sed=6"])
     with pytest.raises(
         DataError,
         match=r"nothing: is no job file, run or prepared dataset\n  -> .*runs here: small",
@@ -171,4 +179,24 @@ def test_the_command_writes_a_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert done.output.startswith("a/sheet.png: ")
     with Pillow.open(tmp_path / "a" / "sheet.png") as opened:
         opened.load()
-    assert CliRunner().invoke(cli.app, ["data", "show", "set", "--epoch", "-1"]).exit_code == 2
+    assert CliRunner().invoke(cli.app, ["data", "show", "set", "--epoch", "0"]).exit_code == 2
+
+
+def test_the_command_counts_epochs_from_1_and_takes_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "small.yaml").write_text(JOB)
+    make_dataset(tmp_path / "runs/small/stages/prepare/images", {"train": 6})
+
+    def sheet(*arguments: str) -> bytes:
+        command = ["data", "show", "small.yaml", "--rows", "2", *arguments]
+        assert CliRunner().invoke(cli.app, command, catch_exceptions=False).exit_code == 0
+        return (tmp_path / "data.png").read_bytes()
+
+    target = find(Path("small.yaml"), Path("runs"))
+    first = png(contact_sheet(open_dataset(target.dataset), target.settings, epoch=0, rows=2))
+    assert sheet() == first
+    assert sheet("--epoch", "1") == first
+    assert sheet("--set", "stages.pretrain.augment.flip=0") != first

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,13 +102,39 @@ def test_the_best_weights_are_evaluated_exported_and_stated(undisturbed: Path) -
     assert {name: model["trained"][name] for name in names} == {
         name: chosen[name] for name in names
     }
-    figure = f"best on selection {chosen['selection_top1']:.1%}  of step {chosen['kept_step']:.0f}"
+    figure = f"selection top-1 {chosen['selection_top1']:.1%}  kept step {chosen['kept_step']:.0f}"
     (row,) = [
         line
         for line in (undisturbed.parent / "output").read_text().splitlines()
         if line.lstrip().startswith("finetune") and figure in line
     ]
     assert "done" in row
+
+
+def test_verify_names_every_damaged_file_of_a_run(undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "small"
+    shutil.copytree(undisturbed.parent / "runs" / "small", run_dir)
+    shard = next(run_dir.glob("stages/prepare/images/train-*.parquet"))
+    weights = run_dir / "stages/finetune/weights.safetensors"
+    for path in (shard, weights):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "verify", "small"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "results of finetune: 1 problem" in done.stdout
+    assert "results of export: ok" in done.stdout
+    assert "checkpoint step-00000028 of pretrain: ok" in done.stdout
+    assert "2 damaged files:" in done.stderr
+    for path in (shard, weights):
+        assert f"{path.relative_to(tmp_path)}: checksum mismatch" in done.stderr
 
 
 def _kill_driver_during(job: Path, stage: str, seconds: float) -> None:

@@ -6,14 +6,25 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.summary.writer import event_file_writer
 
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.monitor.events import read_events
 from pipeline.monitor.recorder import Recorder
 from pipeline.monitor.tensorboard import grid
+
+
+@pytest.fixture(autouse=True)
+def counted_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Number this test's event files from 0, whatever earlier tests wrote.
+
+    Files of the same second are read in the order of their names, and ".10" sorts before ".9".
+    """
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def _board(run: Path) -> EventAccumulator:

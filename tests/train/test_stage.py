@@ -51,6 +51,8 @@ def assert_pretrained(run_dir: RunDir, metrics: dict[str, float]) -> None:
     assert description.step == STEPS
     assert description.metrics == metrics
     assert [event.step for event in staging.events(run_dir, "evaluation")] == [6, 12]
+    # Epochs count from 1, as steps do: 4 steps each.
+    assert {event.step: event.epoch for event in staging.events(run_dir, "step")}[12] == 3
     # keep_checkpoints: the last two epochs
     assert [step for step, _ in list_checkpoints(run_dir.checkpoints("pretrain"))] == [12, 8]
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from pipeline.config.schema import Job
 from pipeline.config.schema.renamed import RENAMED_KEYS
+from pipeline.config.schema_text.auto_text import HOW_CHOSEN
 from pipeline.suggest import closest
 
 JsonSchema: TypeAlias = dict[str, Any]
@@ -66,7 +67,18 @@ class SchemaKey:
     @property
     def expectation(self) -> str:
         """The values that the key accepts, in words."""
-        return expectation_of(self.schema)
+        return expectation_of(self.schema) + (" or 'auto'" if self.how_chosen else "")
+
+    @property
+    def how_chosen(self) -> str:
+        """How the value is chosen that a job file leaves to 'auto'; '' where that is no value.
+
+        Keys that are 'auto' in the schema too say it in their description.
+        """
+        # stages.evaluate has an image_size as well, which is never chosen.
+        in_training = self.path[:1] == ("stages",) and self.path[1:2] != ("evaluate",)
+        chosen = in_training or self.path[:1] == ("data",)
+        return HOW_CHOSEN.get(self.path[-1], "") if chosen else ""
 
     def child(self, key: str) -> SchemaKey | None:
         """The key below this one, or None if there is no such key."""

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config.schema import Job
-from pipeline.config.schema_text import describe
+from pipeline.config.schema_text import describe, suggestions
 from pipeline.config.yaml_tree.diagnostics import Problem, raise_problems
 from pipeline.config.yaml_tree.reading import Node, scalar
-from pipeline.suggest import closest, did_you_mean
+from pipeline.suggest import closest
 
 LONGEST_VALUE = 60  # characters of a value that a message quotes
 
@@ -95,14 +95,7 @@ def _unknown_key(tree: Node, path: list[str], section: describe.SchemaKey) -> Pr
     above = ".".join(path[:-1])
     cause = f"unknown key '{name}'" + (f" in {above}" if above else "")
     place = _place(tree, path)
-    if name == "base" and "recipe" in section.keys:
-        return Problem(place, cause, "did you mean 'recipe'?")
-    if not closest(name, section.keys, likeness=0.8):
-        # Not a typo of a key here: perhaps a correct key in the wrong section.
-        elsewhere = [key.dotted for key in describe.all_keys() if key.path[-1] == name]
-        if elsewhere:
-            return Problem(place, cause, f"it belongs to {' or '.join(elsewhere)}")
-    return Problem(place, cause, did_you_mean(name, section.keys, "keys here"))
+    return Problem(place, cause, suggestions.remedy(name, section))
 
 
 def _invalid_value(tree: Node, path: list[str], key: describe.SchemaKey) -> Problem:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.schema_text import describe
+from pipeline.config.schema_text import describe, suggestions
 from pipeline.config.yaml_tree.diagnostics import Problem, raise_problems
 from pipeline.config.yaml_tree.old_names import replace_old_names
 from pipeline.config.yaml_tree.reading import FROM_COMMAND_LINE as ORIGIN
 from pipeline.config.yaml_tree.reading import Node, parse
 from pipeline.config.yaml_tree.references import ONLY, name_the_dataset
 from pipeline.errors import ConfigError
-from pipeline.suggest import did_you_mean
 
 
 def apply(tree: Node, overrides: Sequence[str]) -> Node:
@@ -57,7 +56,7 @@ def _with_dataset_name(tree: Node, path: list[str], override: str) -> list[str]:
     names = list((tree.get("data") or Node({}, ORIGIN)).entries())
     if len(path) < 2 or path[0] != "data" or path[1] in names:
         return path
-    if not describe.is_dataset_key(path[1]):
+    if not suggestions.means_dataset_key(path[1]):
         return path
     if len(names) > 1:
         cause = f"'{override}': the job has {len(names)} datasets"
@@ -97,7 +96,7 @@ def _unknown_key(section: describe.SchemaKey, part: str, override: str) -> Confi
     cause = f"'{override}': there is no key '{part}'{where}"
     remedy = f"{section.dotted} is {section.expectation}: set it as a whole"
     if section.keys:
-        remedy = did_you_mean(part, section.keys, "keys here")
+        remedy = suggestions.remedy(part, section)
     return ConfigError(cause, place=ORIGIN, remedy=remedy)
 
 

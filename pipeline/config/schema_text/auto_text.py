@@ -1,0 +1,19 @@
+"""How the values of keys are chosen that a job may leave to 'auto', in words for ``explain``.
+
+Only keys whose description does not say it: those that `pipeline.config.auto_values` replaces
+before the job is checked, so that the schema itself knows no 'auto' for them.
+"""
+
+from __future__ import annotations
+
+# Last part of a key -> how its value is chosen. The run logs each value with its reason.
+HOW_CHOSEN = {
+    "image_size": "from the median short side of the images, within what the device computes in "
+    "reasonable time",
+    "epochs": "from the number of training images, so that a run takes minutes on a CPU and hours "
+    "on a GPU; fine-tuning is shorter",
+    "global_batch": "from the number of training images and processes, as large as an epoch keeps "
+    "enough steps",
+    "validation_fraction": "from the number of images per class: of a small set a larger share is "
+    "held out; not used if the source has a validation split",
+}
