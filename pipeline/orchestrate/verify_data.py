@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import machine
+from pipeline.data.local_shards import PREPARE_AGAIN
 from pipeline.errors import DataError
 from pipeline.monitor.console import Display
 from pipeline.orchestrate.ray_session import ray_session
@@ -35,5 +36,5 @@ def verify(path: Path) -> None:
         listed = "\n".join(f"    {problem}" for problem in problems[:_LISTED])
         raise DataError(
             f"{len(problems)} problems:\n{listed}",
-            remedy="run the stage prepare again: it repairs damaged files",
+            remedy=PREPARE_AGAIN,
         )

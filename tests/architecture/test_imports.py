@@ -34,7 +34,8 @@ ROOMS: dict[str, set[str]] = {
     "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
     "bench": GROUND | {"config", "data", "model", "prepare", "runtime", "sources", "synthetic"},
     "orchestrate": GROUND
-    | {"config", "data", "evaluate", "export", "monitor", "prepare", "runtime", "sources", "train"},
+    | {"checkpoint", "config", "data", "evaluate", "export", "monitor", "prepare", "runtime"}
+    | {"sources", "train"},
 }
 RAY_ROOMS = {"orchestrate"}
 
