@@ -20,7 +20,7 @@ from pathlib import Path
 from pipeline.checkpoint.manifest import list_checkpoints
 from pipeline.config import job_queries
 from pipeline.config.job_queries import TRAINING, prepared_names
-from pipeline.config.resume_diff import changes
+from pipeline.config.resume_diff import Change, changes
 from pipeline.config.schema import Job
 from pipeline.errors import ConfigError, DataError
 from pipeline.layout import RunDir
@@ -151,21 +151,22 @@ class Judge:
         try:
             # Synthetic images do not exist before preparation; their settings decide.
             if config.synthetic is not None:
-                return NEW if self._changed_settings(name) else artifacts.fingerprint(directory)
+                is_new = any(change.changes_result for change in self._changed_settings(name))
+                return NEW if is_new else artifacts.fingerprint(directory)
             return expected_fingerprint(config, self.job.seed)
         except DataError:
             # Damaged, or the source is not there: preparation repairs or reports it.
             return UNKNOWN
 
-    def _changed_settings(self, dataset: str) -> list[str]:
-        """Settings that decide the content of a dataset and have changed since its preparation."""
+    def _changed_settings(self, dataset: str) -> list[Change]:
+        """The settings of a dataset that have changed since its preparation, its root included."""
         started_with = settings_of(self.run_dir, "prepare")
         if started_with is None:
             return []
         return [
-            str(change)
+            change
             for change in changes(started_with, self.resolved, "prepare")
-            if change.changes_result and change.key.startswith(("seed", f"data.{dataset}."))
+            if change.key == "seed" or change.key.startswith(f"data.{dataset}.")
         ]
 
     def _described(self, stage: str, name: str) -> str:
@@ -178,7 +179,8 @@ class Judge:
         if name != "dataset":
             return f"input changed: {name}"
         dataset = job_queries.dataset_name(self.job, stage)
-        reasons = self._changed_settings(dataset) if self._replaces_dataset_of(stage) else []
+        replaced = self._replaces_dataset_of(stage)
+        reasons = [str(change) for change in self._changed_settings(dataset)] if replaced else []
         source = self.job.data[dataset].root or "synthetic"
         return f"input changed: the dataset {dataset} ({'; '.join(reasons) or source})"
 

@@ -195,7 +195,7 @@ def test_a_setting_that_would_replace_the_data_is_named(run: FinishedRun) -> Non
 
 def test_a_second_folder_of_the_same_name_is_refused(run: FinishedRun, tmp_path: Path) -> None:
     second = finished_run.make(tmp_path / "second", count=40)
-    with pytest.raises(ConfigError, match=r"the dataset images .*second/flowers"):
+    with pytest.raises(ConfigError, match=r'data\.images\.root: ".*" -> ".*second/flowers"'):
         run.call(f"data.root={second.job.parent / 'flowers'}")
 
 
