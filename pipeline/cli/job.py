@@ -35,7 +35,11 @@ def run(
     ] = None,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Restart the stages named with --stage from scratch."),
+        typer.Option(
+            "--force",
+            help="Restart from scratch: the stages named with --stage, or the whole job. "
+            "Earlier results are moved aside.",
+        ),
     ] = False,
     rehearse: Annotated[
         bool,

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import auto_values
+from pipeline.config import auto_values, job_name
 from pipeline.config.job_queries import ORDER
 from pipeline.config.schema import Job
 from pipeline.config.schema_text import describe
@@ -88,7 +88,7 @@ def load_job(
         tree = _without_sources(tree)
     tree = references.substitute(tree)
     tree, notes = auto_values.choose(tree, inspect_sources=not rehearse)
-    tree = _with_absolute_paths(tree, folder)
+    tree = job_name.with_folder(_with_absolute_paths(tree, folder))
     if rehearse and tree.get("model") is None:
         cause = "nothing to rehearse: the job evaluates a network that was trained elsewhere"
         raise ConfigError(cause, place=tree.origin, remedy="run it without --rehearse")

@@ -3,12 +3,17 @@
 Worked example. A pretraining stage was started, was interrupted, and the job file now differs in
 four keys:
 
-    stages.pretrain.log_every_steps  10 -> 50      may change: decides what is reported
-    model.columns                    8 -> 16       refused: decides what is computed
+    stages.pretrain.log_every_steps  10 -> 50      listed: decides what is reported
+    model.columns                    8 -> 16       listed, and it changes the result
     stages.finetune.base_lr          1e-3 -> 5e-4  not listed: concerns another stage
-    data.other.root                  /a -> /b      not listed: this stage uses another dataset
+    data.toy.root                    /a -> /b      not listed: training depends on the prepared
+                                                   dataset, an input with a digest of its own
 
-Whether a key may change is written beside the key in the schema (``Rules.may_change_on_resume``).
+Which results a key changes is written beside the key in the schema (``Rules.changes``).
+
+The recorded job may come from another version of the schema. A key that it lacks has its default,
+as it had when there was no such key. A key that the schema no longer has is ignored: nothing reads
+it any more. Renamed keys have their new names already (``migrate_renamed``).
 """
 
 from __future__ import annotations
@@ -18,9 +23,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pipeline.config.job_queries import ORDER, TRAINING
-from pipeline.config.schema import Job
-from pipeline.config.schema.rules import may_change_on_resume
+from pydantic_core import to_jsonable_python
+
+from pipeline.config.schema import Job, Section
+from pipeline.config.schema.rules import changes_result, key_of, named_section, section_within
 
 # A job as plain values: LoadedJob.resolved(), or stages/<stage>/job.json of a run directory.
 Resolved: TypeAlias = Mapping[str, Any]
@@ -30,77 +36,83 @@ MISSING = "(not there)"
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A key whose value differs. ``allowed``: the started stage may resume with the new value."""
+    """A key whose value differs. ``changes_result``: the stage's result depends on it."""
 
     key: str
     old: object
     new: object
-    allowed: bool
+    changes_result: bool
 
     def __str__(self) -> str:
-        verdict = "may change" if self.allowed else "refused"
-        return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}  ({verdict})"
+        return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
 
 
 def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
-    """The keys that ``stage`` depends on and that differ between two resolved jobs.
+    """The keys of ``stage`` that differ between two resolved jobs.
 
-    Keys of other stages, and of datasets that the stage does not use, are not listed.
+    Keys of other stages, and of datasets that the stage does not prepare, are not listed.
     """
     # Compare flat keys rather than sections, so that one changed value is one line for the user.
-    before = dict(_flatten(_settings_of(old, stage)))
-    after = dict(_flatten(_settings_of(new, stage)))
+    before = dict(_flatten(_settings_of(_complete(old, Job), stage)))
+    after = dict(_flatten(_settings_of(_complete(new, Job), stage)))
     keys = dict.fromkeys([*before, *after])  # those of the old job first
     return [
         Change(
             key=key,
             old=before.get(key, MISSING),
             new=after.get(key, MISSING),
-            allowed=may_change_on_resume(Job, key.split("."), stage),
+            changes_result=changes_result(Job, key.split("."), stage),
         )
         for key in keys
         if before.get(key, MISSING) != after.get(key, MISSING)
     ]
 
 
+def _complete(values: Resolved, section: type[Section]) -> dict[str, Any]:
+    """The keys of ``section`` in a recorded section: others dropped, missing ones at their default.
+
+    Example: {"columns": 4, "gone": 1} of ModelConfig -> {"columns": 4, "huge": False, ...}.
+    """
+    complete: dict[str, Any] = {}
+    for name, info in section.model_fields.items():
+        key = key_of(name, info)
+        if key in values:
+            value = values[key]
+        elif info.is_required():
+            continue
+        else:
+            # As JSON: the record has lists where the schema's default is a tuple.
+            value = to_jsonable_python(info.get_default(call_default_factory=True), by_alias=True)
+        below = section_within(info.annotation)
+        if below is not None and isinstance(value, Mapping):
+            named = named_section(info)
+            value = (
+                {entry: _complete(content, below) for entry, content in value.items()}
+                if named
+                else _complete(value, below)
+            )
+        complete[key] = value
+    return complete
+
+
 def _settings_of(job: Resolved, stage: str) -> Resolved:
-    """The part of a job that a stage depends on."""
-    data = job.get("data", {})
+    """The part of a job that concerns a stage."""
     settings = {
         "seed": job.get("seed"),
         "cluster": job.get("cluster", {}),
         "stages": {stage: _section(job, stage)},
-        "data": {name: data[name] for name in _datasets(job, stage) if name in data},
     }
+    if stage == "prepare":
+        data = job.get("data", {})
+        chosen = _section(job, stage).get("data") or list(data)
+        return settings | {"data": {name: data[name] for name in chosen if name in data}}
     # Preparation does not depend on the network: another model keeps the prepared shards.
-    if stage != "prepare":
-        settings["model"] = job.get("model", {})
-    return settings
+    return settings | {"model": job.get("model", {})}
 
 
 def _section(job: Resolved, stage: str) -> Resolved:
     section: Resolved = job.get("stages", {}).get(stage) or {}
     return section
-
-
-def _datasets(job: Resolved, stage: str) -> list[str]:
-    """Names of the datasets that a stage uses.
-
-    The same rules as ``job_queries.dataset_name``, for plain values: an old run may hold a job that
-    today's schema refuses.
-    """
-    names = list(job.get("data", {}))
-    section = _section(job, stage)
-    chosen = section.get("data")
-    if stage == "prepare":
-        return chosen or names
-    if chosen:
-        return [chosen]
-    source = section.get("from", "")
-    if stage not in TRAINING and source in ORDER and _section(job, source):
-        return _datasets(job, source)  # evaluation uses the dataset of the stage it evaluates
-    # Several datasets and none chosen: the job is invalid and `check` reports it.
-    return names if len(names) == 1 else []
 
 
 def _flatten(section: Resolved, above: str = "") -> Iterator[tuple[str, object]]:

@@ -8,6 +8,7 @@ import cv2
 
 from pipeline.data.dataset import Split
 from pipeline.data.hashing import key_of
+from pipeline.data.local_shards import PREPARE_AGAIN
 from pipeline.data.order import Order
 from pipeline.errors import DataError
 
@@ -25,7 +26,7 @@ def explain(cause: Exception, split: Split, sample: int) -> DataError:
         remedy = cause.remedy
     else:
         text = f"the image cannot be decoded: {str(cause).strip()}"
-        remedy = "the shard changed after preparation: delete it and run the prepare stage again"
+        remedy = f"the shard changed after preparation: {PREPARE_AGAIN}"
     error = DataError(text, place=split.place(sample), remedy=remedy)
     error.__cause__ = cause
     return error

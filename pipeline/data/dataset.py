@@ -25,9 +25,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.command import command
 from pipeline.data.description import DatasetDescription, UnsupportedFormat
-from pipeline.data.local_shards import PREPARE_AGAIN, LocalShards
+from pipeline.data.local_shards import PREPARE_AGAIN, PREPARE_ANOTHER_FORMAT, LocalShards
 from pipeline.data.remote_shards import RemoteShards
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shards import Index, ShardInfo
@@ -110,7 +109,7 @@ class Split:
             raise DataError(
                 "checksum mismatch: the image changed after preparation",
                 place=self.place(i),
-                remedy="delete the shard, then run the prepare stage again",
+                remedy=PREPARE_AGAIN,
             )
         return image
 
@@ -252,10 +251,7 @@ def _read_description(files: DatasetFiles) -> DatasetDescription:
     try:
         return DatasetDescription.parse(_read(files, DATASET_JSON))
     except UnsupportedFormat as error:
-        again = command("run", "JOB", "--stage", "prepare", "--force")
-        raise DataError(
-            str(error), place=files.place, remedy=f"prepare it again: {again}"
-        ) from None
+        raise DataError(str(error), place=files.place, remedy=PREPARE_ANOTHER_FORMAT) from None
     except ValueError as error:
         raise _damaged(files, DATASET_JSON, str(error)) from None
 

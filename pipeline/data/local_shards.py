@@ -13,7 +13,9 @@ from pipeline.data.shards import INDEX_ROWS, Index, ShardInfo, index_path
 from pipeline.errors import DataError
 from pipeline.files import file_digest
 
-PREPARE_AGAIN = "run the prepare stage again (it writes only the files that are missing)"
+# The stage reads every file when it is named, and writes those that are missing or damaged.
+PREPARE_AGAIN = "run the job with --stage prepare: it writes damaged files again"
+PREPARE_ANOTHER_FORMAT = "prepare it again: run the job with --stage prepare --force"
 
 
 class LocalShards:

@@ -234,5 +234,5 @@ def _does_not_read_back(path: Path, where: str) -> DataError:
     return DataError(
         f"{where} does not read back as written",
         place=str(path),
-        remedy="check the disk, then run the prepare stage again",
+        remedy="check the disk, then rerun the same command",
     )

@@ -1,22 +1,29 @@
-"""Lists the inputs and outputs of each stage, with digests to tell whether they have changed."""
+"""Lists the inputs and outputs of each stage, and tells by digests whether they have changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import job_queries
 from pipeline.config.job_queries import TRAINING, prepared_names
 from pipeline.config.schema import DatasetConfig, Job
 from pipeline.data.description import DatasetDescription
+from pipeline.data.local_shards import PREPARE_AGAIN
 from pipeline.data.shards import index_path
-from pipeline.errors import StageError
+from pipeline.errors import DataError, StageError
 from pipeline.files import file_digest, json_digest
-from pipeline.layout import CLASSES_JSON, DATASET_JSON, WEIGHTS_JSON, RunDir
-from pipeline.orchestrate.run_state import Artifact
+from pipeline.layout import CLASSES_JSON, DATASET_JSON, WEIGHTS_FILE, WEIGHTS_JSON, RunDir
+from pipeline.orchestrate.run_state import Artifact, RunState, StageRecord
 from pipeline.sources.digest import source_digest
 
 NOT_THERE = "not there"  # in place of the digest of a missing input; also stored in run.json
+NEW = "new"  # in place of a digest: an earlier stage of this call will write the input
+UNKNOWN = "unknown"  # in place of a digest: it is known only after an earlier stage of this call
+
+# Files that are judged by size and time: a run would read terabytes at every start.
+_LARGE = ".parquet"
 
 
 def stage_dirs(run_dir: RunDir, stage: str) -> list[Path]:
@@ -27,21 +34,33 @@ def stage_dirs(run_dir: RunDir, stage: str) -> list[Path]:
     return folders
 
 
-def inputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, str]:
+def inputs(
+    job: Job, stage: str, run_dir: RunDir, expected: Mapping[Path, str] | None = None
+) -> dict[str, str]:
     """Digests of the inputs of a stage, by name; ``NOT_THERE`` for a missing one.
 
-    Example, for finetune from pretrain: {"data": digest of dataset.json, "weights": digest of the
-    weights of pretrain}.
+    Example, for finetune from pretrain: {"dataset": fingerprint of the prepared dataset, "weights":
+    digest of the weights of pretrain}. Only content counts: names and paths may change.
+
+    Args:
+        expected: digests of datasets (by their directory) and weights (by their file) that are
+            known without reading them, for example because a stage is about to write them.
+
+    Raises:
+        DataError: the description of a dataset is damaged.
     """
     if stage == "prepare":
         return {f"data.{name}": _source_digest(job.data[name]) for name in prepared_names(job)}
-    # dataset.json holds the digests of all shards, so its own digest stands for the whole dataset.
-    digests = {"data": _digest(run_dir.dataset(_dataset(job, stage)) / DATASET_JSON)}
+    expected = expected or {}
+    # The fingerprint covers everything that the shards' bytes depend on. A digest of dataset.json
+    # would not do: the file also records versions of libraries and limits such as max_rejected.
+    dataset = run_dir.dataset(_dataset(job, stage))
+    digests = {"dataset": expected.get(dataset) or fingerprint(dataset)}
     initial = _initial(job, stage)
     if initial:
         # `from` names a stage of this run or a file; the file may come from anywhere.
         weights = run_dir.weights(initial) if initial in TRAINING else Path(initial)
-        digests["weights"] = _digest(weights)
+        digests["weights"] = expected.get(weights) or _digest(weights)
     if stage not in TRAINING and initial in TRAINING and getattr(job.stages, initial) is not None:
         # Evaluation and export preprocess images as the training stage did.
         train = job_queries.train_config(job, initial)
@@ -58,17 +77,58 @@ def require(job: Job, stage: str, digests: Mapping[str, str]) -> None:
     # Preparation reports a missing source itself, with more detail.
     if not missing or stage == "prepare":
         return
-    if "data" in missing:
+    if "dataset" in missing:
         producer = "prepare"
         cause = f"the dataset '{_dataset(job, stage)}' is not prepared"
     else:
         producer = _initial(job, stage)
         cause = f"the weights of '{producer}' are missing"
     if producer in job_queries.stage_names(job):
-        remedy = f"run this stage first: --stage {producer}"
+        remedy = f"run this stage first: rerun the same command with --stage {producer}"
     else:
         remedy = "add the stage, or correct `from`"
     raise StageError(cause, place=f"stages.{stage}", remedy=remedy)
+
+
+def require_intact(
+    job: Job, stage: str, run_dir: RunDir, run_state: RunState, judged: Sequence[str]
+) -> None:
+    """Check the files that a stage reads from finished stages that are not ``judged`` themselves.
+
+    A flipped bit in a small file would be used silently: it changes neither size nor time.
+
+    Raises:
+        StageError: a file is not as its stage wrote it.
+    """
+    source = _initial(job, stage)
+    used = {} if stage == "prepare" else {"prepare": run_dir.dataset(_dataset(job, stage))}
+    if source in TRAINING:
+        used[source] = run_dir.stage(source)
+    for producer, folder in used.items():
+        record = run_state.stage(producer)
+        if producer in judged or record.state != "done":
+            continue
+        for path, artifact in record.outputs.items():
+            file = run_dir.path / path
+            is_small = file.name in (DATASET_JSON, CLASSES_JSON, WEIGHTS_FILE, WEIGHTS_JSON)
+            if is_small and file.parent == folder and not artifact.matches(file):
+                raise StageError(
+                    f"is not the file that {producer} wrote: it is damaged or missing",
+                    place=str(file),
+                    remedy=f"rerun the same command with --stage {producer}: it writes the file "
+                    "again",
+                )
+
+
+def finished_weights(run_dir: RunDir, run_state: RunState) -> dict[Path, str]:
+    """The digests of the weights of finished trainings, by file."""
+    digests: dict[Path, str] = {}
+    for stage in TRAINING:
+        path = run_dir.weights(stage)
+        artifact = run_state.stage(stage).outputs.get(str(path.relative_to(run_dir.path)))
+        if artifact is not None and path.is_file():
+            digests[path] = artifact.digest
+    return digests
 
 
 def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
@@ -91,10 +151,67 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
     }
 
 
+def changed_inputs(
+    record: StageRecord, now: Mapping[str, str], job: Job, stage: str, run_dir: RunDir
+) -> list[str]:
+    """The names of the inputs that are no longer those the stage was started with."""
+    recorded = dict(record.inputs)
+    # Version 0.1.0 recorded the digest of dataset.json. While that file is unchanged, its
+    # fingerprint is known; else it is not compared here, and the checkpoint itself tells (K6).
+    digest = recorded.pop("data", "")
+    dataset = run_dir.dataset(_dataset(job, stage)) if stage != "prepare" else None
+    if dataset is not None and digest and digest == _digest(dataset / DATASET_JSON):
+        recorded["dataset"] = fingerprint(dataset)
+    if not recorded:
+        return []  # run.json was lost
+    if dataset is not None and "dataset" not in recorded:
+        now = {name: value for name, value in now.items() if name != "dataset"}
+    names = dict.fromkeys([*now, *recorded])
+    return [name for name in names if _differ(record, recorded.get(name), now.get(name))]
+
+
+def _differ(record: StageRecord, recorded: str | None, now: str | None) -> bool:
+    # The source of a finished stage is not needed any more, so it may be unmounted.
+    if now == UNKNOWN or (now == NOT_THERE and record.state == "done"):
+        return False
+    return recorded != now
+
+
+def damaged_outputs(record: StageRecord, run_dir: RunDir, *, thorough: bool) -> list[str]:
+    """The outputs of a finished stage that are missing or whose content has changed.
+
+    Args:
+        thorough: read the shards too. Otherwise they count as unchanged while their size and time
+            are; every other file is read.
+    """
+    return [
+        path
+        for path, artifact in record.outputs.items()
+        if not artifact.matches(
+            run_dir.path / path, trust_time=path.endswith(_LARGE) and not thorough
+        )
+    ]
+
+
+def fingerprint(dataset: Path) -> str:
+    """The fingerprint of a prepared dataset, ``NOT_THERE`` if there is none.
+
+    Raises:
+        DataError: dataset.json cannot be read.
+    """
+    path = dataset / DATASET_JSON
+    try:
+        return str(json.loads(path.read_text())["fingerprint"])
+    except FileNotFoundError:
+        return NOT_THERE
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"is damaged: {error}", place=str(path), remedy=PREPARE_AGAIN) from None
+
+
 def _source_digest(config: DatasetConfig) -> str:
     """Digest of a dataset's source: of the settings if it is synthetic, else of its folder."""
     if config.synthetic is not None:
-        return json_digest(config.synthetic.model_dump(mode="json"))
+        return json_digest(config.synthetic.digest_values())
     return source_digest(config) or NOT_THERE
 
 

@@ -20,7 +20,9 @@ from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, resume_policy
+from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.ray_session import RaySession, ray_session
+from pipeline.orchestrate.resume_policy import Decision, Resolved
 from pipeline.orchestrate.run_state import RunState, run_lock
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.stage_functions import placement, stage_fn
@@ -63,9 +65,6 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
             display = Display(console, log_file)
             stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()
-            # run.yaml is for people and for `data show`; resuming compares the settings that each
-            # stage keeps for itself.
-            write_text(run_dir.run_yaml, render.job_file(loaded))
             run_state = RunState(run_dir, job.name)
             run_state.declare(job_queries.stage_names(job))
             yield JobRunner(
@@ -76,53 +75,98 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
 def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False) -> None:
     """Run every stage of the job, or those in ``only``, until it is done.
 
+    Args:
+        force: restart these stages from scratch.
+
     Raises:
-        Interrupted: stopped on request; the same command resumes.
-        PipelineError: a stage failed, or cannot resume with changed settings.
+        Interrupted: stopped on request; the same command (without --force) resumes.
+        PipelineError: a stage failed, or finished work would be lost.
     """
     # Report a misspelled stage before the first one runs for days.
     for stage in only:
         job_queries.stage_config(run.job, stage)  # raises if the job has no such stage
+    names = job_queries.stage_names(run.job)
+    stages = [name for name in names if name in only] if only else names
+    # 1. Judge all stages before the first one changes anything.
+    judge = Judge(
+        job=run.job,
+        resolved=run.loaded.resolved(),
+        run_dir=run.run_dir,
+        run_state=run.run_state,
+        stages=stages,
+        thorough=bool(only),
+    )
+    decisions = judge.judge_all(force=force)
+    # run.yaml is for people and for `data show`; resuming compares the settings that each stage
+    # keeps for itself.
+    write_text(run.run_dir.run_yaml, render.job_file(run.loaded))
+    # 2. Forced stages lose their results together and now: a forced run that is interrupted in its
+    # first stage must not find the later ones done when it resumes.
+    for stage in stages if force else ():
+        run.log(f"{stage}: {decisions[stage].reason}")
+        _move_aside(run, stage)
     with contextlib.ExitStack() as stack:
-        for stage in only or job_queries.stage_names(run.job):
+        for stage in stages:
             run.stop.check()
-            # 1. Find out what has changed since the stage was started.
-            inputs = artifacts.inputs(run.job, stage, run.run_dir)
-            artifacts.require(run.job, stage, inputs)
-            resolved = run.loaded.resolved()
-            decision = resume_policy.decide(
-                stage,
-                run.run_state.stage(stage),
-                started_with=resume_policy.settings_of(run.run_dir, stage),
-                resolved=resolved,
-                inputs=inputs,
-                run_dir=run.run_dir,
-                force=force,
+            # 3. Decide again if an earlier stage has run: its results are known by now.
+            inputs = artifacts.inputs(
+                run.job, stage, run.run_dir, artifacts.finished_weights(run.run_dir, run.run_state)
             )
-            run.log(f"{stage}: {decision.reason}")
+            artifacts.require(run.job, stage, inputs)
+            decision = judge.decide(stage, inputs) if run.ran or force else decisions[stage]
+            if decision.action == "refuse":
+                raise judge.refusal({stage: decision})
+            if not force:
+                run.log(f"{stage}: {decision.reason}")
             if decision.action == "skip":
+                _keep_lost_settings(run, stage, judge.resolved)
                 continue
-            # 2. Make room for new results.
-            restart = decision.action == "restart"
-            if restart:
-                _clear(run, stage, keep_valid_datasets=not force)
-            # 3. Run it. Ray starts with the first stage that needs it.
+            _make_room(run, stage, decision)
+            # 4. Run it. Ray starts with the first stage that needs it.
             if run.ray is None:
                 run.ray = stack.enter_context(_ray(run))
-            resume_policy.keep_settings(run.run_dir, stage, resolved)
+            resume_policy.keep_settings(run.run_dir, stage, judge.resolved)
+            restart = decision.action == "restart"
             run.run_state.start(stage, inputs, from_scratch=restart)
             run.ran.append(stage)
             _run_stage(run, stage, run.ray)
+            _mark_outdated(run)
 
 
-def _clear(run: JobRunner, stage: str, *, keep_valid_datasets: bool) -> None:
+def _keep_lost_settings(run: JobRunner, stage: str, resolved: Resolved) -> None:
+    """Write the record of a finished stage's settings again, if the user deleted it."""
+    if not run.run_dir.started_with(stage).exists():
+        resume_policy.keep_settings(run.run_dir, stage, resolved)
+        run.log(f"{stage}: its settings were not recorded; the present ones are now", "warning")
+
+
+def _make_room(run: JobRunner, stage: str, decision: Decision) -> None:
+    """Move away what a stage will write again."""
+    if decision.action == "repair":
+        resume_policy.set_aside(run.run_dir, stage, decision.damaged)
     # Preparation compares fingerprints itself, dataset by dataset, and replaces only those that
     # no longer match.
-    if stage == "prepare" and keep_valid_datasets:
-        return
+    elif decision.action == "restart" and stage != "prepare":
+        _move_aside(run, stage)
+
+
+def _move_aside(run: JobRunner, stage: str) -> None:
     moved = resume_policy.move_aside(run.run_dir, stage)
+    run.run_state.reset(stage)
     if moved is not None:
         run.log(f"{stage}: moved its earlier results to {moved}", "warning")
+
+
+def _mark_outdated(run: JobRunner) -> None:
+    """Record which finished stages used inputs that are not the present ones."""
+    known = artifacts.finished_weights(run.run_dir, run.run_state)
+    for stage in job_queries.stage_names(run.job):
+        record = run.run_state.stage(stage)
+        if stage == "prepare" or record.state != "done":
+            continue
+        inputs = artifacts.inputs(run.job, stage, run.run_dir, known)
+        changed = artifacts.changed_inputs(record, inputs, run.job, stage, run.run_dir)
+        run.run_state.set_outdated(stage, changed)
 
 
 def _ray(run: JobRunner) -> contextlib.AbstractContextManager[RaySession]:

@@ -16,8 +16,8 @@ from rich.console import Console
 from pipeline.command import command
 from pipeline.errors import DataError, PipelineError
 from pipeline.export.classify_files import ClassifiedFile, classify_files
-from pipeline.export.reload import MODEL_JSON, load_export
-from pipeline.layout import find_run, runs_in
+from pipeline.export.reload import load_export
+from pipeline.layout import MODEL_JSON, find_run, runs_in
 from pipeline.monitor.console import Display
 from pipeline.sources.names import is_hidden, is_image
 

@@ -1,14 +1,15 @@
-"""Decides which stages run, and whether they resume or restart from scratch.
+"""Decides for one stage whether it runs, and whether it resumes or restarts from scratch.
 
 The rules, in this order:
 
 1. A stage that was never started is started.
-2. ``--force``: the stage restarts from scratch.
-3. A stage whose inputs have changed restarts from scratch, whatever its state.
-4. A finished stage is skipped if its settings and its outputs are unchanged. With other settings it
-   restarts from scratch; with a damaged output it resumes, which produces the output again.
-5. An interrupted or failed stage resumes, if only settings have changed since that may change
-   during a stage (such as ``log_every_steps``). With any other change the run is refused.
+2. A finished stage is skipped if its inputs, the settings that change its result, and its outputs
+   are unchanged. With a damaged output it is repaired: it resumes, which writes that output again.
+3. An unfinished stage resumes if its inputs and those settings are unchanged. Other settings (such
+   as ``log_every_steps``) may change at any time.
+4. If an input or such a setting has changed, the results cannot be kept. A stage whose work is
+   cheap (evaluation, export, preparation of a finished dataset) restarts. A stage with work worth
+   keeping, finished or not, is refused: only the user may discard it, with ``--force``.
 
 Restarting moves earlier results aside. Nothing is deleted.
 """
@@ -16,31 +17,38 @@ Restarting moves earlier results aside. Nothing is deleted.
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pipeline.config.resume_diff import Change, changes
 from pipeline.config.yaml_tree.old_names import migrate_renamed
-from pipeline.errors import ConfigError
+from pipeline.errors import StageError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
-from pipeline.orchestrate.artifacts import NOT_THERE, stage_dirs
+from pipeline.orchestrate.artifacts import stage_dirs
 from pipeline.orchestrate.run_state import StageRecord
 
-Action = Literal["skip", "start", "resume", "restart"]
+Action = Literal["skip", "start", "resume", "repair", "restart", "refuse"]
 
 Resolved = Mapping[str, object]  # a whole job as plain values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What to do with a stage, and the reason in words for the user."""
+    """What to do with a stage, and the reason in words for the user.
+
+    ``differences``: what has changed, one line each. ``damaged``: outputs that a repair writes
+    again, relative to the run directory.
+    """
 
     action: Action
     reason: str
+    differences: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
 
 def decide(
@@ -49,68 +57,61 @@ def decide(
     *,
     started_with: Resolved | None,
     resolved: Resolved,
-    inputs: Mapping[str, str],
-    run_dir: RunDir,
-    force: bool = False,
+    input_changes: Sequence[str] = (),
+    damaged: Sequence[str] = (),
+    at_stake: str = "",
 ) -> Decision:
     """Apply the rules above to one stage.
 
     Args:
         started_with: the resolved job with which the stage was started (``settings_of``), or None.
         resolved: the resolved job now.
-        inputs: digests of the inputs now.
-
-    Raises:
-        ConfigError: the stage was interrupted, and a setting has changed that must not.
+        input_changes: the inputs that have changed since then, in words.
+        damaged: outputs of the finished stage that are damaged.
+        at_stake: the work that a restart would discard, in words; '' if it is cheap.
     """
-    # Rules 1 and 2.
-    if started_with is None:
-        return Decision("start", "starting")
-    if force:
-        return Decision("restart", "restarting from scratch (--force)")
-    # Rule 3. This includes interrupted stages: their first half has used the old data.
-    changed_inputs = [name for name, digest in inputs.items() if _differs(record, name, digest)]
-    if changed_inputs:
-        names = ", ".join(changed_inputs)
-        return Decision("restart", f"input changed ({names}), restarting from scratch")
-    # Rule 4.
-    changed = changes(started_with, resolved, stage)
-    refused = [change for change in changed if not change.allowed]
-    if record.state == "done":
-        return _decide_finished(record, refused, run_dir)
-    # Rule 5. A restart would discard days of training, perhaps because of a typing error: refuse,
-    # and let the user decide.
-    if refused:
-        listed = "\n".join(f"    {change}" for change in changed)
-        raise ConfigError(
-            f"it was interrupted, and its settings have changed since:\n{listed}",
-            place=f"stages.{stage}",
-            remedy="restore the settings, give the job another name, or restart the stage from "
-            f"scratch: --stage {stage} --force",
-        )
-    reason = "failed last time" if record.state == "failed" else "interrupted"
-    return Decision("resume", f"{reason}, resuming{_with(changed)}")
-
-
-def _decide_finished(record: StageRecord, refused: list[Change], run_dir: RunDir) -> Decision:
-    if refused:
-        return Decision("restart", f"restarting from scratch{_with(refused)}")
-    damaged = [
-        path
-        for path, artifact in record.outputs.items()
-        if not artifact.matches(run_dir.path / path)
-    ]
+    is_known = record.state != "pending" or bool(record.inputs)
+    if started_with is None and not is_known:
+        return Decision(action="start", reason="starting")
+    # The user deleted the record of the settings, as the error about a damaged one suggests.
+    changed = changes(started_with, resolved, stage) if started_with is not None else []
+    relevant = [change for change in changed if change.changes_result]
+    differences = [*map(str, relevant), *input_changes]
+    if differences:
+        if at_stake:
+            return Decision(action="refuse", reason=at_stake, differences=differences)
+        reason = f"{'; '.join(differences)}; running again"
+        return Decision(action="restart", reason=reason, differences=differences)
+    if record.state != "done":
+        reason = "failed last time" if record.state == "failed" else "interrupted"
+        return Decision(action="resume", reason=f"{reason}, resuming{_with(changed)}")
     if damaged:
-        return Decision("resume", f"{damaged[0]} is missing or was modified, resuming")
-    return Decision("skip", "up to date")
+        reason = f"{damaged[0]} is missing or damaged, writing it again"
+        return Decision(action="repair", reason=reason, damaged=list(damaged))
+    return Decision(action="skip", reason="up to date")
 
 
 def settings_of(run_dir: RunDir, stage: str) -> dict[str, object] | None:
-    """The resolved job with which a stage was started; None if it never was."""
+    """The resolved job with which a stage was started; None if it never was.
+
+    Raises:
+        StageError: the record of it is damaged.
+    """
+    path = run_dir.started_with(stage)
     try:
-        settings: dict[str, object] = json.loads(run_dir.started_with(stage).read_text())
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("not a JSON object")
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise StageError(
+            f"is damaged ({error}): the settings that {stage} was started with are unknown",
+            place=str(path),
+            remedy="if they are those of the job now, delete the record with "
+            f"`rm {shlex.quote(str(path))}` and rerun the same command; to start from scratch "
+            f"instead, rerun it with --stage {stage} --force",
+        ) from None
     return migrate_renamed(settings)
 
 
@@ -136,8 +137,7 @@ def move_aside(run_dir: RunDir, stage: str) -> Path | None:
         results.append(started_with)
     if not results:
         return None
-    # The layout below the new folder is that of the run directory, so that results can be put back.
-    target = run_dir.replaced / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}"
+    target = _replaced(run_dir, stage)
     for path in results:
         new = target / path.relative_to(run_dir.path)
         new.parent.mkdir(parents=True, exist_ok=True)
@@ -153,18 +153,23 @@ def _results(run_dir: RunDir, stage: str) -> list[Path]:
     return [*files, *(path for path in [*others, run_dir.events(stage)] if path.exists())]
 
 
-def _differs(record: StageRecord, name: str, digest: str) -> bool:
-    # The source of a finished stage is not needed any more, so it may be unmounted.
-    if record.state == "done" and digest == NOT_THERE:
-        return False
-    return record.inputs.get(name, digest) != digest
+def set_aside(run_dir: RunDir, stage: str, damaged: Sequence[str]) -> None:
+    """Move damaged outputs of a stage, so that the stage finds them missing and writes them."""
+    for path in damaged:
+        if (run_dir.path / path).exists():
+            new = _replaced(run_dir, stage) / path
+            new.parent.mkdir(parents=True, exist_ok=True)
+            (run_dir.path / path).rename(new)
 
 
-def _with(changed: list[Change]) -> str:
+def _replaced(run_dir: RunDir, stage: str) -> Path:
+    """The folder for results that are moved now.
+
+    Its layout is that of the run directory, so that they can be put back.
+    """
+    return run_dir.replaced / f"{time.strftime('%Y%m%d-%H%M%S')}-{stage}"
+
+
+def _with(changed: Sequence[Change]) -> str:
     """Example: " with seed 0 -> 1; model.columns 4 -> 5"."""
-    if not changed:
-        return ""
-    settings = (
-        f"{change.key} {json.dumps(change.old)} -> {json.dumps(change.new)}" for change in changed
-    )
-    return f" with {'; '.join(settings)}"
+    return f" with {'; '.join(map(str, changed))}" if changed else ""

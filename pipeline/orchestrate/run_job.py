@@ -10,7 +10,7 @@ from rich.console import Console
 from pipeline.config import machine, render
 from pipeline.config.check import check
 from pipeline.config.load import LoadedJob
-from pipeline.errors import ConfigError
+from pipeline.errors import Interrupted
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
@@ -37,16 +37,16 @@ def run_job(
     loaded: LoadedJob, run_dir: RunDir, stages: Sequence[str] = (), *, force: bool = False
 ) -> None:
     """Run all stages of a job, or only ``stages``; print a summary. Raises as ``run_stages``."""
-    if force and not stages:
-        raise ConfigError(
-            "--force needs --stage",
-            remedy="name the stage to restart from scratch, or remove the run directory",
-        )
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     with open_run(loaded, run_dir, console) as run:
         for note in loaded.notes:
             run.log(note)
-        run_stages(run, stages, force=force)
+        try:
+            run_stages(run, stages, force=force)
+        except Interrupted as error:
+            # With --force, the same command would start from scratch once more.
+            remedy = "rerun without --force to resume" if force else error.remedy
+            raise Interrupted(error.cause, place=error.place, remedy=remedy) from error
         summarise(run)
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,17 +44,22 @@ class Artifact(BaseModel):
             digest=digest or file_digest(path), size=status.st_size, modified=status.st_mtime_ns
         )
 
-    def matches(self, path: Path) -> bool:
-        """True if the file exists with the same content."""
+    def matches(self, path: Path, *, trust_time: bool = False) -> bool:
+        """True if the file exists with the same content.
+
+        Args:
+            trust_time: do not read a file whose size and time of change are the same. A disk that
+                flips a bit changes neither, so this is for files too large to read every time.
+        """
         try:
             status = path.stat()
         except FileNotFoundError:
             return False
         if status.st_size != self.size:
             return False
-        # Read the content only if the file was touched: a run checks terabytes of shards at each
-        # start. (`pipeline verify` reads everything.)
-        return status.st_mtime_ns == self.modified or file_digest(path) == self.digest
+        if trust_time and status.st_mtime_ns == self.modified:
+            return True
+        return file_digest(path) == self.digest
 
 
 class StageRecord(BaseModel):
@@ -71,6 +77,11 @@ class StageRecord(BaseModel):
     )
     metrics: dict[str, float] = Field(
         default_factory=dict, description="Results by name, such as top1."
+    )
+    outdated: list[str] = Field(
+        default_factory=list,
+        description="Inputs that have changed since the stage ended: its metrics are those of "
+        "other data or weights than the ones that are here now.",
     )
     error: str = ""
 
@@ -121,6 +132,18 @@ class RunState:
     def stage(self, name: str) -> StageRecord:
         """The record of a stage; pending if it was never started."""
         return self._record.stages.get(name, StageRecord())
+
+    def reset(self, name: str) -> None:
+        """Forget a stage whose results were moved aside."""
+        self._record.stages[name] = StageRecord()
+        self._save()
+
+    def set_outdated(self, name: str, inputs: list[str]) -> None:
+        """Record which inputs of a finished stage have changed since; [] if none."""
+        record = self._record.stages[name]
+        if record.outdated != inputs:
+            record.outdated = inputs
+            self._save()
 
     def start(self, name: str, inputs: dict[str, str], *, from_scratch: bool) -> None:
         """Set a stage to running. From scratch, the time of earlier attempts does not count."""
@@ -175,7 +198,9 @@ def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
         raise StageError(
             f"is not the state of a run ({error})",
             place=str(path),
-            remedy="restore the file, or move the run directory away to start a new run",
+            remedy="restore the file, or move it away with "
+            f"`mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}` and rerun the same "
+            "command: each stage finds its results again",
         ) from None
 
 

@@ -50,8 +50,15 @@ def table(records: Mapping[str, StageRecord]) -> Table:
         table.add_column(column, justify="right" if column == "time" else "left")
     for name, record in records.items():
         colour = {"done": "green", "failed": "red"}.get(record.state, "yellow")
+        state = record.in_words
+        metrics = _metrics(name, record.metrics)
+        # Metrics of other data must not stand beside those of the present data.
+        if record.outdated:
+            colour = "yellow"
+            state = "out of date"
+            metrics = f"of an earlier {' and '.join(record.outdated)}"
         time = str(timedelta(seconds=round(record.seconds)))
-        table.add_row(name, f"[{colour}]{record.in_words}[/]", time, _metrics(name, record.metrics))
+        table.add_row(name, f"[{colour}]{state}[/]", time, metrics)
     return table
 
 
@@ -74,7 +81,7 @@ def _next(run: JobRunner) -> str:
     pending = [
         name
         for name in job_queries.stage_names(run.job)
-        if run.run_state.stage(name).state != "done"
+        if run.run_state.stage(name).state != "done" or run.run_state.stage(name).outdated
     ]
     if pending:
         return f"rerun the same command without --stage, to run: {', '.join(pending)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.config import machine
+from pipeline.data.local_shards import PREPARE_AGAIN
 from pipeline.errors import DamageError, DataError
 from pipeline.layout import RunDir, find_run
 from pipeline.monitor.console import Display
@@ -42,7 +43,7 @@ def verify(target: Path, runs: Path) -> None:
 def _parts(target: Path, run_dir: RunDir | None, display: Display) -> Iterator[VerifiedPart]:
     if run_dir is None:
         datasets = find_datasets(target.absolute())
-        remedy = "prepare the dataset again"
+        remedy = PREPARE_AGAIN
     else:
         if is_locked(run_dir):
             display.log("a process is working on this run: its files change meanwhile", "warning")

@@ -48,6 +48,10 @@ from pipeline.sources.units import Survey, Unit
 # With fewer images, the share of rejected ones says little: the first class may happen to be bad.
 MIN_IMAGES_TO_STOP_EARLY = 1000
 
+# Where the source lies, and limits that only decide whether preparation may continue. The layout
+# and the classes enter as they were found, so that "auto" equals the explicit value.
+NOT_IN_FINGERPRINT = ("root", "layout", "classes", "synthetic", "max_rejected")
+
 # Libraries that decode, encode or write. Recorded only: other versions may give other bytes.
 RECORDED_LIBRARIES = ("opencv-python-headless", "simplejpeg", "pyarrow", "pillow")
 
@@ -116,16 +120,9 @@ def fingerprint(source: Survey, config: DatasetConfig, seed: int) -> str:
     The content of the source counts, not its place: a copy in another folder gives the same
     fingerprint.
     """
-    # Left out: where the source lies, and limits that only decide whether preparation may continue.
-    # The layout and the classes enter as they were found, so that "auto" equals the explicit value.
-    settings = config.model_dump(
-        mode="json", exclude={"root", "layout", "classes", "synthetic", "max_rejected"}
-    )
-    # Keys that are younger than the first datasets count only where they are set: datasets that
-    # were prepared without them are still up to date.
-    for key in ("selection_fraction", "splits"):
-        if not settings[key]:
-            del settings[key]
+    settings = {
+        key: value for key, value in config.digest_values().items() if key not in NOT_IN_FINGERPRINT
+    }
     # Names are for people; the order of the IDs decides the labels.
     class_ids = [class_id for class_id, _ in source.classes]
     return json_digest([FORMAT, source.layout, class_ids, source.fingerprint_items, settings, seed])

@@ -68,10 +68,9 @@ def _generate(
 
 def _settings_digest(config: DatasetConfig) -> str:
     """A short digest of the settings that synthetic images depend on."""
-    settings = config.model_dump(
-        mode="json", include={"synthetic", "classes", "layout", "min_side"}
-    )
-    return json_digest(settings)[:8]
+    assert config.synthetic is not None
+    settings = config.model_dump(mode="json", include={"classes", "layout", "min_side"})
+    return json_digest(settings | {"synthetic": config.synthetic.digest_values()})[:8]
 
 
 def _summary(metrics: dict[str, float]) -> str:

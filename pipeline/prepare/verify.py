@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.data.dataset import open_dataset
 from pipeline.data.decode import JPEG_MAGIC, decode_any, decode_jpeg
 from pipeline.data.description import DatasetDescription
+from pipeline.data.local_shards import PREPARE_AGAIN
 from pipeline.data.shards import ShardInfo, index_path
 from pipeline.errors import DataError
 from pipeline.files import digest, file_digest
@@ -116,5 +117,7 @@ def _description(path: Path) -> DatasetDescription:
         return DatasetDescription.read(path)
     except ValueError as error:
         raise DataError(
-            str(error), place=str(path / DATASET_JSON), remedy="prepare the dataset again"
+            str(error),
+            place=str(path / DATASET_JSON),
+            remedy=PREPARE_AGAIN,
         ) from None

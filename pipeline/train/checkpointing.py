@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -104,7 +104,8 @@ def restore(
         raise CheckpointError(
             f"none of the {len(refused)} checkpoints can be used; the newest: {newest_problem}",
             place=str(root),
-            remedy="restore an undamaged copy, or move this folder away to train from scratch",
+            remedy="restore an undamaged copy; to train from scratch, rerun the same command with "
+            f"--stage {root.name} --force",
         )
     return None
 
@@ -140,19 +141,34 @@ def _verify_on_all_ranks(directory: Path) -> str | None:
 def _check_identity(
     saved: Mapping[str, object], identity: Mapping[str, object], directory: Path
 ) -> None:
-    # Through JSON, as the saved one: tuples become lists.
+    # Through JSON, as the saved one: tuples become lists. An earlier version may not have recorded
+    # a key: it cannot differ then.
     current = json.loads(json.dumps(identity))
     differences = [
-        f"{key}: saved {saved.get(key)}, now {value}"
+        f"{key}: saved {saved[key]}, now {value}"
         for key, value in current.items()
-        if saved.get(key) != value
+        if key in saved and _with_defaults(saved[key]) != _with_defaults(value)
     ]
     if differences:
         raise CheckpointError(
             f"checkpoint belongs to a different run ({'; '.join(differences)})",
             place=str(directory),
-            remedy="use another job name (a new run directory), or restore the settings",
+            remedy="restore the settings, or give the job another name (--set name=NAME); to train "
+            f"from scratch, rerun the same command with --stage {directory.parent.name} --force",
         )
+
+
+def _with_defaults(value: object) -> object:
+    """A recorded network without the fields at their default; any other value unchanged.
+
+    A network that was saved before a field of NetworkSpec existed has its default.
+    """
+    if not isinstance(value, dict):
+        return value
+    defaults = {entry.name: entry.default for entry in fields(NetworkSpec)}
+    return {
+        key: entry for key, entry in value.items() if key in defaults and entry != defaults[key]
+    }
 
 
 def load_initial(source: RangeReader, sharded: ShardedState, place: str, log: Log) -> None:

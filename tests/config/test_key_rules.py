@@ -1,4 +1,4 @@
-"""The rules beside a key (resume, hyperparameters, rehearsal), and the cost of an import."""
+"""The rules beside a key (results, hyperparameters, rehearsal), and the cost of an import."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.blocks import registry
+from pipeline.config.job_queries import ORDER, TRAINING
 from pipeline.config.load import load_job
 from pipeline.config.schema import Job, Section, TrainConfig, hparam_keys
-from pipeline.config.schema.rules import Rules, keys_with_rules, may_change_on_resume
+from pipeline.config.schema.rules import NOTHING, Rules, changes_result, keys_with_rules
 from pipeline.config.schema_text import describe
 from pipeline.config.schema_text.json_schema import json_schema
 from tests.config.jobs import JOB, ROOT, edited, error_message, write
@@ -40,58 +41,81 @@ def test_no_two_hyperparameters_share_a_column() -> None:
     assert columns == list(range(1, len(columns) + 1))
 
 
-def test_keys_that_a_resumed_run_may_change() -> None:
-    """The whole list, so that a new exception is a deliberate change of this test."""
-    may_change = {
-        f"{stage}: {key.dotted}"
-        for stage in ("prepare", "pretrain", "evaluate")
-        for key in describe.all_keys()
-        if not key.keys and key.section == {}
-        if key.path[0] != "stages" or key.path[1] == stage
-        if key.path[0] != "cluster"
-        if may_change_on_resume(Job, key.path, stage)
-    }
-    assert may_change == {
-        "pretrain: data.<name>.root",
-        "evaluate: data.<name>.root",
-        *(
-            f"{stage}: model.{key}"
-            for stage in ("prepare", "pretrain", "evaluate")
-            for key in ("activations", "stored_columns")
-        ),
-        *(
-            f"pretrain: stages.pretrain.{key}"
-            for key in (
-                "recipe",
-                "micro_batch",
-                "on_bad_sample",
-                "zero_stage",
-                "on_mismatch",
-                "eval_every_epochs",
-                "eval_resize",
-                "log_every_steps",
-                "checkpoint_every_steps",
-                "keep_checkpoints",
-            )
-        ),
-        "evaluate: stages.evaluate.batch",
-    }
+# For every key: the stages whose result depends on it. A new key is a line here: decide whether a
+# finished stage has to be trained again when its value changes (``Rules.changes``).
+ARCHITECTURE = ("pretrain", "finetune", "evaluate", "export")
+OWN_STAGE = ("own stage",)  # of a key below stages.<stage>
+DECISIONS: dict[tuple[str, ...], str] = {
+    NOTHING: """
+        name model.activations model.stored_columns model.compile
+        cluster.kind cluster.device cluster.processes cluster.threads cluster.loader_threads
+        cluster.prefetch_mib data.<name>.root data.<name>.max_rejected
+        stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
+        stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
+        stages.train.eval_every_epochs stages.train.eval_resize stages.train.log_every_steps
+        stages.train.checkpoint_every_steps stages.train.keep_checkpoints
+        stages.evaluate.data stages.evaluate.from stages.evaluate.batch stages.export.from
+    """,
+    ("prepare",): """
+        data.<name>.layout data.<name>.classes data.<name>.validation_fraction
+        data.<name>.image_column data.<name>.label_column data.<name>.short_side
+        data.<name>.jpeg_quality data.<name>.min_side data.<name>.max_pixels data.<name>.shard_rows
+        data.<name>.synthetic.classes data.<name>.synthetic.images_per_class
+        data.<name>.synthetic.validation_per_class data.<name>.synthetic.min_size
+        data.<name>.synthetic.max_size data.<name>.synthetic.corrupt_fraction
+        data.<name>.synthetic.seed
+    """,
+    ("prepare", "pretrain", "finetune"): "seed",
+    ("pretrain", "finetune"): "model.drop_path model.fraction_bits",
+    ARCHITECTURE: "model.channels model.depths model.columns model.huge model.block",
+    OWN_STAGE: """
+        stages.prepare.data stages.evaluate.image_size
+        stages.train.image_size stages.train.epochs stages.train.max_steps
+        stages.train.global_batch stages.train.order stages.train.window_shards
+        stages.train.repeated_augmentation stages.train.balance
+        stages.train.intermediate_supervision stages.train.precision stages.train.base_lr
+        stages.train.base_lr_batch stages.train.min_lr stages.train.warmup_epochs
+        stages.train.warmup_lr stages.train.weight_decay stages.train.decay_alpha
+        stages.train.betas stages.train.eps stages.train.clip_grad stages.train.layer_decay
+        stages.train.drop_path stages.train.head_init_scale stages.train.ema_decay
+        stages.train.augment.crop_scale stages.train.augment.crop_ratio stages.train.augment.flip
+        stages.train.augment.color_jitter stages.train.augment.randaugment
+        stages.train.augment.randaugment_std stages.train.augment.random_erasing
+        stages.train.augment.mixup stages.train.augment.cutmix
+        stages.train.augment.mixup_switch_prob stages.train.augment.smoothing
+    """,
+}
 
 
-@pytest.mark.parametrize(
-    ("key", "allowed"),
-    [
-        ("cluster.processes", True),
-        ("cluster.key_of_an_old_release", True),
-        ("model.key_of_an_old_release", False),
-        ("stages.pretrain.key_of_an_old_release", False),
-        ("data.toy", False),
-        ("data.toy.synthetic.seed", False),
-        ("seed", False),
-    ],
-)
-def test_rules_of_a_section_hold_for_the_keys_below_it(key: str, allowed: bool) -> None:
-    assert may_change_on_resume(Job, key.split("."), "pretrain") is allowed
+def decided_by_the_schema() -> dict[tuple[str, ...], set[str]]:
+    """Every key by the stages whose result it changes; both training stages as "train"."""
+    decided: dict[tuple[str, ...], set[str]] = {}
+    for key in describe.all_keys():
+        # `stages.export` has a single key; `keys` and `section` are empty for values.
+        if key.keys or key.section:
+            continue
+        stages = tuple(stage for stage in ORDER if changes_result(Job, key.path, stage))
+        name = key.dotted
+        if key.path[0] == "stages":
+            stages = OWN_STAGE if stages == (key.path[1],) else stages
+            for training in TRAINING:
+                name = name.replace(f"stages.{training}.", "stages.train.")
+        decided.setdefault(stages, set()).add(name)
+    return decided
+
+
+def test_it_is_decided_for_every_key_which_results_it_changes() -> None:
+    expected = {stages: set(keys.split()) for stages, keys in DECISIONS.items()}
+    assert decided_by_the_schema() == expected
+
+
+def test_the_innermost_rule_decides() -> None:
+    assert changes_result(Job, ("model", "columns"), "evaluate")
+    assert not changes_result(Job, ("model", "drop_path"), "evaluate")
+    assert not changes_result(Job, ("model", "compile"), "pretrain")
+    assert not changes_result(Job, ("cluster", "processes"), "pretrain")
+    assert not changes_result(Job, ("data", "toy", "short_side"), "pretrain")
+    assert changes_result(Job, ("data", "toy", "synthetic", "seed"), "prepare")
 
 
 def test_keys_with_rules_lists_the_keys_of_a_job(tmp_path: Path) -> None:
@@ -105,7 +129,7 @@ def test_keys_with_rules_lists_the_keys_of_a_job(tmp_path: Path) -> None:
 
 
 def test_rules_of_an_alias_are_found_by_the_key_of_the_job_file() -> None:
-    assert not may_change_on_resume(Job, ("stages", "finetune", "from"), "finetune")
+    assert not changes_result(Job, ("stages", "finetune", "from"), "finetune")
     keys = dict(keys_with_rules(TrainConfig(epochs=1, base_lr=1.0)))
     assert keys["from"].rehearse_input is not None
 

@@ -43,7 +43,7 @@ def test_evaluation_names_a_damaged_image(tmp_path: Path) -> None:
     with (
         EvalLoader(split, image_size=32, resize=1.0, batch=8, threads=2) as loader,
         pytest.raises(
-            DataError, match=rf"train-00001.parquet, row 5: {CHANGED}\n  -> .*prepare stage"
+            DataError, match=rf"train-00001.parquet, row 5: {CHANGED}\n  -> .*--stage prepare:"
         ),
     ):
         list(loader)
@@ -156,7 +156,7 @@ def test_images_of_a_shard_that_its_split_cannot_read_are_replaced(
                 raise DataError(
                     "cannot be read: No such file",
                     place=self.place(i),
-                    remedy="run the prepare stage again",
+                    remedy="prepare it again",
                 )
             return super().image(i)
 

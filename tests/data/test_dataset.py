@@ -76,7 +76,7 @@ def test_truncated_or_missing_files_are_named_with_a_remedy(tmp_path: Path) -> N
     shard.write_bytes(whole[:-10])
     with pytest.raises(
         DataError,
-        match=r"train-00000.parquet: has \d+ bytes instead of \d+\n  -> run the prepare stage",
+        match=r"train-00000.parquet: has \d+ bytes instead of \d+\n  -> run the job with",
     ):
         open_dataset(tmp_path).split("train")
     shard.unlink()
@@ -155,7 +155,7 @@ def test_damaged_description_is_named(
     edit(description)
     write_json(tmp_path / "set" / "dataset.json", description)
     with pytest.raises(
-        DataError, match=rf"dataset\.json: is damaged: .*{cause}\n  -> run the prep"
+        DataError, match=rf"dataset\.json: is damaged: .*{cause}\n  -> run the job with"
     ):
         opened(tmp_path, remote)
 
@@ -167,7 +167,7 @@ def test_description_that_is_not_a_json_object_is_named(
 ) -> None:
     make_dataset(tmp_path / "set", {"train": 2})
     (tmp_path / "set" / "dataset.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"dataset\.json: is damaged: .*\n  -> run the prepare"):
+    with pytest.raises(DataError, match=r"dataset\.json: is damaged: .*\n  -> .*--stage prepare:"):
         opened(tmp_path, remote)
 
 
@@ -175,7 +175,7 @@ def test_description_that_is_not_a_json_object_is_named(
 def test_damaged_class_list_is_named(content: bytes, tmp_path: Path) -> None:
     make_dataset(tmp_path / "set", {"train": 2})
     (tmp_path / "set" / "classes.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"classes\.json: is damaged: .*\n  -> run the prepare"):
+    with pytest.raises(DataError, match=r"classes\.json: is damaged: .*\n  -> .*--stage prepare:"):
         opened(tmp_path, remote=False)
 
 
@@ -200,7 +200,7 @@ def test_other_format_asks_for_a_new_preparation(
         DatasetDescription.read(tmp_path)
     with pytest.raises(DataError, match="has format 1, this version reads 2") as raised:
         open_dataset(tmp_path)
-    assert "./launch.sh run JOB --stage prepare --force" in raised.value.remedy
+    assert "run the job with --stage prepare --force" in raised.value.remedy
 
 
 def opened(folder: Path, remote: bool) -> Any:

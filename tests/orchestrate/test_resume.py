@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.errors import ConfigError, StageError
 from pipeline.layout import RunDir
 from pipeline.orchestrate.resume_policy import decide, keep_settings, move_aside, settings_of
-from pipeline.orchestrate.run_state import RunState, read_run_state, run_lock
+from pipeline.orchestrate.run_state import RunState, StageRecord, read_run_state, run_lock
 from pipeline.orchestrate.supervisor import claim_generation
 
 # As written by the version before, which called the metrics "figures".
@@ -60,8 +61,6 @@ def test_a_run_of_the_previous_version_resumes(run_dir: RunDir) -> None:
         state.stage("pretrain"),
         started_with=settings_of(run_dir, "pretrain"),
         resolved=settings,
-        inputs={"data": "d"},
-        run_dir=run_dir,
     )
     assert (decision.action, decision.reason) == ("resume", "interrupted, resuming")
     state.start("pretrain", {"data": "d"}, from_scratch=False)
@@ -73,10 +72,49 @@ def test_a_run_of_the_previous_version_resumes(run_dir: RunDir) -> None:
     assert not any("figures" in record for record in written.values())
 
 
+EPOCHS = {"seed": 0, "stages": {"pretrain": {"epochs": 3, "log_every_steps": 10}}}
+MORE_EPOCHS = {"seed": 0, "stages": {"pretrain": {"epochs": 4, "log_every_steps": 10}}}
+OTHER_LOG = {"seed": 0, "stages": {"pretrain": {"epochs": 3, "log_every_steps": 50}}}
+DONE = StageRecord(state="done")
+FAILED = StageRecord(state="failed")
+CHANGED = "stages.pretrain.epochs: 3 -> 4"
+
+
+@pytest.mark.parametrize(
+    ("record", "resolved", "facts", "action", "reason"),
+    [
+        (StageRecord(), EPOCHS, {"started_with": None}, "start", "not run yet"),
+        (DONE, EPOCHS, {}, "skip", "up to date"),
+        (DONE, OTHER_LOG, {}, "skip", "up to date"),
+        (DONE, EPOCHS, {"damaged": ["a/b"]}, "repair", "a/b is missing or damaged, writing it"),
+        (DONE, EPOCHS, {"started_with": None}, "skip", "up to date"),
+        (DONE, MORE_EPOCHS, {}, "restart", f"{CHANGED}; running again"),
+        (DONE, MORE_EPOCHS, {"at_stake": "9 steps"}, "refuse", "9 steps"),
+        (DONE, EPOCHS, {"at_stake": "9 steps", "input_changes": ["x"]}, "refuse", "9 steps"),
+        (FAILED, EPOCHS, {"at_stake": "9 steps"}, "resume", "failed last time, resuming"),
+        (FAILED, OTHER_LOG, {"at_stake": "9 steps"}, "resume", "log_every_steps: 10 -> 50"),
+        (FAILED, MORE_EPOCHS, {"at_stake": "9 steps"}, "refuse", "9 steps"),
+        (FAILED, MORE_EPOCHS, {}, "restart", f"{CHANGED}; running again"),
+    ],
+)
+def test_c8_each_rule_of_the_policy(
+    record: StageRecord,
+    resolved: dict[str, object],
+    facts: dict[str, Any],
+    action: str,
+    reason: str,
+) -> None:
+    given = {"started_with": EPOCHS} | facts
+    decision = decide("pretrain", record, resolved=resolved, **given)
+    assert decision.action == action
+    assert reason in decision.reason
+
+
 def test_a_damaged_run_json_is_named(run_dir: RunDir) -> None:
     run_dir.run_json.write_text('{"format": 1, "stages": {"pretrain": {"state": "gone"}}}')
-    with pytest.raises(StageError, match=r"run\.json: is not the state of a run"):
+    with pytest.raises(StageError, match=r"run\.json: is not the state of a run") as error:
         read_run_state(run_dir)
+    assert f"`mv {run_dir.run_json} {run_dir.run_json}.damaged`" in error.value.remedy
 
 
 def test_a_second_process_is_refused_with_the_id_of_the_first(run_dir: RunDir) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
+from pipeline.config.schema import DatasetConfig, SyntheticConfig
 from pipeline.files import write_json
+from pipeline.prepare.build import fingerprint
 from pipeline.prepare.verify import verify_dataset
 from pipeline.sources import units
+from pipeline.sources.units import Survey
 from tests.prepare.results import description
 from tests.prepare.source_folders import (
     backwards,
@@ -126,3 +130,30 @@ def test_a_dataset_with_an_incomplete_description_is_built_again(tmp_path: Path)
     write_json(tmp_path / "out" / "dataset.json", values)
     prepare(source, tmp_path / "out")
     assert shard_bytes(tmp_path / "out") == expected
+
+
+class LaterDataset(DatasetConfig):
+    """The schema after an upgrade that adds a key."""
+
+    gamma: float = Field(1.0, description="A new key.")
+
+
+def test_a_key_that_an_upgrade_adds_leaves_every_fingerprint_as_it_is() -> None:
+    # 93a9...: computed by version 0.1.0 from the same values.
+    source = Survey(
+        layout="x", classes=[("a", "a")], units=[], fingerprint_items=[("a",)], notes=[]
+    )
+    before = "93a902648c785944db05d084fbab7241"
+    assert fingerprint(source, DatasetConfig(root="/x", min_side=16), 0) == before
+    assert fingerprint(source, LaterDataset(root="/y", min_side=16), 0) == before
+    assert fingerprint(source, LaterDataset(min_side=16, gamma=2.0), 0) != before
+    assert fingerprint(source, DatasetConfig(min_side=16, max_rejected=0.5), 0) == before
+
+
+def test_a_key_that_an_upgrade_adds_leaves_synthetic_images_as_they_are() -> None:
+    class LaterSynthetic(SyntheticConfig):
+        gamma: float = Field(1.0, description="A new key.")
+
+    assert LaterSynthetic(classes=5).digest_values() == SyntheticConfig(classes=5).digest_values()
+    assert LaterSynthetic(gamma=2.0).digest_values()["gamma"] == 2.0
+    assert SyntheticConfig().digest_values() == SyntheticConfig().model_dump(mode="json")

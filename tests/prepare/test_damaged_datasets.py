@@ -88,7 +88,7 @@ def test_the_loader_names_a_shard_that_is_missing_or_cut(tmp_path: Path, damage:
         shard.unlink()
     else:
         shard.write_bytes(shard.read_bytes()[:-1])
-    message = r"validation-00001\.parquet.*\n  -> .*prepare stage"
+    message = r"validation-00001\.parquet.*\n  -> .*--stage prepare:"
     with pytest.raises(DataError, match=message):
         split = open_dataset(tmp_path).split("validation")
         with EvalLoader(split, image_size=32, resize=1.0, batch=8, threads=1) as loader:

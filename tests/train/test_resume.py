@@ -152,10 +152,16 @@ def test_a_finished_stage_returns_its_metrics_again_without_training(tmp_path: P
 
 
 def downgrade(directory: Path) -> None:
-    """Rewrite a checkpoint's manifest as the version before wrote it."""
+    """Rewrite a checkpoint's manifest as the version before wrote it.
+
+    Its network had no huge wiring, but a key that is gone; it did not record the order.
+    """
     path = directory / "manifest.json"
     manifest = json.loads(path.read_text())
     state = manifest["state"]
+    del state["identity"]["network"]["huge"]
+    del state["identity"]["order"]
+    state["identity"]["network"]["gone"] = 1
     manifest["state"] = {
         "identity": state["identity"],
         "optimizer_steps": state["applied_steps"],

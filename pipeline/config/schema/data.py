@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.rules import NOTHING, Rules
 from pipeline.config.schema.section import Fraction, Section, Seed, known_name
 from pipeline.config.schema.shrink import (
     at_most,
@@ -27,6 +27,16 @@ _LAYOUTS = [*registry.descriptions(), "auto"]
 
 class SyntheticConfig(Section):
     """Synthetic images in the layout of a real source, for a first run and for rehearsals."""
+
+    first_keys: ClassVar[tuple[str, ...]] = (
+        "classes",
+        "images_per_class",
+        "validation_per_class",
+        "min_size",
+        "max_size",
+        "corrupt_fraction",
+        "seed",
+    )
 
     # Small defaults: a first run should take minutes.
     classes: PositiveInt = Field(
@@ -71,10 +81,22 @@ class SplitsConfig(Section):
 class DatasetConfig(Section):
     """A labelled image dataset and how it is prepared into shards."""
 
-    # Once a dataset is prepared, training reads its shards: the source may move.
+    first_keys: ClassVar[tuple[str, ...]] = (
+        "validation_fraction",
+        "image_column",
+        "label_column",
+        "short_side",
+        "jpeg_quality",
+        "min_side",
+        "max_pixels",
+        "shard_rows",
+    )
+
+    # The content of the source is an input of preparation, compared by its digest: the source
+    # itself may move.
     root: Annotated[
         str,
-        Rules(may_change_on_resume=True, fixed_in=("prepare",), rehearse_input=fixed("")),
+        Rules(changes=NOTHING, rehearse_input=fixed("")),
     ] = Field(
         "",
         description="Folder or fsspec URL of the source; with layout 'huggingface', the path of "
@@ -142,7 +164,8 @@ class DatasetConfig(Section):
         description="Images with more pixels (width x height) are quarantined without decoding.",
     )
     # Synthetic sources contain corrupt files on purpose, hence the higher limit in a rehearsal.
-    max_rejected: Annotated[Fraction, Rules(rehearse_input=fixed(0.2))] = Field(
+    # It decides whether preparation may finish, not what it writes.
+    max_rejected: Annotated[Fraction, Rules(changes=NOTHING, rehearse_input=fixed(0.2))] = Field(
         0.01,
         description="Largest acceptable share of rejected images (share). Preparation fails "
         "above it.",

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt
 from pipeline.config.schema.cluster import ClusterConfig
 from pipeline.config.schema.data import DatasetConfig, DatasetName
 from pipeline.config.schema.model import ModelConfig
-from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
 from pipeline.config.schema.section import Section, Seed
 from pipeline.config.schema.shrink import LONGEST_NAME, small_image_size, with_suffix
 from pipeline.config.schema.train import TrainConfig
@@ -35,10 +35,11 @@ class EvaluateStage(Section):
     Every image counts exactly once.
     """
 
-    data: str = Field(
+    # Dataset and weights are inputs, compared by their digests; where they lie does not matter.
+    data: Annotated[str, Rules(changes=NOTHING)] = Field(
         "", description="Name of the dataset. Empty: the dataset of the stage in `from`."
     )
-    initial: str = Field(
+    initial: Annotated[str, Rules(changes=NOTHING)] = Field(
         "finetune",
         alias="from",
         description="Weights to evaluate: a training stage (its EMA weights if it has any), the "
@@ -50,7 +51,7 @@ class EvaluateStage(Section):
         description="Side of the square evaluation image (pixels). null: that of the stage in "
         "`from`.",
     )
-    batch: Annotated[PositiveInt, Rules(may_change_on_resume=True)] = Field(
+    batch: Annotated[PositiveInt, Rules(changes=NOTHING)] = Field(
         64, description="Images per process in one forward pass."
     )
 
@@ -58,7 +59,7 @@ class EvaluateStage(Section):
 class ExportStage(Section):
     """Writes weights, model description, preprocessing and class names for use elsewhere."""
 
-    initial: str = Field(
+    initial: Annotated[str, Rules(changes=NOTHING)] = Field(
         "finetune",
         alias="from",
         description="Weights to export: a training stage (its EMA weights if it has any) or a "
@@ -69,11 +70,23 @@ class ExportStage(Section):
 class Stages(Section):
     """The stages of a job; they run in this order."""
 
-    prepare: PrepareStage | None = Field(None, description="Data preparation.")
-    pretrain: TrainConfig | None = Field(None, description="Pretraining.")
-    finetune: TrainConfig | None = Field(None, description="Fine-tuning.")
-    evaluate: EvaluateStage | None = Field(None, description="Final evaluation.")
-    export: ExportStage | None = Field(None, description="Export.")
+    # The settings of a stage change its own result. What it takes over from another stage reaches
+    # it as an input.
+    prepare: Annotated[PrepareStage | None, Rules(changes=("prepare",))] = Field(
+        None, description="Data preparation."
+    )
+    pretrain: Annotated[TrainConfig | None, Rules(changes=("pretrain",))] = Field(
+        None, description="Pretraining."
+    )
+    finetune: Annotated[TrainConfig | None, Rules(changes=("finetune",))] = Field(
+        None, description="Fine-tuning."
+    )
+    evaluate: Annotated[EvaluateStage | None, Rules(changes=("evaluate",))] = Field(
+        None, description="Final evaluation."
+    )
+    export: Annotated[ExportStage | None, Rules(changes=("export",))] = Field(
+        None, description="Export."
+    )
 
 
 # The job's name becomes runs/<name>, so it must be a folder name on every system: no separators,
@@ -87,23 +100,27 @@ _JobName = Annotated[
 class Job(Section):
     """One run from data to exported weights."""
 
-    name: Annotated[_JobName, Rules(rehearse=with_suffix)] = Field(
+    name: Annotated[_JobName, Rules(changes=NOTHING, rehearse=with_suffix)] = Field(
         description="Name of the job; its run directory is runs/<name>. It contains no '/', '\\' "
-        "or control character and does not start with '.'."
+        "or control character and does not start with '.'. '{folder}' in it stands for the last "
+        "part of `root` of the only dataset."
     )
     # One seed for initial weights, order and augmentation. Each random choice is a function of it
     # and of what it decides (epoch, sample), so that a resumed run repeats the same choices.
-    seed: Seed = Field(0, description="Seed of all random choices.")
-    model: ModelConfig = Field(
+    seed: Annotated[Seed, Rules(changes=("prepare", *TRAINING_RESULTS))] = Field(
+        0, description="Seed of all random choices."
+    )
+    model: Annotated[ModelConfig, Rules(changes=(*TRAINING_RESULTS, "evaluate", "export"))] = Field(
         description="The network: a mapping, or the name of a file in configs/model. A job that "
         "only evaluates takes it from the trained model."
     )
     # A run may move to another machine: how many processes compute does not change the result.
-    cluster: Annotated[ClusterConfig, Rules(may_change_on_resume=True)] = Field(
+    cluster: Annotated[ClusterConfig, Rules(changes=NOTHING)] = Field(
         default_factory=ClusterConfig,
         description="Where the job runs: a mapping, or the name of a file in configs/cluster.",
     )
-    data: dict[DatasetName, DatasetConfig] = Field(
+    # Training depends on the prepared dataset, an input, and not on how it came about.
+    data: Annotated[dict[DatasetName, DatasetConfig], Rules(changes=("prepare",))] = Field(
         description="Datasets by name. A single dataset may be written without a name."
     )
     stages: Stages = Field(description="The stages to run.")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from pipeline.blocks import registry
-from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
 from pipeline.config.schema.section import Section, known_name
 from pipeline.config.schema.shrink import narrow
 
@@ -33,14 +33,17 @@ class ModelConfig(Section):
         "convnext",
         description="Kind of block: one name for all levels, or a list of four, one per level.",
     )
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+    # What only training computes: evaluation and export run without drop path and in plain
+    # floating point.
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0), Rules(changes=TRAINING_RESULTS)] = Field(
         0.0,
         description="Stochastic depth rate of the last block of a column. The rates of earlier "
         "blocks increase linearly from 0.",
     )
     # How the backward pass obtains its activations changes memory and time, never the gradients.
     activations: Annotated[
-        Literal["exact", "stored", "checkpointed"], Rules(may_change_on_resume=True)
+        Literal["exact", "stored", "checkpointed"],
+        Rules(changes=NOTHING),
     ] = Field(
         "exact",
         description="How the backward pass obtains activations. 'exact': inverts the columns bit "
@@ -48,20 +51,18 @@ class ModelConfig(Section):
         "(plain autograd). 'checkpointed': keeps the feature maps of each column and recomputes "
         "the rest.",
     )
-    stored_columns: Annotated[
-        NonNegativeInt | Literal["auto"], Rules(may_change_on_resume=True)
-    ] = Field(
+    stored_columns: Annotated[NonNegativeInt | Literal["auto"], Rules(changes=NOTHING)] = Field(
         0,
         description="With activations 'exact': number of last columns that keep their autograd "
         "graph (faster, more memory). 'auto': as many as fit into the device's memory.",
     )
-    compile: bool = Field(
+    compile: Annotated[bool, Rules(changes=NOTHING)] = Field(
         False,
         description="Use torch.compile for each level. Compilation takes a minute or more at the "
         "start; steps on a GPU are faster afterwards.",
     )
     # Example for 18 bits: steps of 2^-18 = 3.8e-6 and a range of +-2^13 = 8192.
-    fraction_bits: Annotated[int, Field(ge=8, le=24)] = Field(
+    fraction_bits: Annotated[int, Field(ge=8, le=24), Rules(changes=TRAINING_RESULTS)] = Field(
         18,
         description="With activations 'exact': fraction bits of the fixed-point residual stream. "
         "Its resolution is 2^-bits and its range is 2^(31-bits).",

@@ -1,10 +1,11 @@
 """The rules of a key, written beside the key itself.
 
-    log_every_steps: Annotated[PositiveInt, Rules(may_change_on_resume=True, rehearse=fixed(1))]
+    log_every_steps: Annotated[PositiveInt, Rules(changes=NOTHING, rehearse=fixed(1))]
 
-Other modules read the rules and keep no list of keys of their own: ``resume_diff`` (may a resumed
-run change it?), the trainer (is it a hyperparameter in TensorBoard?), ``smoke_test`` (how does
-``--rehearse`` shrink it?). Pydantic ignores the metadata, so it never appears in the JSON Schema.
+Other modules read the rules and keep no list of keys of their own: ``resume_diff`` (which results
+does the value change?), the trainer (is it a hyperparameter in TensorBoard?), ``smoke_test`` (how
+does ``--rehearse`` shrink it?). Pydantic ignores the metadata, so it never appears in the JSON
+Schema.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from pydantic.fields import FieldInfo
 from pipeline.config.schema.section import Section
 from pipeline.config.schema.shrink import Shrink
 
+NOTHING: tuple[str, ...] = ()  # for ``changes``: how a stage runs, what it checks, logs and saves
+TRAINING_RESULTS = ("pretrain", "finetune")  # for ``changes``: only what is learned
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """What may happen to a key's value apart from the user setting it.
 
     Attributes:
-        may_change_on_resume: an interrupted stage resumes with a new value, because the value
-            decides how the stage runs or what it reports, but not what it computes. On a section:
-            holds for all keys below it.
-        fixed_in: stages that must not resume with a new value even so.
+        changes: the stages whose result depends on the value. A finished stage is kept and an
+            interrupted one resumes if only other keys have changed. None: as the section around
+            the key. A new key therefore counts as one that changes results until someone decides
+            otherwise; tests/config/test_key_rules.py lists the decision for every key.
         hparam: column of the key in TensorBoard's table of hyperparameters, from 1; 0: not shown.
         rehearse: makes the value of a rehearsal from the job's own.
         rehearse_input: the same, for keys that describe input files (images, weights). A rehearsal
@@ -35,14 +39,13 @@ class Rules:
             are replaced after it, so that the check still sees the real sizes.
     """
 
-    may_change_on_resume: bool = False
-    fixed_in: tuple[str, ...] = ()
+    changes: tuple[str, ...] | None = None
     hparam: int = 0
     rehearse: Shrink | None = None
     rehearse_input: Shrink | None = None
 
 
-_NO_RULES = Rules()  # most keys: a resumed run must not change them, a rehearsal keeps them
+_NO_RULES = Rules()  # most keys: they count as their section does, a rehearsal keeps them
 
 
 def _rules_of(info: FieldInfo) -> Rules:
@@ -54,17 +57,14 @@ def key_of(name: str, info: FieldInfo) -> str:
     return info.alias or name
 
 
-def may_change_on_resume(root: type[Section], path: Sequence[str], stage: str) -> bool:
-    """True if ``stage`` may resume although the key at ``path`` has a new value.
+def changes_result(root: type[Section], path: Sequence[str], stage: str) -> bool:
+    """True if the result of ``stage`` depends on the key at ``path``.
 
-    A key that the schema does not have (of an older release) must not change, unless it lies
-    below a section that may.
+    The innermost rule decides. Example for ("model", "drop_path"): Job.model says that all stages
+    after preparation depend on the section, and ModelConfig.drop_path that only training does.
     """
-    # Any rule on the way suffices: Job.cluster permits everything below it at once.
-    return any(
-        rules.may_change_on_resume and stage not in rules.fixed_in
-        for rules in _rules_along(root, path)
-    )
+    decided = [rules.changes for rules in _rules_along(root, path) if rules.changes is not None]
+    return not decided or stage in decided[-1]
 
 
 def hparam_keys(section: type[Section]) -> list[str]:
@@ -104,14 +104,19 @@ def _rules_along(root: type[Section], path: Sequence[str]) -> Iterator[Rules]:
             return
         yield _rules_of(info)
         # A mapping by name: the next part of the path is a name and not a key of the schema.
-        if get_origin(info.annotation) is dict:
+        if named_section(info):
             next(parts, None)
-        section = _section_within(info.annotation)
+        section = section_within(info.annotation)
 
 
-def _section_within(annotation: object) -> type[Section] | None:
+def named_section(info: FieldInfo) -> bool:
+    """True for a key that holds sections by a name that the user chose: the job's ``data``."""
+    return get_origin(info.annotation) is dict
+
+
+def section_within(annotation: object) -> type[Section] | None:
     """The section class inside a type: DatasetConfig of dict[str, DatasetConfig]."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    inner = (_section_within(argument) for argument in get_args(annotation))
+    inner = (section_within(argument) for argument in get_args(annotation))
     return next((section for section in inner if section is not None), None)

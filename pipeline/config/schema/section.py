@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -28,3 +28,18 @@ class Section(BaseModel):
     # allow_inf_nan=False: YAML's .nan passes every range check below ("nan < 0" is false), so it
     # must be refused by type.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # Keys of the first release; see ``digest_values``.
+    first_keys: ClassVar[tuple[str, ...]] = ()
+
+    def digest_values(self) -> dict[str, object]:
+        """The values that a stored digest is computed from: ``first_keys``, and what was set.
+
+        A key that a later release adds counts only if it differs from its default, so that it
+        leaves the digests of all prepared datasets as they are.
+        """
+        values = self.model_dump(mode="json")
+        changed = self.model_dump(mode="json", exclude_defaults=True)
+        return {
+            key: value for key, value in values.items() if key in self.first_keys or key in changed
+        }

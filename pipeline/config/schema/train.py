@@ -1,7 +1,7 @@
 """The job's ``pretrain`` and ``finetune`` stages: training and augmentation.
 
 Most keys decide what is computed, so a resumed run must not change them. The exceptions are marked
-``may_change_on_resume`` and say why.
+``changes=NOTHING`` and say why.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.schema import shrink
-from pipeline.config.schema.rules import Rules
+from pipeline.config.schema.rules import NOTHING, Rules
 from pipeline.config.schema.section import Fraction, Section
 from pipeline.config.schema.shrink import at_most, fixed
 
@@ -55,15 +55,19 @@ class AugmentConfig(Section):
 class TrainConfig(Section):
     """A training stage. `recipe` names a file in configs/recipe; keys of the job override it."""
 
-    data: str = Field(
+    # Dataset and initial weights are inputs, compared by their digests; names and paths may change.
+    data: Annotated[str, Rules(changes=NOTHING)] = Field(
         "",
         description="Name of the dataset in the job's `data`. Optional if there is only one.",
     )
     # Only a name: each value of the recipe is compared on its own.
-    recipe: Annotated[str, Rules(may_change_on_resume=True, hparam=1)] = Field(
+    recipe: Annotated[str, Rules(changes=NOTHING, hparam=1)] = Field(
         "", description="Name of the file in configs/recipe that provides the other keys."
     )
-    initial: Annotated[str, Rules(rehearse_input=shrink.without_weights_file)] = Field(
+    initial: Annotated[
+        str,
+        Rules(changes=NOTHING, rehearse_input=shrink.without_weights_file),
+    ] = Field(
         "",
         alias="from",
         description="Source of the initial weights: a stage ('pretrain') or a .safetensors file. "
@@ -87,7 +91,7 @@ class TrainConfig(Section):
     # The split into micro-batches and the ZeRO stage decide memory and speed, not the gradients.
     micro_batch: Annotated[
         PositiveInt | Literal["auto"],
-        Rules(may_change_on_resume=True, rehearse=fixed(shrink.MICRO_BATCH)),
+        Rules(changes=NOTHING, rehearse=fixed(shrink.MICRO_BATCH)),
     ] = Field(
         "auto",
         description="Images per process in one forward and backward pass. Gradients accumulate "
@@ -115,7 +119,7 @@ class TrainConfig(Section):
         "n^(1-balance). 0: as in the dataset, 0.5: square-root sampling, 1: all classes equally "
         "often.",
     )
-    on_bad_sample: Annotated[Literal["stop", "replace"], Rules(may_change_on_resume=True)] = Field(
+    on_bad_sample: Annotated[Literal["stop", "replace"], Rules(changes=NOTHING)] = Field(
         "stop",
         description="If a prepared image cannot be read. 'stop': fail and report file and row. "
         "'replace': train on another image instead and count it (`data/replaced_samples`).",
@@ -128,8 +132,8 @@ class TrainConfig(Section):
     precision: Annotated[Literal["bf16", "fp32"], Rules(hparam=9)] = Field(
         "bf16", description="Precision of the network; master weights are always fp32."
     )
-    zero_stage: Annotated[int, Field(ge=0, le=3), Rules(may_change_on_resume=True, hparam=10)] = (
-        Field(1, description="DeepSpeed ZeRO stage.")
+    zero_stage: Annotated[int, Field(ge=0, le=3), Rules(changes=NOTHING, hparam=10)] = Field(
+        1, description="DeepSpeed ZeRO stage."
     )
     # Rates are stated for one batch size, so that a recipe holds for any number of GPUs.
     # Example: base_lr 1e-3 for 1024 images, global_batch 4096 -> 4e-3 at the peak.
@@ -180,17 +184,16 @@ class TrainConfig(Section):
     augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
     # The remaining keys decide what is checked, evaluated, logged and saved, not what is computed;
     # only `keep` decides about the result.
-    on_mismatch: Annotated[Literal["retry", "warn", "stop"], Rules(may_change_on_resume=True)] = (
-        Field(
-            "retry",
-            description="If inverting the columns shows that a step was computed wrongly. 'retry':"
-            " repeat the step. 'warn': log it and continue. 'stop': fail the stage.",
-        )
+    on_mismatch: Annotated[Literal["retry", "warn", "stop"], Rules(changes=NOTHING)] = Field(
+        "retry",
+        description="If inverting the columns shows that a step was computed wrongly. 'retry':"
+        " repeat the step. 'warn': log it and continue. 'stop': fail the stage.",
     )
-    eval_every_epochs: Annotated[
-        PositiveFloat, Rules(may_change_on_resume=True, rehearse=fixed(1.0))
-    ] = Field(
-        1.0, description="Interval between evaluations (epochs). The last step is always evaluated."
+    eval_every_epochs: Annotated[PositiveFloat, Rules(changes=NOTHING, rehearse=fixed(1.0))] = (
+        Field(
+            1.0,
+            description="Interval between evaluations (epochs). The last step is always evaluated.",
+        )
     )
     keep: Literal["last", "best"] = Field(
         "last",
@@ -199,19 +202,19 @@ class TrainConfig(Section):
         "dataset, of equal ones the latest. The dataset needs `selection_fraction` or a test "
         "split.",
     )
-    eval_resize: Annotated[PositiveFloat, Rules(may_change_on_resume=True)] = Field(
+    eval_resize: Annotated[PositiveFloat, Rules(changes=NOTHING)] = Field(
         1.143,
         description="Evaluation resizes the short side to image_size times this factor, then "
         "crops the centre.",
     )
-    log_every_steps: Annotated[PositiveInt, Rules(may_change_on_resume=True, rehearse=fixed(1))] = (
-        Field(10, description="Interval between logged metrics (steps).")
+    log_every_steps: Annotated[PositiveInt, Rules(changes=NOTHING, rehearse=fixed(1))] = Field(
+        10, description="Interval between logged metrics (steps)."
     )
     checkpoint_every_steps: Annotated[
-        PositiveInt | None, Rules(may_change_on_resume=True, rehearse=fixed(shrink.STEPS // 2))
+        PositiveInt | None, Rules(changes=NOTHING, rehearse=fixed(shrink.STEPS // 2))
     ] = Field(
         None, description="Interval between checkpoints (steps). null: one checkpoint per epoch."
     )
-    keep_checkpoints: Annotated[PositiveInt, Rules(may_change_on_resume=True)] = Field(
+    keep_checkpoints: Annotated[PositiveInt, Rules(changes=NOTHING)] = Field(
         2, description="Number of newest checkpoints to keep."
     )

@@ -28,7 +28,7 @@ from pipeline.sources.member import Member
 from pipeline.sources.names import SPLIT_NAMES, TRAIN_NAMES, first_present
 from pipeline.sources.remote import Storage, open_storage, without_secrets
 from pipeline.sources.source_config import SourceConfig
-from pipeline.sources.units import UNIT_FILES, Part, SplitName, Survey, Unit
+from pipeline.sources.units import UNIT_FILES, FingerprintItem, Part, SplitName, Survey, Unit
 
 SAVED_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them
 
@@ -128,9 +128,28 @@ def survey_dataset(_storage: Storage, _root: str, config: SourceConfig) -> Surve
         layout="huggingface",
         classes=classes,
         units=units,
-        fingerprint_items=[(config.root, *dataset.fingerprints)],
+        fingerprint_items=[_identity(config.root, dataset.fingerprints)],
         notes=dataset.notes,
     )
+
+
+def _identity(root: str, fingerprints: Sequence[str]) -> FingerprintItem:
+    """What stands for a dataset in the fingerprint of the prepared one: the same for a copy.
+
+    `save_to_disk` stores the fingerprints that `datasets` has made. For a folder of Parquet files
+    or images, it makes them from the paths; names and sizes of the files stand in for them.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        return (root, *fingerprints)  # a URL, or a name on the hub
+    if _is_saved(folder):
+        return tuple(fingerprints)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple((str(path.relative_to(folder)), path.stat().st_size) for path in files)
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in SAVED_FILES)
 
 
 def rows(
@@ -255,7 +274,7 @@ def _cannot_load(root: str, error: Exception) -> DataError:
 def _load_local(root: str) -> object:
     import datasets
 
-    if any((Path(root) / name).is_file() for name in SAVED_FILES):
+    if _is_saved(Path(root)):
         return cast("object", datasets.load_from_disk(root))
     return cast("object", datasets.load_dataset(root))
 
