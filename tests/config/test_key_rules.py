@@ -63,13 +63,14 @@ DECISIONS: dict[tuple[str, ...], str] = {
         data.<name>.synthetic.classes data.<name>.synthetic.images_per_class
         data.<name>.synthetic.validation_per_class data.<name>.synthetic.min_size
         data.<name>.synthetic.max_size data.<name>.synthetic.corrupt_fraction
-        data.<name>.synthetic.seed
+        data.<name>.synthetic.seed data.<name>.selection_fraction
+        data.<name>.splits.train data.<name>.splits.validation data.<name>.splits.test
     """,
     ("prepare", "pretrain", "finetune"): "seed",
     ("pretrain", "finetune"): "model.drop_path model.fraction_bits",
     ARCHITECTURE: "model.channels model.depths model.columns model.huge model.block",
     OWN_STAGE: """
-        stages.prepare.data stages.evaluate.image_size
+        stages.prepare.data stages.evaluate.image_size stages.train.keep
         stages.train.image_size stages.train.epochs stages.train.max_steps
         stages.train.global_batch stages.train.order stages.train.window_shards
         stages.train.repeated_augmentation stages.train.balance
