@@ -87,7 +87,7 @@ class TrainConfig(Section):
     # The split into micro-batches and the ZeRO stage decide memory and speed, not the gradients.
     micro_batch: Annotated[
         PositiveInt | Literal["auto"],
-        Rules(may_change_on_resume=True, rehearse=fixed(shrink.MICRO_BATCH)),
+        Rules(may_change_on_resume=True, rehearse=shrink.small_micro_batch),
     ] = Field(
         "auto",
         description="Images per process in one forward and backward pass. Gradients accumulate "
@@ -129,7 +129,11 @@ class TrainConfig(Section):
         "bf16", description="Precision of the network; master weights are always fp32."
     )
     zero_stage: Annotated[int, Field(ge=0, le=3), Rules(may_change_on_resume=True, hparam=10)] = (
-        Field(1, description="DeepSpeed ZeRO stage.")
+        Field(
+            2,
+            description="DeepSpeed ZeRO stage: what the processes share out. 1: optimizer state. "
+            "2: gradients too, which accumulate in fp32. 3: weights too. 0: nothing.",
+        )
     )
     # Rates are stated for one batch size, so that a recipe holds for any number of GPUs.
     # Example: base_lr 1e-3 for 1024 images, global_batch 4096 -> 4e-3 at the peak.
