@@ -72,7 +72,7 @@ def test_rehearsal_changes_only_sizes(path: Path) -> None:
     large = load_job(path).job
     small = load_job(path, rehearse=True).job
     assert job_queries.stage_names(small) == job_queries.stage_names(large)
-    shrunk = {"channels"}
+    shrunk = {"channels", "compile"}
     assert small.model.model_dump(exclude=shrunk) == large.model.model_dump(exclude=shrunk)
     assert {name: data.classes for name, data in small.data.items()} == {
         name: data.classes for name, data in large.data.items()
@@ -120,6 +120,7 @@ def test_rehearsal_changes_exactly_these_keys(monkeypatch: pytest.MonkeyPatch) -
     assert changed == {
         "name",
         "model.channels",
+        "model.compile",
         "cluster.device",
         "cluster.processes",
         *(f"data.images.{key}" for key in ("root", "synthetic", "max_rejected", "shard_rows")),

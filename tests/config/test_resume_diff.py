@@ -32,7 +32,7 @@ def resolved(tmp_path: Path) -> Any:
     [
         ("stages.pretrain.log_every_steps=3", "pretrain", True),
         ("stages.pretrain.micro_batch=8", "pretrain", True),
-        ("stages.pretrain.zero_stage=2", "pretrain", True),
+        ("stages.pretrain.zero_stage=3", "pretrain", True),
         ("stages.pretrain.checkpoint_every_steps=5", "pretrain", True),
         ("stages.pretrain.keep_checkpoints=5", "pretrain", True),
         ("cluster.processes=7", "pretrain", True),
