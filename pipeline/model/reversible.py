@@ -43,7 +43,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pipeline.model import fixed_point
-from pipeline.model.column import Columns, LevelInputs, Residual, as_leaf, buffers_restored
+from pipeline.model.column import (
+    Columns,
+    LevelInputs,
+    Residual,
+    as_leaf,
+    buffers_restored,
+    same_convolution_algorithms,
+)
 from pipeline.model.consistency import DROP_PATH_SCALES
 from pipeline.model.fixed_point_columns import (
     ExactContext,
@@ -146,7 +153,8 @@ class ExactColumns(torch.autograd.Function):
         # Compiled code differs with and without gradients, so a compiled level must run with
         # gradients on here, too: the recompute then runs the same graph, with the same bits.
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        with autocast_of(device, ctx.autocast), torch.set_grad_enabled(exact.compiled):
+        grad_mode = torch.set_grad_enabled(exact.compiled)
+        with autocast_of(device, ctx.autocast), grad_mode, same_convolution_algorithms():
             outputs = run_columns(columns, column_fn)
         stream.record_consistency(0)
         if tail is not None:
@@ -187,7 +195,7 @@ class ExactColumns(torch.autograd.Function):
         last = columns.count - 1
         if last in tap_gradients:
             map_gradients[3] = _add(tap_gradients[last], map_gradients[3])
-        with autocast_of(x.device.type, ctx.autocast):
+        with autocast_of(x.device.type, ctx.autocast), same_convolution_algorithms():
             for t in reversed(range(columns.count)):
                 map_gradients = inversion.invert_column(t, map_gradients, tap_gradients.get(t - 1))
         return inversion.x_gradient, None, None, None
