@@ -14,6 +14,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluate.accuracy import validate
 from pipeline.evaluate.network import load_network, preprocessing
 from pipeline.layout import RunDir
+from pipeline.runtime.device_memory import out_of_memory_named
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
 
@@ -37,6 +38,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
         use_bf16 = device.type == "cuda" and description.precision == "bf16"
         normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)
         with (
+            out_of_memory_named("stages.evaluate.batch", stage.batch, "take a smaller batch"),
             EvalLoader(
                 data.split("validation"),
                 image_size=image_size,
@@ -45,6 +47,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
                 rank=world.rank,
                 world_size=world.size,
                 threads=machine.loader_threads(job.cluster),
+                pin_memory=device.type == "cuda",
             ) as loader,
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
