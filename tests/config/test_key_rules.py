@@ -57,7 +57,7 @@ def test_keys_that_a_resumed_run_may_change() -> None:
         *(
             f"{stage}: model.{key}"
             for stage in ("prepare", "pretrain", "evaluate")
-            for key in ("activations", "stored_columns")
+            for key in ("activations", "stored_columns", "compile")
         ),
         *(
             f"pretrain: stages.pretrain.{key}"

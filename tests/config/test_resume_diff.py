@@ -37,6 +37,7 @@ def resolved(tmp_path: Path) -> Any:
         ("stages.pretrain.keep_checkpoints=5", "pretrain", True),
         ("cluster.processes=7", "pretrain", True),
         ("model.activations=stored", "pretrain", True),
+        ("model.compile=true", "pretrain", True),
         ("data.toy.root=/moved", "pretrain", True),
         ("stages.evaluate.batch=3", "evaluate", True),
         ("model.columns=5", "pretrain", False),

@@ -173,8 +173,17 @@ def test_only_writers_wait_and_only_for_the_copy_that_they_overwrite(
     # A wait for anything but a copy would be a wait for a whole step behind it.
     waited = [behind for _, behind in device.waits]
     assert set(waited) <= set(copies)
-    # The oldest slot is written first. The newest one would wait for the copy just queued.
+    # In the order of the copies: the oldest one is the first to have ended.
     assert list(dict.fromkeys(waited)) == copies[: len(set(waited))]
+
+
+def test_the_slot_that_was_used_longest_ago_is_filled_first(dataset: PreparedDataset) -> None:
+    with train_loader(dataset.split("train")) as loader:
+        before = next(iter(loader))
+        next(iter(loader))
+        # All slots become free at once; the copy of the newest batch may still be under way.
+        again = next(loader.rewind(0))
+        assert again.images.data_ptr() != before.images.data_ptr()
 
 
 def test_memory_is_pinned_only_for_a_consumer_on_a_gpu(

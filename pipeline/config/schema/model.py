@@ -55,8 +55,9 @@ class ModelConfig(Section):
         description="With activations 'exact': number of last columns that keep their autograd "
         "graph (faster, more memory). 'auto': as many as fit into the device's memory.",
     )
+    # Compilation changes speed and the last bits of a sum, as another GPU does.
     # Not rehearsed: the CPU's compiler would take minutes and say nothing about that of a GPU.
-    compile: Annotated[bool, Rules(rehearse=fixed(False))] = Field(
+    compile: Annotated[bool, Rules(may_change_on_resume=True, rehearse=fixed(False))] = Field(
         False,
         description="Use torch.compile for each level. Compilation takes a minute or more at the "
         "start; steps on a GPU are faster afterwards.",

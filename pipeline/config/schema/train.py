@@ -91,7 +91,8 @@ class TrainConfig(Section):
     ] = Field(
         "auto",
         description="Images per process in one forward and backward pass. Gradients accumulate "
-        "until global_batch is reached. 'auto': global_batch / processes, no accumulation.",
+        "until global_batch is reached. 'auto': on GPUs, what fits their memory by an estimate; on "
+        "the CPU, global_batch / processes.",
     )
     order: Literal["global", "windowed"] = Field(
         "global",
