@@ -19,6 +19,15 @@ class BlockFacts:
     # True if the block has buffers (BatchNorm) that checkpoints and exported weights must include.
     running_statistics: bool = False
 
+    # Sizes of one block, for the estimate of device memory (``config/memory.py``). The defaults are
+    # those of ConvNeXt; another kind may round generously.
+    # Parameters, as a multiple of channels squared.
+    weights: float = 8.0
+    # Values per position that autograd keeps for the backward pass, as a multiple of the channels.
+    saved: float = 12.0
+    # Channels of the widest map inside the block, as a multiple of its own.
+    widest: float = 4.0
+
     # Maps parts of our parameter names to those of the published RevCol code.
     # Empty if the published code has no such block.
     published_names: dict[str, str] = field(default_factory=dict)

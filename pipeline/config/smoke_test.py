@@ -85,7 +85,7 @@ class _ShrunkJob:
         for part in above:
             section = section[part]
         before = section[last]
-        after = shrink(before, self._context(above))
+        after = shrink(before, self._context(above, section))
         if after == before:
             return
         section[last] = after
@@ -96,16 +96,17 @@ class _ShrunkJob:
         else:
             self.notes.append(f"rehearsal: {key} {_text(before)} -> {_text(after)}")
 
-    def _context(self, above: list[str]) -> RehearsalContext:
-        """What the key's function may need to know; ``above``: the path of its section."""
+    def _context(self, above: list[str], section: Mapping[str, Any]) -> RehearsalContext:
+        """What the key's function may need to know; ``above``: the path of its ``section``."""
         if above[:1] != ["data"]:
-            return RehearsalContext(image_sizes=self._image_sizes)
+            return RehearsalContext(image_sizes=self._image_sizes, section=section)
         name = above[1]
         return RehearsalContext(
             image_sizes=self._image_sizes,
             class_count=self._class_counts[name],
             dataset_number=self._datasets.index(name),
             keeps_best=self._keeps_best,
+            section=section,
         )
 
 

@@ -98,6 +98,7 @@ class TrainLoader(_Loader):
             sample (`BadSampleReplacement`) with the same augmentation draws; the batch then holds
             the sample number and label of that one.
         prefetch_bytes: memory limit for batches; at least two are always prefetched.
+        pin_memory: page-locked memory, for a consumer on a GPU only: it creates a CUDA context.
     Raises:
         ConfigError: the global batch is not divisible by ranks and micro-batches.
         DataError: there are fewer images than one global batch; or, during iteration, an image
@@ -120,6 +121,7 @@ class TrainLoader(_Loader):
         order: Order | None = None,
         on_bad_sample: Literal["stop", "replace"] = "stop",
         prefetch_bytes: int = PREFETCH_BYTES,
+        pin_memory: bool = False,
     ) -> None:
         length = len(split) if order is None else order.length
         if global_batch % (world_size * micro_batch):
@@ -151,6 +153,7 @@ class TrainLoader(_Loader):
             image_size=image_size,
             threads=threads,
             prefetch_bytes=prefetch_bytes,
+            pin_memory=pin_memory,
         )
         self._batches = self._queue.run(self._plans(start_step))
 
@@ -244,6 +247,7 @@ class EvalLoader(_Loader):
         batch: images per batch.
         threads: number of threads that decode.
         prefetch_bytes: memory limit for batches; at least two are always prefetched.
+        pin_memory: page-locked memory, for a consumer on a GPU only: it creates a CUDA context.
     """
 
     def __init__(
@@ -257,6 +261,7 @@ class EvalLoader(_Loader):
         world_size: int = 1,
         threads: int = 1,
         prefetch_bytes: int = PREFETCH_BYTES,
+        pin_memory: bool = False,
     ) -> None:
         # Rank r has the images [bounds[r], bounds[r + 1]). The shares differ by at most one image:
         # 53 images and 2 ranks give the bounds [0, 26, 53].
@@ -276,6 +281,7 @@ class EvalLoader(_Loader):
             image_size=image_size,
             threads=threads,
             prefetch_bytes=prefetch_bytes,
+            pin_memory=pin_memory,
         )
 
     def __len__(self) -> int:

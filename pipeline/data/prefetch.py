@@ -16,8 +16,11 @@ while the consumer works with the batch that it just received:
     b2             b3 b4       b1 b2    0      the slot of b0 reused for b4
     b3             b4 b5       b2 b3    0      the slot of b1 reused for b5
 
-So a batch stays valid while the consumer works with the next one: a copy to the device may still be
-under way. It is overwritten when the consumer asks for the batch after the next.
+So a batch stays valid while the consumer works with the next one. It is overwritten when the
+consumer asks for the batch after the next, and never before a copy to the device has finished:
+`Batch.to` records an event behind the copy, and the thread that overwrites the slot waits for it.
+The consumer waits for nothing but decoded images. Free slots are used oldest first, so that the
+copy has usually ended long before.
 
 Batches are yielded in the order of the plans, although threads finish them in any order: the
 consumer waits for the oldest pending slot. Threads decide only *when* a batch is filled, its plan
@@ -31,7 +34,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
@@ -61,7 +64,8 @@ class Batch:
     ``images``: uint8, shape (n, H, W, 3), RGB. Its memory is reused for the batch after the next
     one, so copy what is needed for longer. ``labels``, ``samples`` (rows of the split), ``views``
     (sample and repeat, the key of the augmentation) and ``positions`` (in the epoch): int64, shape
-    (n,). ``epoch`` and ``step`` (global optimizer step) count from 0.
+    (n,). ``epoch`` and ``step`` (global optimizer step) count from 0. ``copied``: called by `to`
+    behind the copies.
     """
 
     images: torch.Tensor
@@ -71,6 +75,15 @@ class Batch:
     positions: torch.Tensor
     epoch: int
     step: int
+    copied: Callable[[], None] = lambda: None
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy what a step needs to the device. Does not wait for the copies."""
+        # ``samples`` stays on the host: augmentation is keyed by view, not by sample.
+        names = ("images", "labels", "views", "positions")
+        copies = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        self.copied()
+        return replace(self, **copies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +112,12 @@ class _Slot:
         self.pixels: Image = self.images.numpy()  # the same memory
         self.done = threading.Event()
         self.error: BaseException | None = None
-        self.copied: torch.cuda.Event | None = None  # the device has copied the last batch
+        self._copied: torch.cuda.Event | None = None  # the device has copied the last batch
         self._missing = 0  # images that are not written yet
         self._lock = threading.Lock()
 
     def begin(self, images: int) -> None:
         """Prepare the slot for a new batch."""
-        if self.copied is not None:
-            # A copy from pinned memory runs in the background. Overwriting the images before it is
-            # finished would mix two batches.
-            self.copied.synchronize()
         self.done.clear()
         self._missing = images
         self.error = None
@@ -121,11 +130,21 @@ class _Slot:
             if self._missing == 0:
                 self.done.set()
 
-    def release(self) -> None:
-        """Remember the copies to the device that the consumer has started."""
+    def record_copy(self) -> None:
+        """Mark the point behind the copies that the consumer has queued on the device."""
         if self.images.is_pinned():
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the device has copied the batch before; called by the threads that write.
+
+        A copy from pinned memory runs in the background. Overwriting the images before it has
+        finished would mix two batches.
+        """
+        copied = self._copied
+        if copied is not None:
+            copied.synchronize()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +161,22 @@ class PrefetchQueue:
     """Threads and slots that turn plans into batches.
 
     All slots together take at most ``prefetch_bytes``, but there are never fewer than
-    `CONSUMER_BATCHES` + `MIN_PREFETCH` of them.
+    `CONSUMER_BATCHES` + `MIN_PREFETCH` of them. ``pin_memory``: for a consumer on a GPU, because
+    page-locked memory is copied in the background.
 
     ``data_wait``: seconds that the consumer waited for batches so far. ``replaced``: number of
     replaced samples in the batches yielded so far. ``reasons``: the newest reasons of these.
     """
 
     def __init__(
-        self, split: Split, *, batch: int, image_size: int, threads: int, prefetch_bytes: int
+        self,
+        split: Split,
+        *,
+        batch: int,
+        image_size: int,
+        threads: int,
+        prefetch_bytes: int,
+        pin_memory: bool = False,
     ) -> None:
         cv2.setNumThreads(1)  # the threads of this queue are the parallelism
         self.split = split
@@ -159,8 +186,8 @@ class PrefetchQueue:
         # At least two tasks per thread and batch, so that the threads finish a batch together.
         self._chunk = max(1, min(MAX_CHUNK, batch // (2 * threads)))
         slots = CONSUMER_BATCHES + prefetch_batches(3 * batch * image_size**2, prefetch_bytes)
-        pin = torch.cuda.is_available()
-        self._free = [_Slot(batch, image_size, pin) for _ in range(slots)]
+        # Oldest first: the slot that was used longest ago.
+        self._free = deque(_Slot(batch, image_size, pin_memory) for _ in range(slots))
         self._pending: deque[tuple[BatchPlan, _Slot]] = deque()
         self._in_use: deque[_Slot] = deque()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -181,9 +208,9 @@ class PrefetchQueue:
         self._discard_pending()
         while not self._closed:
             while len(self._in_use) >= CONSUMER_BATCHES:
-                self._release(self._in_use.popleft())
+                self._free.append(self._in_use.popleft())
             while self._free and (plan := next(plans, None)) is not None:
-                self._submit(plan, self._free.pop())
+                self._submit(plan, self._free.popleft())
             if not self._pending:
                 return
             plan, slot = self._pending.popleft()
@@ -227,10 +254,6 @@ class PrefetchQueue:
             stop = min(start + self._chunk, images)
             self._tasks.put(_Task(plan=plan, slot=slot, start=start, stop=stop))
 
-    def _release(self, slot: _Slot) -> None:
-        slot.release()
-        self._free.append(slot)
-
     def _batch(self, plan: BatchPlan, slot: _Slot) -> Batch:
         # Only now: while the slot was pending, `write` may have replaced samples.
         return Batch(
@@ -241,6 +264,7 @@ class PrefetchQueue:
             positions=torch.from_numpy(plan.positions),
             epoch=plan.epoch,
             step=plan.step,
+            copied=slot.record_copy,
         )
 
     def _run_tasks(self) -> None:
@@ -252,6 +276,7 @@ class PrefetchQueue:
 
     def _write(self, task: _Task) -> BaseException | None:
         """Write the images of a task; the error that ended it, if any."""
+        task.slot.wait_for_copy()
         for i in range(task.start, task.stop):
             try:
                 task.plan.write(i, task.slot.pixels[i])

@@ -53,13 +53,12 @@ def validate(
     for _ in range(loader.max_batches):
         batch = next(batches, None)
         if batch is None:
-            images = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8)
-            labels = torch.zeros(1, dtype=torch.int64)
+            images = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8, device=device)
+            labels = torch.zeros(1, dtype=torch.int64, device=device)
         else:
+            batch = batch.to(device)
             images = batch.images
             labels = batch.labels
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
         # Without training augmentation, sample numbers and positions do not matter.
         prepared = normalise(images, labels, labels, labels, 0)
         out = network(prepared.images)

@@ -20,6 +20,7 @@ from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.monitor.recorder import Recorder
+from pipeline.runtime.device_memory import out_of_memory_named
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
 
@@ -48,6 +49,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
         use_bf16 = device.type == "cuda" and description.precision == "bf16"
         normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)
         with (
+            out_of_memory_named("stages.evaluate.batch", stage.batch, "take a smaller batch"),
             EvalLoader(
                 labelled_for(description.classes, data, split),
                 image_size=image_size,
@@ -56,6 +58,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
                 rank=world.rank,
                 world_size=world.size,
                 threads=machine.loader_threads(job.cluster),
+                pin_memory=device.type == "cuda",
             ) as loader,
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):

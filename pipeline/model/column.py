@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from pipeline.blocks import registry
 from pipeline.blocks.layers import CastTo
+from pipeline.model.compiled_level import CompiledLevel
 from pipeline.model.spec import NetworkSpec
 from pipeline.model.tracing import tracing
 
@@ -94,7 +95,7 @@ class Level(nn.Module):
         # Also in column 0, where it has no effect: all columns then have the same parameters, as in
         # the published code.
         self.alpha = nn.Parameter(torch.full((channels[level],), 0.5))
-        self.compiled = torch.compile(self.branch, dynamic=False) if spec.compile else None
+        self.compiled = CompiledLevel(self.branch) if spec.compile else None
         self.fixed_sizes = spec.compile  # its own graph has no symbols for sizes
 
     def forward(
@@ -162,6 +163,22 @@ def buffers_restored(*modules: nn.Module) -> Iterator[None]:
     finally:
         for buffer, value in saved:
             buffer.data.copy_(value)
+
+
+@contextmanager
+def same_convolution_algorithms() -> Iterator[None]:
+    """Keep cuDNN from choosing algorithms by measurement (``torch.backends.cudnn.benchmark``).
+
+    PyTorch keeps measured choices per thread, and autograd runs the backward pass in a thread of
+    its own: the recompute could take another algorithm than the forward pass, with other bits.
+    Without measurement, cuDNN's heuristic gives one algorithm per shape in every thread.
+    """
+    chosen = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = chosen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from pipeline.model import fixed_point
-from pipeline.model.column import Columns, LevelInputs, as_leaf
+from pipeline.model.column import Columns, LevelInputs, as_leaf, same_convolution_algorithms
 from pipeline.model.fixed_point_columns import (
     ExactContext,
     FixedPointStream,
@@ -187,7 +187,9 @@ class ReversibleRun:
         # Compiled code differs with and without gradients, so a compiled level must run with
         # gradients on here, too: the recompute then runs the same graph, with the same bits.
         compiled = self.exact.compiled
-        with autocast_of(self.device_type, self.autocast), torch.set_grad_enabled(compiled):
+        grad_mode = torch.set_grad_enabled(compiled)
+        autocast = autocast_of(self.device_type, self.autocast)
+        with autocast, grad_mode, same_convolution_algorithms():
             value = level(
                 *(inputs.as_leaves() if compiled else inputs),
                 scale,
@@ -220,7 +222,7 @@ class ReversibleRun:
 
         Levels that autograd skips, because the loss does not depend on them, are inverted too.
         """
-        with autocast_of(self.device_type, self.autocast):
+        with autocast_of(self.device_type, self.autocast), same_convolution_algorithms():
             if self.inversion is None or self.inversion.index < index:
                 self.inversion = self._begin_inversion()
             while self.inversion.index > index:

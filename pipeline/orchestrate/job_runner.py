@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from pipeline.config import job_queries, machine, render
-from pipeline.config.check import check
+from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.load import LoadedJob
 from pipeline.config.schema import Job
@@ -57,8 +57,8 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
     Raises:
         ConfigError: the job cannot work, or another process is working on the run.
     """
+    loaded = check_on_machine(loaded, run_dir)
     job = loaded.job
-    check(job, machine.world_size(job.cluster), loaded.origins, run_dir)
     with run_lock(run_dir):
         run_dir.logs.mkdir(exist_ok=True)
         with open(run_dir.run_log, "a", encoding="utf-8") as log_file:

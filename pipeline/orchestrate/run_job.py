@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from pipeline.config import machine, render
-from pipeline.config.check import check
+from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.load import LoadedJob
+from pipeline.config.micro_batch import choose_micro_batches
 from pipeline.errors import Interrupted
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
@@ -29,8 +30,7 @@ def dry_run(loaded: LoadedJob, run_dir: RunDir) -> str:
     Raises:
         ConfigError: the job cannot work.
     """
-    check(loaded.job, machine.world_size(loaded.job.cluster), loaded.origins, run_dir)
-    return render.dry_run(loaded)
+    return render.dry_run(check_on_machine(loaded, run_dir))
 
 
 def run_job(
@@ -39,7 +39,7 @@ def run_job(
     """Run all stages of a job, or only ``stages``; print a summary. Raises as ``run_stages``."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     with open_run(loaded, run_dir, console) as run:
-        for note in loaded.notes:
+        for note in run.loaded.notes:
             run.log(note)
         try:
             run_stages(run, stages, force=force)
@@ -66,10 +66,13 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
     # Rank 0 alone checks the job, holds the lock and shows the progress. If it refuses the job, it
     # exits with an error, upon which torchrun ends the other ranks.
     if not dist_env.is_main:
+        # The same choice as rank 0 makes below: it depends on the job and the machine only.
+        device_bytes = machine.hardware(loaded.job.cluster).device_bytes
+        loaded = choose_micro_batches(loaded, dist_env.size, device_bytes)
         with stop.after_step():
             train_stage(loaded.job, stage, run_dir, dist_env, stop)
         return
-    check(loaded.job, dist_env.size, loaded.origins, run_dir)
+    loaded = check_on_machine(loaded, run_dir, world_size=dist_env.size)
     feed = DisplayFeed(run_dir.events(stage), display, compiles=loaded.job.model.compile)
     with (
         run_lock(run_dir),

@@ -19,14 +19,15 @@ def deepspeed_import(device: str) -> dict[str, str]:
 
 def training_process(device: str, threads: int) -> dict[str, str]:
     """Variables of a process that trains or evaluates on ``device`` with ``threads`` threads."""
-    environment = deepspeed_import(device) | {
+    # All processes of a group are on this machine: no library listens on an outward address. Under
+    # CUDA, gloo reduces stop requests, and NCCL's processes meet over a socket.
+    return deepspeed_import(device) | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
-    if device == "cpu":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    return environment
 
 
 def rank_of_group(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -128,13 +128,6 @@ class StepContext:
 
     def set_learning_rate(self, step: int) -> None:
         set_learning_rate(self.engine.optimizer.param_groups, self.schedule(step))
-
-    def to_device(self, batch: Batch) -> Batch:
-        """Copy what the step needs to the device. Does not wait for the copies."""
-        # ``samples`` stays on the host: augmentation is keyed by view, not by sample.
-        names = ("images", "labels", "views", "positions")
-        copies = {name: getattr(batch, name).to(self.device, non_blocking=True) for name in names}
-        return replace(batch, **copies)
 
     def augment(self, batch: Batch) -> DeviceBatch:
         """Augment a batch on the device."""

@@ -139,4 +139,5 @@ def train_loader(context: StageContext, first_step: int) -> TrainLoader:
         order=order_of(config, context.data, context.job.seed),
         on_bad_sample=config.on_bad_sample,
         prefetch_bytes=context.job.cluster.prefetch_mib << 20,
+        pin_memory=context.device.type == "cuda",
     )

@@ -76,7 +76,7 @@ class TrainingStep:
 
     def _micro_batch(self, batch: Batch) -> None:
         context = self.context
-        batch = context.to_device(batch)
+        batch = batch.to(context.device)
         inputs = context.augment(batch)
         output = context.engine(inputs.images, context.drop_path_draws(batch))
         loss = context.loss(output, inputs)

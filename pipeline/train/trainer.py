@@ -32,6 +32,7 @@ from pipeline.train.fence import Fence
 from pipeline.train.preemption import CollectiveStop
 from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.setup import StageSetup, set_up, train_loader
+from pipeline.train.step_errors import settings_named
 from pipeline.train.throughput import Throughput
 from pipeline.train.training_state import TrainingState
 
@@ -69,15 +70,16 @@ def train_stage(
         )
         log = StageLog(world.is_main)
         try:
-            setup = set_up(context, log)
-            # A finished stage needs no loader. A stage without a single step does: the loader
-            # reports that the dataset is smaller than a batch.
-            if not setup.resumed or setup.first_step < context.total_steps:
-                with train_loader(context, setup.first_step) as loader:
-                    trainer = Trainer(
-                        context=context, setup=setup, loader=loader, log=log, fence=fence
-                    )
-                    trainer.run(CollectiveStop(stop))
+            with settings_named(context):
+                setup = set_up(context, log)
+                # A finished stage needs no loader. A stage without a single step does: the loader
+                # reports that the dataset is smaller than a batch.
+                if not setup.resumed or setup.first_step < context.total_steps:
+                    with train_loader(context, setup.first_step) as loader:
+                        trainer = Trainer(
+                            context=context, setup=setup, loader=loader, log=log, fence=fence
+                        )
+                        trainer.run(CollectiveStop(stop))
             return _write_result(context, setup, log)
         finally:
             log.close()
@@ -240,6 +242,7 @@ class Trainer:
             rank=context.dist_env.rank,
             world_size=context.dist_env.size,
             threads=machine.loader_threads(context.job.cluster),
+            pin_memory=context.device.type == "cuda",
         ) as loader:
             return validate(engine, loader, normalise, context.device, config.image_size)
 

@@ -58,6 +58,16 @@ from tests.config.jobs import JOB, edited, error_message, write
             "--set: stages.pretrain.zero_stage: ZeRO stage 0 with bf16",
         ),
         (
+            [
+                "stages.pretrain.zero_stage=1",
+                "stages.pretrain.precision=bf16",
+                "stages.pretrain.micro_batch=8",
+            ],
+            "--set: stages.pretrain.zero_stage: ZeRO stage 1 with bf16 would add up the gradients "
+            "of 4 micro batches (of 8 images) in bf16"
+            "\n  -> take 2; a run under way resumes",
+        ),
+        (
             ["stages.pretrain.warmup_epochs=4"],
             "--set: stages.pretrain.warmup_epochs: 4 epochs of warm-up in a stage of 3"
             "\n  -> take at most 3",

@@ -76,7 +76,7 @@ def test_revcol_h_has_the_published_stages(environment: None) -> None:
         job.stages.pretrain.image_size,
         job.stages.pretrain.epochs,
         job.stages.pretrain.zero_stage,
-    ) == (224, 90, 3)
+    ) == (224, 90, 2)
     assert (
         job.stages.finetune.image_size,
         job.stages.finetune.epochs,

@@ -53,6 +53,15 @@ def test_rehearsal_needs_no_source_and_no_variable(
         assert f"{name} (synthetic)" in plan
 
 
+def test_a_rehearsal_accumulates_unless_zero_1_with_bf16_cannot() -> None:
+    path = ROOT / "jobs/quickstart.yaml"
+    settings = ["stages.pretrain.zero_stage=1", "stages.pretrain.precision=bf16"]
+    job = load_job(path, settings, rehearse=True).job
+    check(job, 2)
+    assert job_queries.batches(job_queries.train_config(job, "pretrain"), 2) == (8, 1)
+    assert job_queries.batches(job_queries.train_config(job, "finetune"), 2) == (4, 2)
+
+
 def test_kept_keys_are_keys_of_the_schema() -> None:
     assert set(TrainConfig.model_fields) > KEPT
 
@@ -63,7 +72,7 @@ def test_rehearsal_changes_only_sizes(path: Path) -> None:
     large = load_job(path).job
     small = load_job(path, rehearse=True).job
     assert job_queries.stage_names(small) == job_queries.stage_names(large)
-    shrunk = {"channels"}
+    shrunk = {"channels", "compile"}
     assert small.model.model_dump(exclude=shrunk) == large.model.model_dump(exclude=shrunk)
     assert {name: data.classes for name, data in small.data.items()} == {
         name: data.classes for name, data in large.data.items()
@@ -111,6 +120,7 @@ def test_rehearsal_changes_exactly_these_keys(monkeypatch: pytest.MonkeyPatch) -
     assert changed == {
         "name",
         "model.channels",
+        "model.compile",
         "cluster.device",
         "cluster.processes",
         *(f"data.images.{key}" for key in ("root", "synthetic", "max_rejected", "shard_rows")),

@@ -69,7 +69,7 @@ def test_explain_shows_meaning_default_and_values_of_a_job(quickstart: LoadedJob
     text = render.explain("base_lr", quickstart)
     assert "stages.pretrain.base_lr = 0.0001  (--set)" in text
     assert "stages.finetune.base_lr = 0.002  (" in text
-    assert "configs/recipe/quickstart_finetune.yaml:8)" in text
+    assert "configs/recipe/quickstart_finetune.yaml:7)" in text
     text = render.explain("stages.finetune.image_size", quickstart)
     assert text.startswith("stages.finetune.image_size\n")
     assert "unit     pixels" in text

@@ -33,7 +33,7 @@ def resolved(tmp_path: Path) -> Any:
     [
         ("stages.pretrain.log_every_steps=3", "pretrain", False),
         ("stages.pretrain.micro_batch=8", "pretrain", False),
-        ("stages.pretrain.zero_stage=2", "pretrain", False),
+        ("stages.pretrain.zero_stage=3", "pretrain", False),
         ("stages.pretrain.checkpoint_every_steps=5", "pretrain", False),
         ("stages.pretrain.keep_checkpoints=5", "pretrain", False),
         ("stages.finetune.from=/weights.safetensors", "finetune", False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -112,3 +113,94 @@ def test_windows_of_a_remote_dataset_are_prefetched_into_a_smaller_cache(tmp_pat
     loader = train_loader(remote.split("train"), **settings)
     assert by_step(take(loader, 16)) == expected
     assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) <= limit
+
+
+class Device:
+    """A simulated device with a queue of work. Time is counted, not measured."""
+
+    def __init__(self) -> None:
+        self.queued = 0  # pieces of work that the host has given to the device
+        self.waits: list[tuple[str, int]] = []  # (thread, number of pieces waited for)
+
+    def event(self) -> Event:
+        return Event(self)
+
+
+class Event:
+    """An event behind all work that is queued when it is recorded, like torch.cuda.Event."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.behind = 0
+
+    def record(self) -> None:
+        self.behind = self.device.queued
+
+    def synchronize(self) -> None:
+        self.device.waits.append((threading.current_thread().name, self.behind))
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Make torch look as if it had a GPU and page-locked memory."""
+    simulated = Device()
+    empty = torch.empty
+
+    def without_pinning(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "Event", simulated.event)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", without_pinning)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    return simulated
+
+
+def test_only_writers_wait_and_only_for_the_copy_that_they_overwrite(
+    device: Device, dataset: PreparedDataset
+) -> None:
+    """Each step queues a copy and then 100 pieces of work, as a forward and backward pass does."""
+    copies = []
+    with train_loader(dataset.split("train"), threads=1, pin_memory=True) as loader:
+        slots = len(loader._queue._free) + len(loader._queue._pending)
+        for batch in islice(loader, 4 * slots):
+            device.queued += 1
+            copies.append(device.queued)
+            batch.to(torch.device("cpu"))
+            device.queued += 100
+    assert device.waits
+    assert {thread for thread, _ in device.waits} == {"loader-0"}
+    # A wait for anything but a copy would be a wait for a whole step behind it.
+    waited = [behind for _, behind in device.waits]
+    assert set(waited) <= set(copies)
+    # In the order of the copies: the oldest one is the first to have ended.
+    assert list(dict.fromkeys(waited)) == copies[: len(set(waited))]
+
+
+def test_the_slot_that_was_used_longest_ago_is_filled_first(dataset: PreparedDataset) -> None:
+    with train_loader(dataset.split("train")) as loader:
+        before = next(iter(loader))
+        next(iter(loader))
+        # All slots become free at once; the copy of the newest batch may still be under way.
+        again = next(loader.rewind(0))
+        assert again.images.data_ptr() != before.images.data_ptr()
+
+
+def test_memory_is_pinned_only_for_a_consumer_on_a_gpu(
+    dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[bool] = []
+    empty = torch.empty
+
+    def recording(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", recording)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    train_loader(dataset.split("train")).close()
+    assert pinned
+    assert not any(pinned)
+    pinned.clear()
+    train_loader(dataset.split("train"), pin_memory=True).close()
+    assert all(pinned)

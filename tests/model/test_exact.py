@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.model import Network, build
+from pipeline.model.column import Level
 from tests.model.networks import KINDS, MIXED, Block, backward, has_running_statistics, network_with
 from tests.model.reference import as_reference
 
@@ -160,3 +161,23 @@ def test_compiled_levels_run_the_same_graph_twice(block: str) -> None:
     network = network_with("wide", columns=3, block=block, compile=True)
     backward(network, torch.randn(2, 3, 32, 32))
     assert network.consistency.report() == []
+
+
+def test_convolutions_do_not_choose_their_algorithm_by_measurement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The forward pass and the recompute run in different threads, which measure separately."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    seen: list[tuple[bool, bool]] = []
+    branch = Level.branch
+
+    def recording(level: Level, *inputs: Any) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), torch.backends.cudnn.benchmark))
+        return branch(level, *inputs)
+
+    monkeypatch.setattr(Level, "branch", recording)
+    network = network_with("trained", columns=3)
+    backward(network, torch.randn(2, 3, 32, 32))
+    levels = 3 * 4
+    assert seen == [(False, False)] * levels + [(True, False)] * levels
+    assert torch.backends.cudnn.benchmark  # the user's own setting is back

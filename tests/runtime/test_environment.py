@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from pipeline.errors import StageError
 from pipeline.runtime import environment
+from pipeline.runtime.device_memory import out_of_memory_named
 from pipeline.runtime.dist_env import DistEnv
 
 
@@ -29,3 +32,29 @@ def test_only_a_process_on_the_cpu_selects_the_cpu_accelerator() -> None:
     assert environment.training_process("cpu", 2)["DS_ACCELERATOR"] == "cpu"
     assert "DS_ACCELERATOR" not in environment.training_process("cuda", 2)
     assert environment.deepspeed_import("cuda") == {"DS_BUILD_OPS": "0"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_local_group_listens_on_the_loopback_interface_only(device: str) -> None:
+    variables = environment.training_process(device, 2)
+    assert variables["GLOO_SOCKET_IFNAME"] == "lo"
+    assert variables["NCCL_SOCKET_IFNAME"] == "lo"
+
+
+def test_out_of_memory_names_the_setting_and_other_errors_pass() -> None:
+    text = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB "
+        "of which 3.00 GiB is free. If reserved but unallocated memory is large try setting ..."
+    )
+    with (
+        pytest.raises(StageError) as error,
+        out_of_memory_named("stages.evaluate.batch", 64, "take a smaller batch"),
+    ):
+        raise torch.OutOfMemoryError(text)
+    assert error.value.message == (
+        "stages.evaluate.batch: out of memory on the device with 64 images per process: CUDA out "
+        "of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which "
+        "3.00 GiB is free.\n  -> take a smaller batch"
+    )
+    with pytest.raises(ValueError, match="another"), out_of_memory_named("key", 1, "remedy"):
+        raise ValueError("another")

@@ -105,18 +105,42 @@ def test_bf16_gives_the_bits_of_the_stored_evaluation(
     assert torch.equal(flat(values(tmp_path / "exact")), flat(values(tmp_path / "stored")))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 3])
-def test_resume_is_bit_exact(stage: int, precision: str, tmp_path: Path) -> None:
-    complete = train(tmp_path / "a", 2, stage, precision=precision)
-    train(tmp_path / "b", 2, stage, precision=precision, steps=2)
-    resumed = train(tmp_path / "b", 2, stage, precision=precision)
+@pytest.mark.parametrize(
+    ("stage", "precision", "world_size", "accumulation"),
+    [
+        (0, "fp32", 1, 2),
+        (1, "bf16", 2, 1),
+        (2, "bf16", 1, 2),
+        (2, "bf16", 2, 2),
+        (3, "fp32", 2, 1),
+        (3, "bf16", 2, 2),
+    ],
+)
+def test_resume_is_bit_exact(
+    stage: int, precision: str, world_size: int, accumulation: int, tmp_path: Path
+) -> None:
+    options = {"precision": precision, "accumulation": accumulation}
+    complete = train(tmp_path / "a", world_size, stage, **options)
+    train(tmp_path / "b", world_size, stage, steps=2, **options)
+    resumed = train(tmp_path / "b", world_size, stage, **options)
     assert resumed["losses"] == complete["losses"][2:]
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+
+
+def assert_same_state(first: Path, second: Path) -> None:
     for kind in KINDS:
-        a = values(tmp_path / "a", kind)
-        b = values(tmp_path / "b", kind)
+        a = values(first, kind)
+        b = values(second, kind)
         for name in a:
             assert torch.equal(a[name], b[name]), (kind, name)
+
+
+def test_a_run_of_zero_1_resumes_with_zero_2(tmp_path: Path) -> None:
+    """Zero 1 was the default once. Without accumulation, both stages compute the same bits."""
+    for name, stage in {"stays": 1, "moves": 2}.items():
+        train(tmp_path / name, 2, 1, precision="bf16", steps=2)
+        train(tmp_path / name, 2, stage, precision="bf16", steps=3)
+    assert_same_state(tmp_path / "stays", tmp_path / "moves")
 
 
 def test_resume_at_another_world_size_and_stage(

@@ -6,18 +6,21 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import list_checkpoints
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, StageError
 from pipeline.layout import DATASET_JSON, RunDir
+from pipeline.model.column import Level
 from pipeline.monitor import tags
-from tests.train import staging
+from tests.train import processes, staging
 
 STEPS = 12
 LAST_LEVEL = "columns.3.levels.3.down.conv.weight"
@@ -185,3 +188,31 @@ def test_the_command_line_trains_one_process_without_ray(tmp_path: Path) -> None
     completed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert completed.returncode == 0, completed.stdout + completed.stderr
     assert run_dir.weights("pretrain").is_file()
+
+
+def train_out_of_memory(job: Job, run_dir: RunDir) -> dict[str, float]:
+    """Train on a device that has no memory left in the backward pass of the second step."""
+    branch = Level.branch
+    recomputed = 0
+
+    def failing(level: Level, *inputs: Any) -> torch.Tensor:
+        nonlocal recomputed
+        recomputed += torch.is_grad_enabled()
+        if recomputed > 4 * job.model.columns:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return branch(level, *inputs)
+
+    Level.branch = failing  # type: ignore[method-assign]
+    return staging.train(job, "pretrain", run_dir)
+
+
+def test_out_of_memory_in_a_step_names_the_setting_to_change(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path)
+    job = staging.job(pretrain={"micro_batch": 8})
+    (error,) = processes.run(tmp_path / "output", 1, train_out_of_memory, job, run_dir)
+    assert isinstance(error, StageError), error
+    assert error.message == (
+        "stages.pretrain.micro_batch: out of memory on the device with 8 images per process: CUDA "
+        "out of memory. Tried to allocate 2.00 GiB."
+        "\n  -> --set stages.pretrain.micro_batch=4; the same run resumes"
+    )

@@ -13,7 +13,9 @@ from pipeline.blocks.facts import BlockFacts
 from pipeline.blocks.kind import BlockKind
 from pipeline.blocks.layers import CastTo, init_weights
 
-FACTS = BlockFacts(title="C2f", shortcut=False, running_statistics=True)
+FACTS = BlockFacts(
+    title="C2f", shortcut=False, running_statistics=True, weights=7.0, saved=11.0, widest=1.5
+)
 
 
 class BiaslessConv(nn.Conv2d):

@@ -27,6 +27,7 @@ def check_training(checker: Checker, stage: str, train: TrainConfig, world_size:
     checker.attempt(stage, lambda: batches(train, world_size))
     _pairs(checker, stage, train, world_size)
     _network(checker, key, train)
+    _accumulation(checker, stage, train, world_size)
     _drop_path(checker, key, train)
     _schedule(checker, key, train)
     # Evaluation crops image_size pixels out of image_size x eval_resize.
@@ -69,11 +70,29 @@ def _network(checker: Checker, key: str, train: TrainConfig) -> None:
     # away. ZeRO stages 1 to 3 update an fp32 copy of the weights, stage 0 has none.
     if train.zero_stage == 0 and train.precision == "bf16":
         cause = "ZeRO stage 0 with bf16 keeps no fp32 master weights"
-        checker.report(f"{key}.zero_stage", cause, "take 1")
+        checker.report(f"{key}.zero_stage", cause, "take 2")
     # ZeRO-3 gathers parameters in hooks of the modules, which a compiled level would not run.
     if train.zero_stage == 3 and model.compile:
         cause = "levels whose parameters ZeRO-3 gathers cannot be compiled"
         checker.report("model.compile", cause, f"{key}.zero_stage: 2, or compile: false")
+
+
+def _accumulation(checker: Checker, stage: str, train: TrainConfig, world_size: int) -> None:
+    """Gradients of several micro-batches are added up in fp32, which ZeRO 1 cannot do with bf16."""
+    # DeepSpeed 0.19 then replaces its ZeRO optimizer by BF16_Optimizer, whose state is laid out
+    # differently: checkpoints could not be read or written. Without accumulation nothing is added.
+    if train.zero_stage != 1 or train.precision != "bf16":
+        return
+    try:
+        micro, accumulation = batches(train, world_size)
+    except ConfigError:
+        return  # already reported
+    if accumulation > 1:
+        cause = (
+            f"ZeRO stage 1 with bf16 would add up the gradients of {accumulation} micro batches "
+            f"(of {micro} images) in bf16"
+        )
+        checker.report(f"stages.{stage}.zero_stage", cause, "take 2; a run under way resumes")
 
 
 def _drop_path(checker: Checker, key: str, train: TrainConfig) -> None:

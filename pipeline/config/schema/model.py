@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from pipeline.blocks import registry
 from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
 from pipeline.config.schema.section import Section, known_name
-from pipeline.config.schema.shrink import narrow
+from pipeline.config.schema.shrink import fixed, narrow
 
 # The names come from the registry, so that a new kind of block is one new file and no edit here.
 _KINDS = list(registry.facts())
@@ -56,7 +56,9 @@ class ModelConfig(Section):
         description="With activations 'exact': number of last columns that keep their autograd "
         "graph (faster, more memory). 'auto': as many as fit into the device's memory.",
     )
-    compile: Annotated[bool, Rules(changes=NOTHING)] = Field(
+    # Compilation changes speed and the last bits of a sum, as another GPU does.
+    # Not rehearsed: the CPU's compiler would take minutes and say nothing about that of a GPU.
+    compile: Annotated[bool, Rules(changes=NOTHING, rehearse=fixed(False))] = Field(
         False,
         description="Use torch.compile for each level. Compilation takes a minute or more at the "
         "start; steps on a GPU are faster afterwards.",

@@ -8,7 +8,7 @@ stay, so that whatever would fail after hours on a cluster fails after seconds o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 SUFFIX = "-rehearsal"
@@ -34,12 +34,14 @@ class RehearsalContext:
     ``class_count``: length of the dataset's class list; None if the source decides.
     ``dataset_number``: position of the dataset in the job's ``data``, from 0.
     ``keeps_best``: a stage of the job keeps its best weights.
+    ``section``: the values beside the key, by name.
     """
 
     image_sizes: Mapping[int, int]
     class_count: int | None = None
     dataset_number: int = 0
     keeps_best: bool = False
+    section: Mapping[str, object] = field(default_factory=dict)
 
 
 # From a key's value in the job to its value in the rehearsal, both as plain JSON values.
@@ -74,6 +76,14 @@ def narrow(channels: Iterable[int], _context: RehearsalContext) -> list[int]:
     # Proportions stay, so that every down-sampling between levels still changes the width.
     scale = min(1.0, WIDTH / widths[0])
     return [max(4, round(width * scale / 4) * 4) for width in widths]
+
+
+def small_micro_batch(_value: object, context: RehearsalContext) -> int:
+    """MICRO_BATCH; all images of a process if the stage cannot accumulate (ZeRO 1 with bf16)."""
+    section = context.section
+    if section.get("zero_stage") == 1 and section.get("precision") == "bf16":
+        return GLOBAL_BATCH // PROCESSES
+    return MICRO_BATCH
 
 
 def small_image_size(size: int | None, context: RehearsalContext) -> int | None:

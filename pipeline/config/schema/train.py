@@ -91,11 +91,12 @@ class TrainConfig(Section):
     # The split into micro-batches and the ZeRO stage decide memory and speed, not the gradients.
     micro_batch: Annotated[
         PositiveInt | Literal["auto"],
-        Rules(changes=NOTHING, rehearse=fixed(shrink.MICRO_BATCH)),
+        Rules(changes=NOTHING, rehearse=shrink.small_micro_batch),
     ] = Field(
         "auto",
         description="Images per process in one forward and backward pass. Gradients accumulate "
-        "until global_batch is reached. 'auto': global_batch / processes, no accumulation.",
+        "until global_batch is reached. 'auto': on GPUs, what fits their memory by an estimate; on "
+        "the CPU, global_batch / processes.",
     )
     order: Literal["global", "windowed"] = Field(
         "global",
@@ -133,7 +134,9 @@ class TrainConfig(Section):
         "bf16", description="Precision of the network; master weights are always fp32."
     )
     zero_stage: Annotated[int, Field(ge=0, le=3), Rules(changes=NOTHING, hparam=10)] = Field(
-        1, description="DeepSpeed ZeRO stage."
+        2,
+        description="DeepSpeed ZeRO stage: what the processes share out. 1: optimizer state. "
+        "2: gradients too, which accumulate in fp32. 3: weights too. 0: nothing.",
     )
     # Rates are stated for one batch size, so that a recipe holds for any number of GPUs.
     # Example: base_lr 1e-3 for 1024 images, global_batch 4096 -> 4e-3 at the peak.
