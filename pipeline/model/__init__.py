@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 from pipeline.model.network import Network, Output, RevCol
-from pipeline.model.spec import Activations, Four, Fused, NetworkSpec
+from pipeline.model.spec import Activations, Four, Fused, Init, NetworkSpec, StemStride
 
 __all__ = ["Activations", "Network", "NetworkSpec", "Output", "RevCol", "build"]
 
@@ -20,6 +20,9 @@ def build(
     huge: bool = False,
     supervised: bool = False,
     block: str | Sequence[str] = "convnext",
+    stem_stride: StemStride = 4,
+    init: Init = "published",
+    layer_scale: float = 1e-6,
     activations: Activations = "exact",
     drop_path: float = 0.0,
     head_init_scale: float = 1.0,
@@ -38,6 +41,9 @@ def build(
         huge=huge,
         supervised=supervised,
         block=kinds,
+        stem_stride=stem_stride,
+        init=init,
+        layer_scale=layer_scale,
         activations=activations,
         drop_path=drop_path,
         head_init_scale=head_init_scale,
