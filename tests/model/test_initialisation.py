@@ -54,8 +54,8 @@ def test_the_layer_scale_starts_from_the_given_value(block: str) -> None:
     for name, value in scales.items():
         assert bool((value == 0.5).all()), name
     in_blocks = [name for name in scales if ".blocks." in name]
-    # A kind with a shortcut adds a scaled branch to it, so it must have a layer scale.
-    assert bool(in_blocks) is registry.facts()[block].shortcut
+    # BatchNorm has a scale of its own; a branch without it needs a layer scale.
+    assert bool(in_blocks) is not registry.facts()[block].running_statistics
 
 
 @pytest.mark.parametrize("block", KINDS)

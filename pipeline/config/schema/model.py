@@ -47,7 +47,7 @@ class ModelConfig(Section):
     layer_scale: PositiveFloat = Field(
         1e-6,
         description="Initial layer scale of the blocks. 1 for narrow networks and short training. "
-        "C2f blocks have none.",
+        "Blocks with BatchNorm (c2f, residual) have none.",
     )
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0,
