@@ -6,7 +6,7 @@ Worked example: 400 images in 4 class folders, median short side 150 pixels, no 
     stem_stride      images of 96 pixels or more have the published stem   -> 4
     image_size       150 pixels, rounded down to 128, limit 96             -> 96
     epochs           96 / 4 = 24, so an image has 24 * 24 = 576 positions;
-                     24 million / 576 / 360 = 115, limit 100               -> 100
+                     32 million / 576 / 360 = 154, limit 100               -> 100
     global_batch     2 processes x 2 = 4, doubled while an epoch keeps
                      enough steps: 8 (45 steps), 16 (22), not 32 (11)      -> 16
     warm-up          a tenth of the epochs                                 -> 10
@@ -36,7 +36,7 @@ class Budget:
 # Every value can be set by hand; these give a useful network in the time of a coffee (cpu) or of a
 # night (cuda: 20 million images of 224 pixels, 56 x 56 positions each).
 BUDGETS = {
-    "cpu": Budget(image_size=96, positions=24_000_000, epochs=(4, 100), batch=128),
+    "cpu": Budget(image_size=96, positions=32_000_000, epochs=(4, 100), batch=128),
     "cuda": Budget(image_size=224, positions=20_000_000 * 56**2, epochs=(20, 300), batch=1024),
 }
 SMALL_IMAGE = 96  # pixels; smaller ones get a finer stem instead of being enlarged
