@@ -13,14 +13,24 @@ from torch import Tensor, nn
 
 from pipeline.blocks.layers import CastTo, Conv, LayerNorm, Linear
 
+# A block's layer scale is a parameter of the block whose name starts with this word.
+LAYER_SCALE = "gamma"
+
+
+def stem_kernel(stride: int) -> int:
+    """Kernel of a stem's convolution: 4x4 patches that do not overlap, 3x3 for a finer stride."""
+    return 4 if stride == 4 else 3
+
 
 class Stem(nn.Module):
-    """(N, 3, H, W) -> (N, H/4, W/4, C0): convolution 4x4 with stride 4, norm."""
+    """(N, 3, H, W) -> (N, H/s, W/s, C0) for a stride s of 1, 2 or 4: convolution, norm."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
+        kernel = stem_kernel(stride)
         self.cast = CastTo()
-        self.conv = Conv(3, channels, 4, stride=4)
+        # A 3x3 is padded by one pixel, so that every pixel is the centre of a window at stride 1.
+        self.conv = Conv(3, channels, kernel, stride=stride, padding=kernel % 2)
         self.norm = LayerNorm(channels)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -63,8 +73,8 @@ class BlockKind:
     # channels -> module called with (x, drop_path_scale). x is (N, H, W, C). drop_path_scale is
     # None, or (N,): 0 where the sample skips the block, else 1 / (1 - rate).
     block: Callable[[int], nn.Module]
-    # channels -> module. The network takes the stem of its finest level's kind.
-    stem: Callable[[int], nn.Module] = Stem
+    # (channels, stride) -> module. The network takes the stem of its finest level's kind.
+    stem: Callable[[int, int], nn.Module] = Stem
     # (input channels, output channels) -> module.
     down: Callable[[int, int], nn.Module] = Down
     up: Callable[[int, int], nn.Module] = Up

@@ -1,67 +1,36 @@
 """Chooses values left to ``auto`` from the images, and tells the user the reason for each.
 
-Keys: stages.<training>.image_size, .epochs and .global_batch, and data.<name>.validation_fraction.
-
-Worked example: 400 images in 4 class folders, median short side 150 pixels, no validation split,
-two processes on a CPU (BUDGETS["cpu"]: 96 pixels, 30,000 presentations, 4 to 60 epochs, batch 128):
-
-    validation_fraction  400 images are at least 50 per class                -> 0.1, 360 remain
-    image_size           150 pixels, rounded down to 128, limit 96           -> 96
-    epochs               30,000 / 360 = 83, limit 60; fine-tuning a third    -> 60 and 20
-    global_batch         2 processes x 2 = 4, doubled while an epoch keeps
-                         enough steps: 8 (45 steps), 16 (22), not 32 (11)    -> 16
+Keys: ``model.stem_stride``, ``data.<name>.validation_fraction`` and those of a training stage in
+``auto_rules``, which has the rules and a worked example.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import ValidationError
 
+from pipeline.config import auto_rules
+from pipeline.config.auto_rules import PLACEHOLDERS, RULES, Choice, StageFacts
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.machine import device, world_size
-from pipeline.config.schema import ClusterConfig, DatasetConfig, SplitsConfig
+from pipeline.config.schema import (
+    ClusterConfig,
+    DatasetConfig,
+    ModelConfig,
+    SplitsConfig,
+    TrainConfig,
+)
 from pipeline.config.yaml_tree.reading import Node
 from pipeline.errors import ConfigError
 from pipeline.sources.inspection import SourceSummary, inspect_source
 from pipeline.sources.survey import unknown_splits
 
 AUTO = "auto"
-KEYS = ("image_size", "epochs", "global_batch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What fits into a run of minutes (cpu) or hours (cuda)."""
-
-    image_size: int  # largest (pixels)
-    presentations: int  # images shown in pretraining, over all epochs
-    epochs: tuple[int, int]  # fewest, most
-    batch: int  # largest global batch (images)
-
-
-# Chosen for an early first result rather than the best accuracy. Every value can be set by hand.
-BUDGETS = {
-    "cpu": Budget(image_size=96, presentations=30_000, epochs=(4, 60), batch=128),
-    "cuda": Budget(image_size=224, presentations=20_000_000, epochs=(20, 300), batch=1024),
-}
-SMALLEST_SIZE = 64  # pixels; two multiples of the network's stride
-SMALL_BATCH = 16  # images; with fewer, overhead dominates a step
-STEPS_PER_EPOCH = 20  # fewest, for a batch that is not small
-STEPS_PER_EPOCH_SMALL = 4
+KEYS = tuple(RULES)  # of a training stage
+STEM_STRIDE = ("model", "stem_stride")
 FEW_PER_CLASS = 50  # images; with fewer, more are held out
-# Rehearsals do not inspect the source. They replace these values by their own small ones.
-PLACEHOLDERS = {"image_size": 64, "epochs": 1, "global_batch": 16}
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A chosen value and the reason, as a phrase for the user."""
-
-    value: int | float
-    reason: str
 
 
 def choose(tree: Node, *, inspect_sources: bool) -> tuple[Node, list[str]]:
@@ -81,7 +50,7 @@ def choose(tree: Node, *, inspect_sources: bool) -> tuple[Node, list[str]]:
         (stage, key)
         for stage in TRAINING
         for key in KEYS
-        if _is_auto(tree.get("stages", stage, key))
+        if _is_auto(tree.get("stages", stage, *key.split(".")))
     ]
     if not inspect_sources:
         return _with_placeholders(tree, datasets, stage_keys), []
@@ -93,16 +62,20 @@ def choose(tree: Node, *, inspect_sources: bool) -> tuple[Node, list[str]]:
     for name in datasets:
         choice = _validation_fraction(sources[name])
         tree = _with_choice(tree, ("data", name, "validation_fraction"), choice, notes)
-    # 3. The stages.
+    # 3. The stem, whose stride decides which image sizes are possible.
+    if _is_auto(tree.get(*STEM_STRIDE)):
+        tree = _with_choice(tree, STEM_STRIDE, auto_rules.stem_stride(_side(tree, sources)), notes)
+    # 4. The stages.
     for stage, key in stage_keys:
-        source = sources[_dataset_of(tree, stage)]
+        path = ("stages", stage, *key.split("."))
+        facts = _facts(tree, stage, sources[_dataset_of(tree, stage)])
         try:
-            choice = _stage_choice(tree, stage, key, source)
+            choice = RULES[key](facts)
         except ConfigError as error:
-            place = (tree.get("stages", stage, key) or tree).origin
-            cause = f"stages.{stage}.{key}: {error.cause}"
+            place = (tree.get(*path) or tree).origin
+            cause = f"{'.'.join(path)}: {error.cause}"
             raise ConfigError(cause, place=place, remedy=error.remedy) from None
-        tree = _with_choice(tree, ("stages", stage, key), choice, notes)
+        tree = _with_choice(tree, path, choice, notes)
     return tree, notes
 
 
@@ -112,9 +85,12 @@ def _is_auto(node: Node | None) -> bool:
 
 def _with_placeholders(tree: Node, datasets: list[str], stage_keys: list[tuple[str, str]]) -> Node:
     for stage, key in stage_keys:
-        tree = tree.replaced(("stages", stage, key), Node(PLACEHOLDERS[key], "rehearse"))
+        path = ("stages", stage, *key.split("."))
+        tree = tree.replaced(path, Node(PLACEHOLDERS[key], "rehearse"))
     for name in datasets:
         tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, "rehearse"))
+    if _is_auto(tree.get(*STEM_STRIDE)):
+        tree = tree.replaced(STEM_STRIDE, Node(auto_rules.SMALL_STEM_STRIDE, "rehearse"))
     return tree
 
 
@@ -212,61 +188,47 @@ def _cluster(tree: Node) -> ClusterConfig:
         return ClusterConfig()  # the schema reports the mistake later, with its line
 
 
-def _stage_choice(tree: Node, stage: str, key: str, source: SourceSummary) -> Choice:
+def _side(tree: Node, sources: dict[str, SourceSummary]) -> int:
+    """Side of the images that the stem sees: the smallest that a stage gives, else the median.
+
+    Raises:
+        ConfigError: no stage gives a number, and none names a source that can be inspected.
+    """
+    stages = [stage for stage in TRAINING if tree.get("stages", stage) is not None]
+    sizes = [tree.get("stages", stage, "image_size") for stage in stages]
+    given = [node.value for node in sizes if node is not None and isinstance(node.value, int)]
+    if given:
+        return min(given)
+    names = [_dataset_of(tree, stage) for stage in stages]
+    sides = [(sources.get(name) or _inspect(tree, name)).short_side for name in names]
+    # Without a training stage nothing is computed before the weights' own job is known.
+    return min(sides, default=auto_rules.SMALL_IMAGE)
+
+
+def _facts(tree: Node, stage: str, source: SourceSummary) -> StageFacts:
+    """What the rules may read. A value that is no number yet counts as its default."""
+
+    def number(*path: str, default: int) -> int:
+        node = tree.get(*path)
+        return node.value if node is not None and isinstance(node.value, int) else default
+
     cluster = _cluster(tree)
-    device_name = device(cluster)
-    budget = BUDGETS[device_name]
-    if key == "image_size":
-        return _image_size(source, budget, device_name, finetune=stage == "finetune")
-    images = _training_images(tree, _dataset_of(tree, stage), source)
-    if key == "epochs":
-        return _epochs(images, budget, device_name, finetune=stage == "finetune")
-    return _global_batch(images, budget, world_size(cluster))
-
-
-def _image_size(
-    source: SourceSummary, budget: Budget, device_name: str, *, finetune: bool
-) -> Choice:
-    """The largest multiple of 32 that most images fill, within the budget.
-
-    Fine-tuning on a GPU goes one step up, as the published recipes do.
-    """
-    # Beyond the median side most images would be enlarged: more compute, no more detail.
-    size = min(budget.image_size, max(SMALLEST_SIZE, source.short_side // 32 * 32))
-    if finetune and source.short_side >= size + 32 and device_name == "cuda":
-        size += 32
-    reason = (
-        f"median short side {source.short_side} pixels, "
-        f"between {SMALLEST_SIZE} and {budget.image_size} on {device_name}"
+    initial = tree.get("stages", stage, "from")
+    return StageFacts(
+        images=_training_images(tree, _dataset_of(tree, stage), source),
+        short_side=source.short_side,
+        device=device(cluster),
+        processes=world_size(cluster),
+        finetune=initial is not None and bool(initial.value),
+        stem_stride=number(*STEM_STRIDE, default=ModelConfig.model_fields["stem_stride"].default),
+        image_size=number(
+            "stages", stage, "image_size", default=TrainConfig.model_fields["image_size"].default
+        ),
+        epochs=number("stages", stage, "epochs", default=1),
+        global_batch=number(
+            "stages",
+            stage,
+            "global_batch",
+            default=TrainConfig.model_fields["global_batch"].default,
+        ),
     )
-    return Choice(size, reason)
-
-
-def _epochs(images: int, budget: Budget, device_name: str, *, finetune: bool) -> Choice:
-    """As many as the budget of presentations allows; fine-tuning takes a third of them."""
-    fewest, most = budget.epochs
-    epochs = min(most, max(fewest, budget.presentations // images))
-    if finetune:
-        epochs = max(1, epochs // 3)
-    shown = epochs * images
-    return Choice(epochs, f"{images} training images, about {shown} shown on {device_name}")
-
-
-def _global_batch(images: int, budget: Budget, processes: int) -> Choice:
-    """Twice the number of processes, doubled while an epoch keeps enough steps.
-
-    An even batch per process, because mixup and cutmix pair the images of a micro-batch.
-    """
-    batch = 2 * processes
-    # Too few steps per epoch train badly however many epochs follow; with tiny batches even a few
-    # steps are worth doubling for. Example: 360 images, 2 processes: 4 -> 8 -> 16, see above.
-    while 2 * batch <= budget.batch:
-        enough = STEPS_PER_EPOCH_SMALL if batch < SMALL_BATCH else STEPS_PER_EPOCH
-        if images // (2 * batch) < enough:
-            break
-        batch *= 2
-    # 2 x processes can exceed a tiny dataset, and an epoch of zero steps would train nothing.
-    if batch > images:
-        cause = f"{images} training images are too few for {processes} processes"
-        raise ConfigError(cause, remedy="add images, or --set cluster.processes=1")
-    return Choice(batch, f"{images // batch} steps per epoch on {processes} processes")

@@ -31,6 +31,7 @@ def architecture_spec(model: ModelConfig, num_classes: int, *, supervised: bool)
         huge=model.huge,
         supervised=supervised,
         block=model.block,
+        stem_stride=model.stem_stride,
         activations="stored",
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.blocks import registry
 from pipeline.errors import CheckpointError
 from pipeline.model import Network, NetworkSpec
+from pipeline.model.spec import PUBLISHED_STEM_STRIDE
 
 # (our pattern, published name). The first pattern that matches the start of a name applies; the
 # rest of the name stays. Example:
@@ -48,8 +49,10 @@ _ALPHA = re.compile(r"subnet\d+\.alpha\d$")
 
 
 def has_published_names(spec: NetworkSpec) -> bool:
-    """True if the published code has all kinds of blocks of this network."""
-    return all(registry.facts()[name].published_names for name in spec.blocks)
+    """True if the published code has all kinds of blocks of this network, and its stem."""
+    kinds = (registry.facts()[name] for name in spec.blocks)
+    published_stem = spec.stem_stride == PUBLISHED_STEM_STRIDE
+    return published_stem and all(kind.published_names for kind in kinds)
 
 
 def published_name(

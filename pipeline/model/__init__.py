@@ -7,7 +7,7 @@ from typing import Literal, TypedDict, Unpack, overload
 
 from pipeline.model.network import Network, Output, RevCol
 from pipeline.model.sizes import models, size_of
-from pipeline.model.spec import Activations, Fused, NetworkSpec
+from pipeline.model.spec import Activations, Fused, Init, NetworkSpec, StemStride
 
 __all__ = ["Activations", "Network", "NetworkSpec", "Output", "RevCol", "build", "models"]
 
@@ -18,6 +18,9 @@ class NetworkSettings(TypedDict, total=False):
     huge: bool
     supervised: bool
     block: str | Sequence[str]
+    stem_stride: StemStride
+    init: Init
+    layer_scale: float
     activations: Activations
     drop_path: float
     head_init_scale: float

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from pipeline.blocks.kinds.convnext import ConvNeXtBlock
 from pipeline.blocks.layers import CastTo, LayerNorm, Linear
-from pipeline.model.spec import Four
+from pipeline.model.spec import Four, NetworkSpec
 
 # Above this number of classes the published models use the simple decoder.
 SIMPLE_DECODER_ABOVE = 1000
@@ -45,41 +45,47 @@ class DecoderStage(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Level 3 (N, H, W, C3) -> reconstruction (N, 3, 32H, 32W): three stages, pixel shuffle by 4.
+    """Level 3 (N, H, W, C3) -> reconstruction (N, 3, sH, sW) for the network's stride s.
 
-    For models with up to 1000 classes.
+    Three stages reach the stem's stride, and a pixel shuffle the image. For models with up to 1000
+    classes.
     """
 
-    def __init__(self, channels: Four) -> None:
+    def __init__(self, channels: Four, stem_stride: int) -> None:
         super().__init__()
         self.cast = CastTo()
         self.stages = nn.ModuleList(DecoderStage(channels[i], channels[i - 1]) for i in (3, 2, 1))
-        self.project = Linear(channels[0], 3 * 4 * 4)  # stages reach stride 4: 4x4 pixels of RGB
+        self.stem_stride = stem_stride
+        # Example: stages that end at stride 4 leave 4x4 pixels of RGB per position.
+        self.project = Linear(channels[0], 3 * stem_stride**2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.cast(x)
         for stage in self.stages:
             x = stage(x)
-        return functional.pixel_shuffle(self.project(x).permute(0, 3, 1, 2), 4)
+        return functional.pixel_shuffle(self.project(x).permute(0, 3, 1, 2), self.stem_stride)
 
 
 class SimpleDecoder(nn.Module):
-    """Level 3 (N, H, W, C3) -> reconstruction (N, 3, 32H, 32W): norm, linear, pixel shuffle by 32.
+    """Level 3 (N, H, W, C3) -> reconstruction (N, 3, sH, sW) for the network's stride s.
 
-    For models with more than 1000 classes.
+    Norm, linear, pixel shuffle. For models with more than 1000 classes.
     """
 
-    def __init__(self, channels: Four) -> None:
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         self.cast = CastTo()
-        self.norm = LayerNorm(channels[3])
-        self.project = Linear(channels[3], 3 * 32 * 32)
+        self.stride = stride
+        self.norm = LayerNorm(channels)
+        self.project = Linear(channels, 3 * stride**2)
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.project(self.norm(self.cast(x))).permute(0, 3, 1, 2)
-        return functional.pixel_shuffle(pixels, 32)
+        return functional.pixel_shuffle(pixels, self.stride)
 
 
-def make_decoder(channels: Four, num_classes: int) -> nn.Module:
+def make_decoder(spec: NetworkSpec) -> nn.Module:
     """Make the decoder that the published models use for this number of classes."""
-    return SimpleDecoder(channels) if num_classes > SIMPLE_DECODER_ABOVE else Decoder(channels)
+    if spec.num_classes > SIMPLE_DECODER_ABOVE:
+        return SimpleDecoder(spec.channels[3], spec.stride)
+    return Decoder(spec.channels, spec.stem_stride)

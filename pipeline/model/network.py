@@ -19,6 +19,7 @@ from pipeline.model.consistency import Consistency, check_saved_tensors
 from pipeline.model.fixed_point_columns import ExactContext
 from pipeline.model.float_columns import checkpointed_columns, stored_columns
 from pipeline.model.heads import Classifier, make_decoder
+from pipeline.model.initialisation import initialise
 from pipeline.model.level_tensors import refuse_functorch
 from pipeline.model.reversible import exact_columns
 from pipeline.model.spec import Activations, Four, NetworkSpec
@@ -77,8 +78,9 @@ class Backbone(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.stem = registry.kind(spec.blocks[0]).stem(spec.channels[0])
+        self.stem = registry.kind(spec.blocks[0]).stem(spec.channels[0], spec.stem_stride)
         self.columns = nn.ModuleList(Column(spec, t) for t in range(spec.columns))
+        initialise(self, spec)
         self.remainder_widths: list[list[int]] | None = None
         self.skip_on_overflow = False
         self.skip_on_mismatch = False
@@ -224,9 +226,9 @@ class Network(Backbone):
             Classifier(spec.channels[3], spec.num_classes, spec.head_init_scale)
             for _ in range(heads)
         )
-        self.decoders = nn.ModuleList(
-            make_decoder(spec.channels, spec.num_classes) for _ in range(heads - 1)
-        )
+        self.decoders = nn.ModuleList(make_decoder(spec) for _ in range(heads - 1))
+        initialise(self.classifiers, spec)
+        initialise(self.decoders, spec)
 
     def forward(self, images: Tensor, uniforms: Tensor | None = None) -> Output:
         """Classify images, and reconstruct them under intermediate supervision.

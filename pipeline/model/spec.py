@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from pipeline.blocks import registry
 
@@ -11,6 +11,9 @@ Four = tuple[int, int, int, int]
 FourNames = tuple[str, str, str, str]
 Activations = Literal["stored", "exact", "checkpointed"]
 Fused = Literal["auto", "compiled", "eager"]
+Init = Literal["published", "fan_in"]
+StemStride = Literal[1, 2, 4]
+PUBLISHED_STEM_STRIDE: StemStride = 4
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class NetworkSpec:
     """
 
     # Architecture: these decide the parameters' names and shapes.
-    # Widths and numbers of blocks of the four levels, finest (stride 4) first.
+    # Widths and numbers of blocks of the four levels, finest first.
     channels: Four
     depths: Four
     columns: int
@@ -35,6 +38,12 @@ class NetworkSpec:
     supervised: bool = False
     # Block kind, one for all levels or one per level.
     block: str | FourNames = "convnext"
+    # Stride of the stem, and so of level 0: 4 for photographs, 1 or 2 for images below 96 pixels.
+    stem_stride: StemStride = PUBLISHED_STEM_STRIDE
+
+    # Initial weights (see ``pipeline.model.initialisation``) and initial layer scale of the blocks.
+    init: Init = "published"
+    layer_scale: float = 1e-6
 
     # Computation: these do not change the parameters.
     # stored: plain autograd in floating point. checkpointed: the same, but each column is
@@ -63,6 +72,7 @@ class NetworkSpec:
                 f"intermediate supervision needs at least 4 columns, got {self.columns}"
             )
         self._check_blocks()
+        self._check_initialisation()
         if self.stored_columns and self.activations != "exact":
             raise ValueError(
                 f"stored_columns needs activations 'exact', but activations is {self.activations!r}"
@@ -82,6 +92,19 @@ class NetworkSpec:
             raise ValueError(
                 f"drop_path needs blocks with a shortcut, and {self.block!r} has none: set it to 0"
             )
+
+    def _check_initialisation(self) -> None:
+        if self.stem_stride not in get_args(StemStride):
+            raise ValueError(f"stem_stride must be 1, 2 or 4, got {self.stem_stride}")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init must be 'published' or 'fan_in', got {self.init!r}")
+        if self.layer_scale <= 0:
+            raise ValueError(f"layer_scale must be above 0, got {self.layer_scale}")
+
+    @property
+    def stride(self) -> int:
+        """Stride of level 3 (pixels): classified images have sides that are multiples of it."""
+        return 8 * self.stem_stride  # each of the three finer levels is halved once
 
     @property
     def blocks(self) -> FourNames:
@@ -104,5 +127,8 @@ class NetworkSpec:
     @property
     def architecture(self) -> dict[str, Any]:
         """Attributes that decide the parameters' names and shapes. A checkpoint must match them."""
-        names = ("channels", "depths", "columns", "num_classes", "huge", "supervised", "block")
+        names = ["channels", "depths", "columns", "num_classes", "huge", "supervised", "block"]
+        # Left out where it is the published one: checkpoints of earlier releases do not record it.
+        if self.stem_stride != PUBLISHED_STEM_STRIDE:
+            names.append("stem_stride")
         return {name: value for name, value in asdict(self).items() if name in names}

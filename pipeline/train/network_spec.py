@@ -17,6 +17,8 @@ def training_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpe
     architecture = architecture_spec(model, num_classes, supervised=config.intermediate_supervision)
     return replace(
         architecture,
+        init=model.init,
+        layer_scale=model.layer_scale,
         activations=model.activations,
         drop_path=model.drop_path if config.drop_path is None else config.drop_path,
         head_init_scale=config.head_init_scale,

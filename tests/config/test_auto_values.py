@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import machine
+from pipeline.config import job_queries, machine
+from pipeline.config.auto_rules import RULES, StageFacts
 from pipeline.config.check import check
 from pipeline.config.load import LoadedJob, load_job
+from pipeline.config.schema import TrainConfig
 from pipeline.errors import ConfigError
 from pipeline.sources.inspection import USUAL_SIDE, inspect_source
 from tests.config.jobs import ROOT
@@ -44,16 +47,22 @@ def load_own(root: Path, *overrides: str) -> LoadedJob:
     return loaded
 
 
+def pretrain_of(loaded: LoadedJob) -> TrainConfig:
+    assert loaded.job.stages.pretrain is not None
+    return loaded.job.stages.pretrain
+
+
 def test_values_are_chosen_for_class_folders(tmp_path: Path) -> None:
     loaded = load_own(folders(tmp_path / "mine", 4, 100))
-    pretrain = loaded.job.stages.pretrain
-    finetune = loaded.job.stages.finetune
-    assert pretrain is not None
-    assert finetune is not None
+    pretrain = pretrain_of(loaded)
+    assert loaded.job.model.stem_stride == 4
     assert pretrain.image_size == 96  # 150 pixels allow 128, the CPU budget does not
-    assert pretrain.epochs == 60
-    assert finetune.epochs == 20
+    assert pretrain.epochs == 100
+    assert pretrain.warmup_epochs == 10
     assert pretrain.global_batch == 16  # 360 images: 22 steps per epoch
+    assert pretrain.eval_every_epochs == 10
+    assert pretrain.checkpoint_every_steps == 220
+    assert (pretrain.augment.mixup, pretrain.augment.cutmix) == (0.8, 1.0)
     assert loaded.job.data["images"].validation_fraction == 0.1
     assert loaded.origins["stages.pretrain.epochs"].startswith("chosen: 360 training images")
     notes = "\n".join(loaded.notes)
@@ -61,12 +70,61 @@ def test_values_are_chosen_for_class_folders(tmp_path: Path) -> None:
         "data.images: 400 images of 4 classes (class folders, no validation split), median short "
         "side 150 pixels",
         "data.images.validation_fraction = 0.1: held out by content hash",
+        "model.stem_stride = 4: 150 pixels, 96 or more",
         "stages.pretrain.image_size = 96: median short side 150 pixels",
-        "stages.pretrain.epochs = 60: 360 training images",
+        "stages.pretrain.epochs = 100: 360 training images",
         "stages.pretrain.global_batch = 16: 22 steps per epoch on 2 processes",
-        "stages.finetune.image_size",
+        "stages.pretrain.augment.mixup = 0.8: each image is shown 100 times",
     ):
         assert part in notes
+
+
+@pytest.mark.parametrize(
+    ("side", "stem_stride", "image_size"),
+    [(32, 2, 32), (50, 2, 48), (95, 2, 80), (96, 4, 96), (500, 4, 96)],
+)
+def test_small_images_get_a_finer_stem_and_are_not_enlarged(
+    tmp_path: Path, side: int, stem_stride: int, image_size: int
+) -> None:
+    loaded = load_own(folders(tmp_path / "mine", 2, 20, width=side, height=side))
+    assert loaded.job.model.stem_stride == stem_stride
+    assert pretrain_of(loaded).image_size == image_size
+
+
+def test_the_stem_follows_an_image_size_that_is_given(tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", 2, 20, width=300, height=300)
+    assert load_own(root, "stages.pretrain.image_size=48").job.model.stem_stride == 2
+
+
+def test_many_images_are_shown_less_often_and_mixed_less(tmp_path: Path) -> None:
+    """The time of a run is bounded: presentations, not epochs, are what it pays for."""
+    shown = {}
+    for images in (400, 2_000, 8_000, 30_000):
+        facts = StageFacts(
+            images=images,
+            short_side=32,
+            device="cpu",
+            processes=2,
+            finetune=False,
+            stem_stride=2,
+            image_size=32,
+            epochs=1,
+            global_batch=64,
+        )
+        epochs = int(RULES["epochs"](facts).value)
+        shown[images] = (epochs, RULES["augment.mixup"](replace(facts, epochs=epochs)).value)
+    assert shown == {400: (100, 0.8), 2_000: (62, 0.8), 8_000: (15, 0.2), 30_000: (4, 0.0)}
+
+
+@pytest.mark.parametrize(("classes", "count"), [(4, 10), (4, 3), (2, 3)])
+def test_a_handful_of_images_is_enough_for_a_valid_job(
+    tmp_path: Path, classes: int, count: int
+) -> None:
+    loaded = load_own(folders(tmp_path / "mine", classes, count))
+    pretrain = pretrain_of(loaded)
+    train_images = classes * count * 0.8
+    assert pretrain.global_batch <= train_images
+    assert job_queries.steps(pretrain, int(train_images)) >= 100
 
 
 def test_a_validation_split_of_the_source_is_used(tmp_path: Path) -> None:
@@ -78,16 +136,14 @@ def test_a_validation_split_of_the_source_is_used(tmp_path: Path) -> None:
         == "data.images: 100 images of 5 classes (class tars, with a validation split), median "
         "short side 32 pixels"
     )
-    pretrain = loaded.job.stages.pretrain
-    assert pretrain is not None
-    assert (pretrain.image_size, pretrain.global_batch) == (64, 16)
+    pretrain = pretrain_of(loaded)
+    assert (pretrain.image_size, pretrain.global_batch) == (32, 16)
 
 
 def test_global_batch_divides_evenly_among_any_number_of_processes(tmp_path: Path) -> None:
     root = folders(tmp_path / "mine", 4, 100)
     for processes in (1, 2, 3, 8, 64):
         job = load_own(root, f"cluster.processes={processes}").job
-        assert job.stages.pretrain is not None
         assert job.stages.pretrain.global_batch % (2 * processes) == 0
 
 
@@ -103,8 +159,7 @@ def test_values_set_by_the_user_are_kept(tmp_path: Path) -> None:
         "stages.pretrain.image_size=32",
         "data.validation_fraction=0.25",
     )
-    pretrain = loaded.job.stages.pretrain
-    assert pretrain is not None
+    pretrain = pretrain_of(loaded)
     assert (pretrain.epochs, pretrain.image_size) == (7, 32)
     assert loaded.job.data["images"].validation_fraction == 0.25
     assert not any(
@@ -215,7 +270,8 @@ def test_auto_uses_the_dataset_of_the_stage(tmp_path: Path) -> None:
         r"\n  -> data: one of cats, dogs",
     ):
         load_job(OWN, [both])
-    loaded = load_job(OWN, [both, "stages.pretrain.data=cats", "stages.finetune.data=dogs"])
+    finetune = "stages.finetune={recipe: own_images_finetune, from: pretrain, data: dogs}"
+    loaded = load_job(OWN, [both, "stages.pretrain.data=cats", finetune])
     assert [note.partition(":")[0] for note in loaded.notes if note.startswith("data.")] == [
         "data.cats",
         "data.dogs",

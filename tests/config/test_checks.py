@@ -18,12 +18,22 @@ from tests.config.jobs import JOB, edited, error_message, write
     [
         (
             ["stages.pretrain.image_size=100"],
-            "--set: stages.pretrain.image_size: 100 pixels is not a multiple of 32"
-            "\n  -> take 96 or 128",
+            "--set: stages.pretrain.image_size: 100 pixels is not a multiple of 32, the "
+            "network's stride\n  -> take 96 or 128",
         ),
         (
             ["stages.evaluate.image_size=100"],
             "--set: stages.evaluate.image_size: 100 pixels is not a multiple of 32",
+        ),
+        (
+            ["model.stem_stride=2", "stages.pretrain.image_size=40"],
+            "--set: stages.pretrain.image_size: 40 pixels is not a multiple of 16, the "
+            "network's stride\n  -> take 32 or 48",
+        ),
+        (
+            ["model.stem_stride=1", "stages.evaluate.image_size=36"],
+            "--set: stages.evaluate.image_size: 36 pixels is not a multiple of 8, the network's "
+            "stride\n  -> take 32 or 40",
         ),
         (
             ["stages.pretrain.global_batch=63"],

@@ -47,7 +47,7 @@ def test_dry_run_counts_steps_if_the_number_of_images_is_known(
     tmp_path: Path, quickstart: LoadedJob
 ) -> None:
     # 12 epochs of 32 classes x 64 images, 64 images per step.
-    assert "12 epochs, about 384 steps" in render.dry_run(quickstart)
+    assert "4 epochs, about 128 steps" in render.dry_run(quickstart)
     loaded = load_job(write(tmp_path, JOB))
     assert "3 epochs, about 45 steps" in render.dry_run(loaded, images={"toy": 1000})
 

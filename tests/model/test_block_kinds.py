@@ -13,6 +13,7 @@ from pipeline.model import build
 from tests.model.networks import KINDS, backward, network_with
 
 CHANNELS = 16
+PARTS = ("block", "stem", "stem of stride 2", "stem of stride 1", "down", "up")
 
 pytestmark = pytest.mark.parametrize("name", KINDS)
 
@@ -23,7 +24,13 @@ def modules_of(name: str) -> dict[str, tuple[nn.Module, Tensor, tuple[int, ...]]
     maps = torch.randn(2, 8, 6, CHANNELS)
     return {
         "block": (kind.block(CHANNELS), maps, (2, 8, 6, CHANNELS)),
-        "stem": (kind.stem(CHANNELS), torch.randn(2, 3, 32, 24), (2, 8, 6, CHANNELS)),
+        "stem": (kind.stem(CHANNELS, 4), torch.randn(2, 3, 32, 24), (2, 8, 6, CHANNELS)),
+        "stem of stride 2": (
+            kind.stem(CHANNELS, 2),
+            torch.randn(2, 3, 16, 12),
+            (2, 8, 6, CHANNELS),
+        ),
+        "stem of stride 1": (kind.stem(CHANNELS, 1), torch.randn(2, 3, 8, 6), (2, 8, 6, CHANNELS)),
         "down": (kind.down(CHANNELS, 24), maps, (2, 4, 3, 24)),
         "up": (kind.up(CHANNELS, 12), maps, (2, 8, 6, 12)),
     }
@@ -52,7 +59,7 @@ def test_a_dropped_block_returns_its_input_or_drop_path_is_refused(name: str) ->
     assert not torch.equal(out[1], x[1])
 
 
-@pytest.mark.parametrize("part", ["block", "stem", "down", "up"])
+@pytest.mark.parametrize("part", PARTS)
 def test_forward_and_backward_have_the_documented_shapes(name: str, part: str) -> None:
     module, x, shape = modules_of(name)[part]
     x.requires_grad_()
@@ -67,7 +74,7 @@ def test_forward_and_backward_have_the_documented_shapes(name: str, part: str) -
         assert parameter.grad.isfinite().all(), parameter_name
 
 
-@pytest.mark.parametrize("part", ["block", "stem", "down", "up"])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_recompute_gives_the_same_bits_and_draws_no_random_numbers(name: str, part: str) -> None:
     module, x, _ = modules_of(name)[part]
     generator_state = torch.get_rng_state()

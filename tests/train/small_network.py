@@ -58,6 +58,7 @@ class Options:
     nonfinite_step: int = -1
     reference: bool = False
     fp16: bool = True
+    spec: NetworkSpec = SPEC
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,7 +124,7 @@ def steps(options: Options) -> dict[str, Any]:
     config = train_config(options, dist_env.size)
     with process_group(dist_env, use_cuda=False, threads=1) as device:
         assert isinstance(config.micro_batch, int)
-        spec = replace(SPEC, activations=options.activations)
+        spec = replace(options.spec, activations=options.activations)
         engine = make_engine(
             spec, config, dist_env, micro_batch=config.micro_batch, seed=SEED, device=device
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.blocks.kind import LAYER_SCALE
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.config.schema import TrainConfig
@@ -19,6 +21,7 @@ from pipeline.runtime.process_group import process_group
 from pipeline.train.checkpointing import load_initial
 from pipeline.train.engine import make_engine
 from pipeline.train.zero_state import ShardedState
+from tests.model.networks import MIXED
 from tests.train import processes, small_network
 from tests.train.small_network import Options
 
@@ -77,6 +80,20 @@ def test_two_processes_equal_one(
         assert report["gathered_after"] == 0
         assert report["gathered_late"] == 0
         assert 1 <= max(report["gathered"][1:-1]) <= 2.1 * accumulation
+
+
+def test_zero_3_starts_from_the_same_fan_in_weights(tmp_path: Path) -> None:
+    """ZeRO-3 partitions layers as they are constructed, before the network initialises them."""
+    spec = replace(small_network.SPEC, block=MIXED, init="fan_in", layer_scale=0.5)
+    for stage in (1, 3):
+        train(tmp_path / str(stage), 2, stage, steps=0, spec=spec, activations="stored")
+    whole, partitioned = (values(tmp_path / str(stage)) for stage in (1, 3))
+    assert torch.equal(flat(partitioned), flat(whole))
+    scales = [value for name, value in partitioned.items() if LAYER_SCALE in name]
+    assert scales
+    assert all(bool((value == 0.5).all()) for value in scales)
+    head = partitioned["classifiers.0.linear.weight"]
+    assert head.std().item() * head.shape[1] ** 0.5 == pytest.approx(1, rel=0.3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.blocks.facts import BlockFacts
-from pipeline.blocks.kind import BlockKind
+from pipeline.blocks.kind import BlockKind, stem_kernel
 from pipeline.blocks.layers import CastTo, init_weights
 
 FACTS = BlockFacts(
@@ -22,7 +22,8 @@ class BiaslessConv(nn.Conv2d):
     """Convolution without bias on (N, C, H, W), initialised like the other layers."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int) -> None:
-        padding = kernel // 2 if stride == 1 else 0
+        # Odd kernels are centred on a pixel. Even ones cover the pixels that they merge.
+        padding = kernel // 2 if kernel % 2 else 0
         super().__init__(inputs, outputs, kernel, stride, padding, bias=False)
 
     def reset_parameters(self) -> None:
@@ -82,12 +83,12 @@ class ConvNorm(nn.Module):
 
 
 class C2fStem(nn.Module):
-    """(N, 3, H, W) -> (N, H/4, W/4, C0)."""
+    """(N, 3, H, W) -> (N, H/s, W/s, C0) for a stride s of 1, 2 or 4."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
         self.cast = CastTo()
-        self.conv = ConvNorm(3, channels, 4, stride=4)
+        self.conv = ConvNorm(3, channels, stem_kernel(stride), stride)
 
     def forward(self, images: Tensor) -> Tensor:
         x: Tensor = self.conv(self.cast(images.permute(0, 2, 3, 1)))

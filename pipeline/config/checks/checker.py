@@ -9,8 +9,6 @@ from pipeline.config.yaml_tree.diagnostics import Problem
 from pipeline.errors import ConfigError
 from pipeline.layout import DATASET_JSON, RunDir
 
-STRIDE = 32  # of the network's last level (pixels): image sides are multiples of it
-
 
 class Checker:
     """The job under check and the problems reported so far."""
@@ -54,10 +52,11 @@ class Checker:
             self.report_error(key, error)
 
     def check_image_size(self, key: str, size: int) -> None:
-        if size % STRIDE:
-            low = size // STRIDE * STRIDE
-            near = " or ".join(str(side) for side in (low, low + STRIDE) if side)
-            cause = f"{size} pixels is not a multiple of {STRIDE}"
+        stride = self.job.model.stride
+        if size % stride:
+            low = size // stride * stride
+            near = " or ".join(str(side) for side in (low, low + stride) if side)
+            cause = f"{size} pixels is not a multiple of {stride}, the network's stride"
             self.report(key, cause, f"take {near}")
 
     def has_weights(self, stage: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.blocks import registry
 from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
@@ -14,6 +14,7 @@ from pipeline.config.schema.shrink import fixed, narrow
 # The names come from the registry, so that a new kind of block is one new file and no edit here.
 _KINDS = list(registry.facts())
 Block = Annotated[str, known_name(_KINDS), Field(json_schema_extra={"enum": list(_KINDS)})]
+StemStride = Literal[1, 2, 4]
 Levels = tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt]
 
 
@@ -21,7 +22,7 @@ class ModelConfig(Section):
     """A reversible column network (Cai et al., ICLR 2023)."""
 
     channels: Annotated[Levels, Rules(rehearse=narrow)] = Field(
-        description="Widths C0..C3 of the four levels (channels), finest level (stride 4) first."
+        description="Widths C0..C3 of the four levels (channels), finest level first."
     )
     depths: Levels = Field(description="Number of blocks at each of the four levels of a column.")
     columns: PositiveInt = Field(description="Number of columns T.")
@@ -32,6 +33,21 @@ class ModelConfig(Section):
     block: Block | tuple[Block, Block, Block, Block] = Field(
         "convnext",
         description="Kind of block: one name for all levels, or a list of four, one per level.",
+    )
+    stem_stride: StemStride = Field(
+        4,
+        description="Stride of the stem (pixels): 4, as published; 1 or 2 for small images, such "
+        "as 32 pixels, which then need not be enlarged. Image sizes are multiples of 8 times it.",
+    )
+    init: Literal["published", "fan_in"] = Field(
+        "published",
+        description="Initial weights. 'published': truncated normal of std 0.02, for wide "
+        "networks. 'fan_in': normal of std 1 / sqrt(inputs), for narrow ones.",
+    )
+    layer_scale: PositiveFloat = Field(
+        1e-6,
+        description="Initial layer scale of the blocks. 1 for narrow networks and short training. "
+        "Blocks with BatchNorm (c2f, residual) have none.",
     )
     # What only training computes: evaluation and export run without drop path and in plain
     # floating point.
@@ -69,3 +85,8 @@ class ModelConfig(Section):
         description="With activations 'exact': fraction bits of the fixed-point residual stream. "
         "Its resolution is 2^-bits and its range is 2^(31-bits).",
     )
+
+    @property
+    def stride(self) -> int:
+        """Stride of the coarsest level (pixels): sides of images are multiples of it."""
+        return 8 * self.stem_stride

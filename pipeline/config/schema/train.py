@@ -74,7 +74,9 @@ class TrainConfig(Section):
         "Empty: random initialisation.",
     )
     image_size: Annotated[PositiveInt, Rules(hparam=8, rehearse=shrink.small_image_size)] = Field(
-        224, description="Side of the square training image (pixels, a multiple of 32)."
+        224,
+        description="Side of the square training image (pixels): a multiple of the network's "
+        "stride, which is 8 times `model.stem_stride` (32 with the published stem).",
     )
     epochs: Annotated[PositiveInt, Rules(hparam=4, rehearse=fixed(1))] = Field(
         description="Passes over the training split (epochs)."

@@ -29,7 +29,12 @@ def json_schema() -> JsonSchema:
     training["properties"]["recipe"]["examples"] = _names("recipe")
     # 3. Values chosen from the images.
     for key in KEYS:
-        training["properties"][key] = _or_auto(training["properties"][key])
+        # A dotted key lies in the section `augment`: augment.mixup.
+        section = definitions["AugmentConfig"] if key.startswith("augment.") else training
+        name = key.removeprefix("augment.")
+        section["properties"][name] = _or_auto(section["properties"][name])
+    model = definitions["ModelConfig"]["properties"]
+    model["stem_stride"] = _or_auto(model["stem_stride"])
     dataset = definitions["DatasetConfig"]["properties"]
     dataset["validation_fraction"] = _or_auto(dataset["validation_fraction"])
     # 4. A name instead of a mapping: `model: revcol_huge`; one dataset without a name.
