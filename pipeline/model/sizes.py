@@ -1,11 +1,14 @@
 """Sizes of the named networks, for those who build one without a job.
 
-The same values as in ``configs/model/*.yaml``, which jobs read.
+The same values as in ``configs/model/*.yaml``, which jobs read. There the stem of revcol_own_images
+follows the images; here its stride is the published one unless it is given.
 """
 
 from __future__ import annotations
 
 from typing import TypedDict
+
+from pipeline.model.spec import Activations, Init, StemStride
 
 
 class Size(TypedDict, total=False):
@@ -14,23 +17,42 @@ class Size(TypedDict, total=False):
     channels: list[int]
     depths: list[int]
     columns: int
-    drop_path: float
     huge: bool
+    block: str
+    stem_stride: StemStride
+    init: Init
+    layer_scale: float
+    activations: Activations
+    drop_path: float
     fraction_bits: int
 
 
 SIZES: dict[str, Size] = {
-    # For small images on a CPU.
+    # For small images and CPUs.
+    "revcol_own_images": {
+        "channels": [32, 64, 64, 64],
+        "depths": [1, 1, 1, 1],
+        "columns": 2,
+        "block": "residual",
+        "init": "fan_in",
+        "layer_scale": 1,
+        "activations": "stored",
+    },
     "revcol_cifar": {
-        "channels": [16, 32, 64, 128],
-        "depths": [1, 1, 2, 1],
-        "columns": 4,
-        "drop_path": 0.0,
+        "channels": [32, 64, 128, 128],
+        "depths": [1, 1, 1, 1],
+        "columns": 2,
+        "block": "residual",
+        "stem_stride": 2,
+        "init": "fan_in",
+        "activations": "stored",
     },
     "revcol_quickstart": {
         "channels": [16, 32, 64, 128],
-        "depths": [1, 1, 2, 1],
+        "depths": [1, 1, 1, 1],
         "columns": 4,
+        "init": "fan_in",
+        "layer_scale": 1,
         "drop_path": 0.0,
     },
     # As published (Cai et al., ICLR 2023).

@@ -67,8 +67,10 @@ DECISIONS: dict[tuple[str, ...], str] = {
         data.<name>.splits.train data.<name>.splits.validation data.<name>.splits.test
     """,
     ("prepare", "pretrain", "finetune"): "seed",
-    ("pretrain", "finetune"): "model.drop_path model.fraction_bits",
-    ARCHITECTURE: "model.channels model.depths model.columns model.huge model.block",
+    ("pretrain", "finetune"): "model.drop_path model.fraction_bits model.init model.layer_scale",
+    ARCHITECTURE: """
+        model.channels model.depths model.columns model.huge model.block model.stem_stride
+    """,
     OWN_STAGE: """
         stages.prepare.data stages.evaluate.image_size stages.train.keep
         stages.train.image_size stages.train.epochs stages.train.max_steps

@@ -21,13 +21,22 @@ def test_every_model_of_the_jobs_has_its_name_here() -> None:
 @pytest.mark.parametrize("name", models())
 def test_a_name_stands_for_the_values_of_its_file(name: str) -> None:
     values: dict[str, Any] = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    assert size_of(name) == values
+    # Jobs choose some values from the images. Without a job, those have their defaults.
+    given = {key: value for key, value in values.items() if value != "auto"}
+    assert size_of(name) == given
 
 
 def test_a_network_is_built_by_name_and_arguments_win() -> None:
     network = build("revcol_quickstart", num_classes=5, drop_path=0.25, activations="stored")
     expected = NetworkSpec(
-        (16, 32, 64, 128), (1, 1, 2, 1), 4, 5, drop_path=0.25, activations="stored"
+        (16, 32, 64, 128),
+        (1, 1, 1, 1),
+        4,
+        5,
+        init="fan_in",
+        layer_scale=1,
+        drop_path=0.25,
+        activations="stored",
     )
     assert network.spec == expected
 

@@ -39,12 +39,12 @@ class ModelConfig(Section):
         description="Stride of the stem (pixels): 4, as published; 1 or 2 for small images, such "
         "as 32 pixels, which then need not be enlarged. Image sizes are multiples of 8 times it.",
     )
-    init: Literal["published", "fan_in"] = Field(
+    init: Annotated[Literal["published", "fan_in"], Rules(changes=TRAINING_RESULTS)] = Field(
         "published",
         description="Initial weights. 'published': truncated normal of std 0.02, for wide "
         "networks. 'fan_in': normal of std 1 / sqrt(inputs), for narrow ones.",
     )
-    layer_scale: PositiveFloat = Field(
+    layer_scale: Annotated[PositiveFloat, Rules(changes=TRAINING_RESULTS)] = Field(
         1e-6,
         description="Initial layer scale of the blocks. 1 for narrow networks and short training. "
         "Blocks with BatchNorm (c2f, residual) have none.",

@@ -77,7 +77,7 @@ class SchemaKey:
         """
         # stages.evaluate has an image_size as well, which is never chosen.
         in_training = self.path[:1] == ("stages",) and self.path[1:2] != ("evaluate",)
-        chosen = in_training or self.path[:1] == ("data",)
+        chosen = in_training or self.path[:1] in {("data",), ("model",)}
         return HOW_CHOSEN.get(self.path[-1], "") if chosen else ""
 
     def child(self, key: str) -> SchemaKey | None:

@@ -29,7 +29,7 @@ NAMES_ELSEWHERE = {
     "eps": "epsilon adam_eps optim optimizer",
     "eval_every_epochs": "eval_every eval_interval val_interval check_val_every_n_epoch",
     "flip": "hflip horizontal_flip flip_prob",
-    "from": "init init_weights initial pretrained resume finetune_from weights load_from",
+    "from": "init_weights initial pretrained resume finetune_from weights load_from",
     "global_batch": "batch_size train_batch_size total_batch_size",
     "image_size": "img_size input_size resolution crop_size train_size",
     "keep_checkpoints": "save_total_limit checkpoint_hist max_checkpoints",
