@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipeline.cli.app import app
+from pipeline.cli.output import keep_output_alive
 from pipeline.command import program
 from pipeline.errors import Interrupted
 from pipeline.orchestrate.job_files import SUFFIXES
@@ -27,6 +28,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and arguments[0].endswith(SUFFIXES):
         arguments.insert(0, "run")
+    keep_output_alive()
     try:
         app(args=arguments, prog_name=program())
     except KeyboardInterrupt:

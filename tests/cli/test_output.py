@@ -1,0 +1,61 @@
+"""A reader of the output that disappears ends no job."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli.output import LastingStream
+
+# Prints until told to stop, then reports through a file what became of it.
+PROGRAM = """
+import pathlib, sys
+from pipeline.cli.output import keep_output_alive
+from rich.console import Console
+
+
+keep_output_alive()
+console = Console()
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(3):
+    console.print("a message")
+    print("another one", file=sys.stderr, flush=True)
+pathlib.Path(sys.argv[1]).write_text("saved")
+"""
+
+
+@pytest.mark.parametrize("reader", ["pipe", "terminal"])
+def test_a_job_outlives_the_reader_of_its_output(tmp_path: Path, reader: str) -> None:
+    read_end, write_end = os.pipe() if reader == "pipe" else pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, tmp_path / "result"],
+        stdin=subprocess.PIPE,
+        stdout=write_end,
+        stderr=write_end,
+        text=True,
+        start_new_session=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    os.close(write_end)
+    assert os.read(read_end, 5) == b"ready"
+    os.close(read_end)
+    process.communicate("go on\n", timeout=60)
+    assert process.returncode == 0
+    assert (tmp_path / "result").read_text() == "saved"
+
+
+def test_a_full_disk_is_still_an_error() -> None:
+    class FullDisk(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        LastingStream(FullDisk()).write("schema")
