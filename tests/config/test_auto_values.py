@@ -62,7 +62,7 @@ def test_values_are_chosen_for_class_folders(tmp_path: Path) -> None:
     assert pretrain.global_batch == 16  # 360 images: 22 steps per epoch
     assert pretrain.eval_every_epochs == 10
     assert pretrain.checkpoint_every_steps == 220
-    assert (pretrain.augment.mixup, pretrain.augment.cutmix) == (0.8, 1.0)
+    assert (pretrain.augment.mixup, pretrain.augment.cutmix) == (0.2, 0.2)
     assert loaded.job.data["images"].validation_fraction == 0.1
     assert loaded.origins["stages.pretrain.epochs"].startswith("chosen: 360 training images")
     notes = "\n".join(loaded.notes)
@@ -74,7 +74,7 @@ def test_values_are_chosen_for_class_folders(tmp_path: Path) -> None:
         "stages.pretrain.image_size = 96: median short side 150 pixels",
         "stages.pretrain.epochs = 100: 360 training images",
         "stages.pretrain.global_batch = 16: 22 steps per epoch on 2 processes",
-        "stages.pretrain.augment.mixup = 0.8: each image is shown 100 times",
+        "stages.pretrain.augment.mixup = 0.2: each image is shown 100 times",
     ):
         assert part in notes
 
@@ -113,7 +113,8 @@ def test_many_images_are_shown_less_often_and_mixed_less(tmp_path: Path) -> None
         )
         epochs = int(RULES["epochs"](facts).value)
         shown[images] = (epochs, RULES["augment.mixup"](replace(facts, epochs=epochs)).value)
-    assert shown == {400: (100, 0.8), 2_000: (62, 0.8), 8_000: (15, 0.2), 30_000: (4, 0.0)}
+    assert shown == {400: (100, 0.2), 2_000: (83, 0.2), 8_000: (20, 0.0), 30_000: (5, 0.0)}
+    assert RULES["augment.mixup"](replace(facts, epochs=300)).value == 0.8
 
 
 @pytest.mark.parametrize(("classes", "count"), [(4, 10), (4, 3), (2, 3)])
