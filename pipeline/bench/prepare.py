@@ -32,7 +32,8 @@ from pipeline.bench.photographs import photographs, write_class_tars
 from pipeline.bench.workers import PoolTasks, run_case, serially, silent
 from pipeline.config.schema import DatasetConfig
 from pipeline.files import write_json
-from pipeline.prepare.build import MapTasks, prepare_dataset
+from pipeline.prepare.build import prepare_dataset
+from pipeline.prepare.map_tasks import MapTasks
 
 SHORT_SIDE = 256  # pixels
 TARS = 25  # at most; with the default settings about 120 images each

@@ -26,7 +26,13 @@ from typing import Any, TypeAlias
 from pydantic_core import to_jsonable_python
 
 from pipeline.config.schema import Job, Section
-from pipeline.config.schema.rules import changes_result, key_of, named_section, section_within
+from pipeline.config.schema.rules import (
+    changes_result,
+    keeps_work,
+    key_of,
+    named_section,
+    section_within,
+)
 
 # A job as plain values: LoadedJob.resolved(), or stages/<stage>/job.json of a run directory.
 Resolved: TypeAlias = Mapping[str, Any]
@@ -36,12 +42,17 @@ MISSING = "(not there)"
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A key whose value differs. ``changes_result``: the stage's result depends on it."""
+    """A key whose value differs.
+
+    ``changes_result``: the stage's result depends on it. ``keeps_work``: an unfinished stage can
+    continue from its work so far nevertheless.
+    """
 
     key: str
     old: object
     new: object
     changes_result: bool
+    keeps_work: bool
 
     def __str__(self) -> str:
         return f"{self.key}: {json.dumps(self.old)} -> {json.dumps(self.new)}"
@@ -62,6 +73,7 @@ def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
             old=before.get(key, MISSING),
             new=after.get(key, MISSING),
             changes_result=changes_result(Job, key.split("."), stage),
+            keeps_work=keeps_work(Job, key.split(".")),
         )
         for key in keys
         if before.get(key, MISSING) != after.get(key, MISSING)

@@ -88,6 +88,11 @@ class Judge:
         if record.state == "done":
             damaged = artifacts.damaged_outputs(record, self.run_dir, thorough=self.thorough)
         changed = artifacts.changed_inputs(record, inputs, self.job, stage, self.run_dir)
+        at_stake = self._at_stake(stage)
+        if stage == "prepare" and record.state == "failed" and changed:
+            # The error asked for a correction of the source. What was read of the faulty one is of
+            # no use.
+            at_stake = ""
         decision = resume_policy.decide(
             stage,
             record,
@@ -95,7 +100,7 @@ class Judge:
             resolved=self.resolved,
             input_changes=[self._described(stage, name) for name in changed],
             damaged=damaged,
-            at_stake=self._at_stake(stage),
+            at_stake=at_stake,
         )
         # A training writes its weights again from its last checkpoint. Without one it would begin
         # at step 0, which is what the user has to decide.

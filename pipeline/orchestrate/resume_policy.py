@@ -6,7 +6,8 @@ The rules, in this order:
 2. A finished stage is skipped if its inputs, the settings that change its result, and its outputs
    are unchanged. With a damaged output it is repaired: it resumes, which writes that output again.
 3. An unfinished stage resumes if its inputs and those settings are unchanged. Other settings (such
-   as ``log_every_steps``) may change at any time.
+   as ``log_every_steps``) may change at any time, and some of preparation (such as ``min_side``)
+   while it is unfinished: it applies them to what it has read (``Rules.keeps_work``).
 4. If an input or such a setting has changed, the results cannot be kept. A stage whose work is
    cheap (evaluation, export, preparation of a finished dataset) restarts. A stage with work worth
    keeping, finished or not, is refused: only the user may discard it, with ``--force``.
@@ -75,14 +76,17 @@ def decide(
         return Decision(action="start", reason="starting")
     # The user deleted the record of the settings, as the error about a damaged one suggests.
     changed = changes(started_with, resolved, stage) if started_with is not None else []
-    relevant = [change for change in changed if change.changes_result]
+    is_done = record.state == "done"
+    relevant = [
+        change for change in changed if change.changes_result and (is_done or not change.keeps_work)
+    ]
     differences = [*map(str, relevant), *input_changes]
     if differences:
         if at_stake:
             return Decision(action="refuse", reason=at_stake, differences=differences)
         reason = f"{'; '.join(differences)}; running again"
         return Decision(action="restart", reason=reason, differences=differences)
-    if record.state != "done":
+    if not is_done:
         reason = "failed last time" if record.state == "failed" else "interrupted"
         return Decision(action="resume", reason=f"{reason}, resuming{_with(changed)}")
     if damaged:

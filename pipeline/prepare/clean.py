@@ -40,6 +40,7 @@ _HARMLESS_WARNINGS = ("extraneous bytes", "Invalid SOS parameters", "Inconsisten
 # Formats that consist of pixels. Pillow opens others too, among them EPS: a program, which it would
 # run (N5).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "ICO")
+CHANGES = ("", "converted", "resized", "unpacked")
 _MOMENTS_GRID = 32  # about so many rows and columns of pixels are sampled for mean and std
 
 
@@ -47,7 +48,8 @@ _MOMENTS_GRID = 32  # about so many rows and columns of pixels are sampled for m
 class CleanImage:
     """An image fit for a shard.
 
-    ``changed``: converted, resized or unpacked; empty if the bytes are those of the source.
+    ``changed``: one of CHANGES; empty if the bytes are those of the source. ``source_size``: width
+    and height in pixels before resizing.
     ``moments``: mean of red, green and blue over a sample of the pixels, then mean of their
     squares, in [0, 1].
     """
@@ -57,6 +59,7 @@ class CleanImage:
     height: int
     changed: str
     moments: tuple[float, ...]
+    source_size: tuple[int, int]
 
 
 def clean(data: bytes, name: str, config: DatasetConfig) -> CleanImage | Rejection:
@@ -92,7 +95,7 @@ def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> CleanImage 
         height, width, colour_space = jpeg_header(data)
     except ValueError as error:
         return Rejection("undecodable", str(error))
-    rejection = _reject_size(width, height, config)
+    rejection = reject_size(width, height, config)
     if rejection is not None:
         return rejection
     if colour_space in ("CMYK", "YCCK"):
@@ -107,7 +110,12 @@ def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> CleanImage 
     if config.short_side != "keep" and min(width, height) > config.short_side:
         return _encode(pixels, config, "resized")
     return CleanImage(
-        data=data, width=width, height=height, changed=changed, moments=_moments(pixels)
+        data=data,
+        width=width,
+        height=height,
+        changed=changed,
+        moments=_moments(pixels),
+        source_size=(width, height),
     )
 
 
@@ -144,11 +152,9 @@ def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
     try:
         with _opened(data) as header:  # reads the header only
             width, height = header.size
-    except Pillow.DecompressionBombError as error:
-        return Rejection("too_many_pixels", str(error))
     except (OSError, ValueError, SyntaxError) as error:
         return Rejection("not_an_image", _first_words(error))
-    rejection = _reject_size(width, height, config)
+    rejection = reject_size(width, height, config)
     if rejection is not None:
         return rejection
     try:
@@ -164,11 +170,18 @@ def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Pillow.Image]:
-    with warnings.catch_warnings():
-        # Pillow also warns of large images. The limit here is the job's ``max_pixels``.
-        warnings.simplefilter("ignore")
-        with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
-            yield image
+    # Pillow has a limit of its own, which it looks up whenever it opens a file. Here the limit is
+    # the job's ``max_pixels``, which may be larger.
+    limit_of_pillow = Pillow.MAX_IMAGE_PIXELS
+    Pillow.MAX_IMAGE_PIXELS = None
+    try:
+        # Pillow also warns, for example of odd EXIF data. What counts is whether it decodes.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
+                yield image
+    finally:
+        Pillow.MAX_IMAGE_PIXELS = limit_of_pillow
 
 
 def _decode_with_pillow(data: bytes) -> Image | Rejection:
@@ -184,19 +197,22 @@ def _first_words(error: Exception) -> str:
     return str(error).split(" <")[0]
 
 
-def _reject_size(width: int, height: int, config: DatasetConfig) -> Rejection | None:
+def reject_size(width: int, height: int, config: DatasetConfig) -> Rejection | None:
+    """The rejection of an image for its size; None if it is within the limits."""
+    size = (width, height)
     if width * height > config.max_pixels:
         detail = f"{width} x {height} pixels, at most {config.max_pixels} in all"
-        return Rejection("too_many_pixels", detail)
+        return Rejection("too_many_pixels", detail, size)
     if min(width, height) < config.min_side:
         detail = f"{width} x {height} pixels, the shorter side at least {config.min_side}"
-        return Rejection("too_small", detail)
+        return Rejection("too_small", detail, size)
     return None
 
 
 def _encode(image: Image, config: DatasetConfig, changed: str) -> CleanImage:
     """Scale down to ``short_side`` (never up) and encode as JPEG."""
     height, width = image.shape[:2]
+    source_size = (width, height)
     if config.short_side != "keep" and min(height, width) > config.short_side:
         scale = config.short_side / min(height, width)
         width = max(1, round(width * scale))
@@ -207,7 +223,12 @@ def _encode(image: Image, config: DatasetConfig, changed: str) -> CleanImage:
         np.ascontiguousarray(image), quality=config.jpeg_quality, colorspace="RGB"
     )
     return CleanImage(
-        data=bytes(data), width=width, height=height, changed=changed, moments=_moments(image)
+        data=bytes(data),
+        width=width,
+        height=height,
+        changed=changed,
+        moments=_moments(image),
+        source_size=source_size,
     )
 
 

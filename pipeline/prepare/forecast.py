@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.prepare.build import fingerprint
 from pipeline.prepare.context import BuildContext
+from pipeline.prepare.fingerprint import fingerprint
 from pipeline.sources.survey import survey
 
 
@@ -22,5 +22,7 @@ def expected_fingerprint(config: DatasetConfig, seed: int) -> str:
 def finished_units(target: Path) -> int:
     """Number of units that an unfinished preparation in ``target`` has done."""
     # Only paths are asked of the context, and they depend on the target alone.
-    context = BuildContext(target=target, config=DatasetConfig(), fingerprint="", seed=0)
-    return sum(1 for _ in context.work.glob("unit-*.json"))
+    context = BuildContext(
+        target=target, config=DatasetConfig(), fingerprint="", units_fingerprint="", seed=0
+    )
+    return context.finished_units()

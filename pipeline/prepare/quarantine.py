@@ -1,9 +1,14 @@
-"""Write ``quarantine/rejected.jsonl``: every image that is not in the shards, with its reason."""
+"""The quarantine: rejected files under their reason, and a list of all images left out.
+
+quarantine/truncated/bad0-1f3c9a0d27e4b865.JPEG    the file, byte for byte
+quarantine/rejected.jsonl                          {"key": "train/c2/bad0.JPEG", "reason": ...}
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import posixpath
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,11 +16,33 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.files import atomic
+from pipeline.files import atomic, digest
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.plan import DROP_REASONS, DatasetPlan
 from pipeline.prepare.unit_record import QuarantineEntry, UnitRecord
 from pipeline.sources.units import Unit
+
+_LONGEST_STEM = 100  # bytes; file systems allow 255 for a whole name
+_LONGEST_SUFFIX = 10
+
+
+def quarantined_name(key: str, data: bytes) -> str:
+    """The name of a rejected file: its own, with a hash that makes it unique.
+
+    The key comes from an archive and may be any path: only its last part counts, and only letters,
+    digits and a few signs of it. Two files may have the same name, and even the same key.
+
+    Example: "train/c2/bad 0.JPEG" -> "bad_0-1f3c9a0d27e4b865.JPEG".
+    """
+    stem, suffix = posixpath.splitext(key.rsplit("/", 1)[-1])
+    if not (suffix[1:].isalnum() and suffix.isascii() and len(suffix) <= _LONGEST_SUFFIX):
+        stem += suffix
+        suffix = ""
+    safe = "".join(sign if sign.isalnum() or sign in "-_." else "_" for sign in stem)
+    # A leading dot would hide the file, a leading dash look like an option of a command.
+    safe = safe.lstrip(".-").encode()[:_LONGEST_STEM].decode(errors="ignore")
+    unique = digest(key.encode() + b"\0" + data)[:16]
+    return f"{safe or 'file'}-{unique}{suffix}"
 
 
 def write_quarantine_list(
@@ -26,20 +53,34 @@ def write_quarantine_list(
 ) -> None:
     """List first the files that extraction rejected, then the images that the plan dropped.
 
-    ``images_per_unit``: kept by extraction. Written line by line, so memory does not grow with the
-    number of entries.
+    ``images_per_unit``: kept by extraction. Every unit is done: files in the quarantine that no
+    unit lists come from an attempt that was cut short under other limits, and are deleted.
     """
-    entries = itertools.chain(
-        _rejected(context, units), _dropped(context, units, images_per_unit, plan)
-    )
-    with atomic(context.quarantine / "rejected.jsonl") as file:
+    dropped = _dropped(context, units, images_per_unit, plan)
+    _write_list(context, itertools.chain(_rejected(context, units), dropped))
+    listed = {entry["file"] for entry in _rejected(context, units)}
+    for path in context.quarantine.glob("*/*"):
+        if f"{path.parent.name}/{path.name}" not in listed:
+            path.unlink()
+
+
+def write_rejections(context: BuildContext, units: Sequence[Unit]) -> None:
+    """List the files that extraction has rejected so far, for a preparation that stops here."""
+    _write_list(context, _rejected(context, units))
+
+
+def _write_list(context: BuildContext, entries: Iterator[QuarantineEntry]) -> None:
+    with atomic(context.quarantine_list) as file:
         for entry in entries:
             file.write((json.dumps(entry) + "\n").encode())
 
 
 def _rejected(context: BuildContext, units: Sequence[Unit]) -> Iterator[QuarantineEntry]:
     for unit in units:
-        yield from UnitRecord.read(context.unit_record(unit.number)).rejected
+        path = context.unit_record(unit.number)
+        # A preparation that stops early has not read every unit.
+        if path.exists():
+            yield from UnitRecord.read(path).rejected
 
 
 def _dropped(

@@ -12,24 +12,20 @@ classes:
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.shards import GROUP_ROWS, Row, ShardInfo, index_path, write_shard
-from pipeline.errors import DataError
-from pipeline.files import digest, file_digest, write_json
+from pipeline.files import file_digest, write_json
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.plan import ShardPlan, read_order
+from pipeline.prepare.unit_shard import UnitShard
 
 MAX_OPEN_UNITS = 256  # a shard takes rows of thousands of units, and each open one holds a file
-_COLUMNS = ["key", "label", "width", "height", "hash"]
 
 
 def shuffle_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo:
@@ -65,34 +61,7 @@ def _finished_shard(context: BuildContext, shard: ShardPlan) -> ShardInfo | None
 def _groups(context: BuildContext, row_refs: NDArray[np.void]) -> Iterator[Sequence[Row]]:
     """The rows of a shard in groups, one group in memory at a time."""
     # Rows of one unit come at random positions of the shard, so recently used units stay open.
-    open_unit = lru_cache(MAX_OPEN_UNITS)(lambda unit: _UnitShard(context.unit_shard(unit)))
+    open_unit = lru_cache(MAX_OPEN_UNITS)(lambda unit: UnitShard(context.unit_shard(unit)))
     for start in range(0, len(row_refs), GROUP_ROWS):
         group = row_refs[start : start + GROUP_ROWS].tolist()
         yield [open_unit(unit).row(row) for unit, row in group]
-
-
-class _UnitShard:
-    """A unit's shard, mapped into memory: reading a row does not read the rows before it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with pq.ParquetFile(path) as parquet:
-            table = parquet.read(columns=_COLUMNS, use_threads=False)
-        self._columns = [table[name] for name in _COLUMNS]
-        self._index: NDArray[np.int64] = np.load(index_path(path), allow_pickle=False)
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def row(self, number: int) -> Row:
-        """A row, checked against its hash."""
-        key, label, width, height, expected = (column[number].as_py() for column in self._columns)
-        offset = int(self._index[0, number])
-        length = int(self._index[1, number])
-        image = self._map[offset : offset + length]
-        if digest(image) != expected:
-            raise DataError(
-                f"checksum mismatch: row {number} changed after it was written",
-                place=str(self.path),
-                remedy=f"check the disk; delete {self.path} and rerun the same command",
-            )
-        return Row(key=key, label=label, width=width, height=height, hash=expected, image=image)

@@ -6,7 +6,8 @@ from pipeline.config import job_queries
 from pipeline.config.schema import DatasetConfig, Job
 from pipeline.files import json_digest
 from pipeline.layout import RunDir
-from pipeline.prepare.build import MapTasks, prepare_dataset
+from pipeline.prepare.build import prepare_dataset
+from pipeline.prepare.map_tasks import MapTasks
 from pipeline.reporting import Log, Progress
 from pipeline.synthetic import generate
 

@@ -1,17 +1,18 @@
-"""The record of a unit: counts, statistics and rejected files.
+"""What is kept of a unit: its record (counts, statistics, rejected files), and tables of its files.
 
-Its presence says that the unit is done.
+The presence of the record says that the unit is done.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
+from pipeline.config.schema import DatasetConfig
 from pipeline.data.shards import ShardInfo
 from pipeline.files import write_json
 from pipeline.prepare.context import BuildContext
@@ -20,6 +21,23 @@ from pipeline.prepare.context import BuildContext
 # seed), and its class index. 28 bytes, so 14 million images take 400 MB on disk and never lie in
 # memory together.
 IMAGE_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("key", "<u8"), ("label", "<i4")])
+
+# What it takes to apply other size limits (see ``recheck``), one record per file of the unit, kept
+# or rejected, in the order of the source. ``key``, ``label``: as above. ``width``, ``height``: of
+# the image in the source, 0 for one that is rejected for another reason than its size. ``change``:
+# index in CHANGES. ``content``: xxh3-64 of a rejected file.
+MEMBER_RECORD = np.dtype(
+    [
+        ("is_kept", "?"),
+        ("key", "<u8"),
+        ("label", "<i4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+        ("change", "u1"),
+        ("moments", "<f8", (6,)),
+        ("content", "<u8"),
+    ]
+)
 
 
 class QuarantineEntry(TypedDict):
@@ -39,7 +57,8 @@ class UnitRecord:
     """The result of one unit.
 
     ``changed``: images by conversion. ``moments``: sums over its images of the six numbers in
-    ``CleanImage.moments``. ``sides``: images by short side, in steps of 32 pixels.
+    ``CleanImage.moments``. ``sides``: images by short side, in steps of 32 pixels. ``limits``: the
+    size limits by which images were rejected (``size_limits``); empty in a record of version 0.1.0.
     """
 
     images: int
@@ -48,6 +67,7 @@ class UnitRecord:
     changed: dict[str, int]
     moments: list[float]
     sides: dict[str, int]
+    limits: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> UnitRecord:
@@ -60,6 +80,11 @@ class UnitRecord:
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
+
+
+def size_limits(config: DatasetConfig) -> dict[str, int]:
+    """The keys that reject images for their size."""
+    return {"min_side": config.min_side, "max_pixels": config.max_pixels}
 
 
 def finished_unit(context: BuildContext, unit: int) -> UnitRecord | None:

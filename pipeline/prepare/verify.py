@@ -17,7 +17,7 @@ from pipeline.data.shards import ShardInfo, index_path
 from pipeline.errors import DataError
 from pipeline.files import digest, file_digest
 from pipeline.layout import DATASET_JSON, RunDir
-from pipeline.prepare.build import MapTasks
+from pipeline.prepare.map_tasks import MapTasks
 from pipeline.reporting import Progress
 
 

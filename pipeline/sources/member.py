@@ -11,11 +11,13 @@ MAX_BYTES = 256 << 20  # per file, unpacked
 class Rejection:
     """Why a file is not a usable image.
 
-    ``reason``: one of a few words, for counting; ``detail``: the exact finding.
+    ``reason``: one of a few words, for counting; ``detail``: the exact finding. ``size``: width and
+    height in pixels, of an image that is rejected for its size alone; otherwise (0, 0).
     """
 
     reason: str
     detail: str = ""
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pipeline.config.schema import DatasetConfig, SyntheticConfig
 from pipeline.files import write_json
-from pipeline.prepare.build import fingerprint
+from pipeline.prepare.fingerprint import fingerprint
 from pipeline.prepare.verify import verify_dataset
 from pipeline.sources import units
 from pipeline.sources.units import Survey

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.description import DatasetDescription
-from pipeline.prepare.build import fingerprint
+from pipeline.prepare.fingerprint import fingerprint
 from pipeline.prepare.verify import verify_dataset
 from pipeline.sources.survey import survey
 from tests.prepare.results import contents

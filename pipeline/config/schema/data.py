@@ -128,13 +128,15 @@ class DatasetConfig(Section):
         "imagenet1k), a file with one class per line, or 'auto': synsets.txt of the source if it "
         "exists, otherwise the sorted class names of the source.",
     )
-    validation_fraction: Fraction = Field(
+    # Splits and shards are made from the units, and the size limits are applied to them again, so
+    # these keys may change while a preparation is unfinished.
+    validation_fraction: Annotated[Fraction, Rules(keeps_work=True)] = Field(
         0.1,
         description="Images to hold out for validation (share), selected by content hash. Used "
         "only if the source has no validation split. 1: all images, to evaluate and not to train.",
     )
     selection_fraction: Annotated[
-        float, Field(ge=0.0, lt=1.0), Rules(rehearse_input=held_out_for_selection)
+        float, Field(ge=0.0, lt=1.0), Rules(keeps_work=True, rehearse_input=held_out_for_selection)
     ] = Field(
         0.0,
         description="Training images to hold out for choosing the best checkpoint (share), "
@@ -155,11 +157,11 @@ class DatasetConfig(Section):
     jpeg_quality: Annotated[int, Field(ge=50, le=100)] = Field(
         92, description="JPEG quality of re-encoded images (percent)."
     )
-    min_side: Annotated[PositiveInt, Rules(rehearse_input=at_most(64))] = Field(
+    min_side: Annotated[PositiveInt, Rules(keeps_work=True, rehearse_input=at_most(64))] = Field(
         32, description="Images with a shorter side are quarantined (pixels)."
     )
     # Pillow's own limit against decompression bombs: 2 x 1024^3 / 4 / 3 bytes.
-    max_pixels: PositiveInt = Field(
+    max_pixels: Annotated[PositiveInt, Rules(keeps_work=True)] = Field(
         178_956_970,
         description="Images with more pixels (width x height) are quarantined without decoding.",
     )
@@ -170,7 +172,7 @@ class DatasetConfig(Section):
         description="Largest acceptable share of rejected images (share). Preparation fails "
         "above it.",
     )
-    shard_rows: Annotated[PositiveInt, Rules(rehearse_input=fixed(64))] = Field(
+    shard_rows: Annotated[PositiveInt, Rules(keeps_work=True, rehearse_input=fixed(64))] = Field(
         8192, description="Approximate number of images per shard."
     )
     synthetic: Annotated[SyntheticConfig | None, Rules(rehearse_input=synthetic_source)] = Field(

@@ -32,6 +32,8 @@ class Rules:
             interrupted one resumes if only other keys have changed. None: as the section around
             the key. A new key therefore counts as one that changes results until someone decides
             otherwise; tests/config/test_key_rules.py lists the decision for every key.
+        keeps_work: an unfinished preparation continues if only such keys (or keys that change no
+            result) have changed; a key of another kind makes the units read so far useless.
         hparam: column of the key in TensorBoard's table of hyperparameters, from 1; 0: not shown.
         rehearse: makes the value of a rehearsal from the job's own.
         rehearse_input: the same, for keys that describe input files (images, weights). A rehearsal
@@ -40,6 +42,7 @@ class Rules:
     """
 
     changes: tuple[str, ...] | None = None
+    keeps_work: bool = False
     hparam: int = 0
     rehearse: Shrink | None = None
     rehearse_input: Shrink | None = None
@@ -65,6 +68,16 @@ def changes_result(root: type[Section], path: Sequence[str], stage: str) -> bool
     """
     decided = [rules.changes for rules in _rules_along(root, path) if rules.changes is not None]
     return not decided or stage in decided[-1]
+
+
+def keeps_work(root: type[Section], path: Sequence[str]) -> bool:
+    """True if an unfinished preparation can use its units after the key at ``path`` has changed."""
+    return any(rules.keeps_work for rules in _rules_along(root, path))
+
+
+def keys_that_keep_work(section: type[Section]) -> list[str]:
+    """The keys of a section that have this rule."""
+    return [name for name, info in section.model_fields.items() if _rules_of(info).keeps_work]
 
 
 def hparam_keys(section: type[Section]) -> list[str]:
