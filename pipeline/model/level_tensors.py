@@ -2,9 +2,11 @@
 
 Autograd must know what parameters each level reads, or ``torch.autograd.grad``, ``functional_call``
 and DistributedDataParallel would take them for unused. So they are inputs of the level's autograd
-function, which returns their gradients. The recompute then runs on aliases (``substituted``):
+function, which returns their gradients. The recompute reads the same tensors, or aliases of them
+(``substituted``) where these would not do:
 
-* hooks on a parameter fire once, when autograd receives its gradient, and not in the recompute too;
+* a hook on a parameter must fire once, when autograd receives its gradient, and not in the
+  recompute too;
 * after ``functional_call`` the module holds its own parameters again, but the recompute must read
   those of the call.
 
@@ -35,15 +37,10 @@ class LevelTensors:
     """
 
     def __init__(self, level: nn.Module) -> None:
-        tables = [
-            cast(dict[str, Tensor], table)
-            for module in level.modules()
-            for table in (module._parameters, module._buffers)
-        ]
         # Each tensor with the table of its module and its name there.
         self._entries = [
             (table, name, tensor)
-            for table in tables
+            for table in _tables(level)
             for name, tensor in table.items()
             if tensor is not None
         ]
@@ -64,11 +61,19 @@ class LevelTensors:
                     "allow it either.)"
                 )
 
+    def _still_there(self) -> bool:
+        """Whether the level holds the recorded tensors, and no hook on them would fire twice."""
+        return all(
+            table.get(name) is tensor and not tensor._backward_hooks
+            for table, name, tensor in self._entries
+        )
+
     @contextmanager
     def substituted(self) -> Iterator[list[Tensor]]:
-        """Put aliases of the recorded tensors into the level. Gives those of ``trainable``."""
-        if self.sharded:  # the library's hooks put the whole values there
-            yield []
+        """Make the level read the recorded values. Gives the leaves for those of ``trainable``."""
+        # The hooks of a library that shards put the whole values there.
+        if self.sharded or self._still_there():
+            yield self.trainable
             return
         replaced = [table[name] for table, name, _ in self._entries]
         aliases = []
@@ -81,6 +86,18 @@ class LevelTensors:
         finally:
             for (table, name, _), tensor in zip(self._entries, replaced, strict=True):
                 table[name] = tensor
+
+
+def _tables(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Yield the tables of parameters and buffers of a module and those inside it."""
+    # Every forward pass asks for them, and nn.Module.modules() takes three times as long.
+    if module._parameters:
+        yield cast(dict[str, Tensor], module._parameters)
+    if module._buffers:
+        yield cast(dict[str, Tensor], module._buffers)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _tables(child)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

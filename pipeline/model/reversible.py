@@ -18,6 +18,7 @@ All sums of gradients have the order of plain autograd, so that they round the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -38,11 +39,16 @@ from pipeline.model.inversion import Inversion
 from pipeline.model.level_tensors import USE_STORED, LevelTensors, refuse_create_graph
 
 
-def autocast_of(device_type: str, state: tuple[bool, torch.dtype]) -> torch.autocast:
+def autocast_of(
+    device_type: str, state: tuple[bool, torch.dtype]
+) -> AbstractContextManager[torch.autocast | None]:
     """Return an autocast context (enabled, dtype) without the weight cache.
 
     A level uses each weight once, so the cache would only keep copies of all weights alive.
     """
+    # Every level asks for one, so do not enter a context that changes nothing.
+    if not state[0] and not torch.is_autocast_enabled(device_type):
+        return nullcontext()
     return torch.autocast(device_type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 

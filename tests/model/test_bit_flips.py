@@ -161,7 +161,8 @@ def test_an_overflow_leaves_gradients_finite_for_optimizers_that_do_not_skip_ste
     network = network_with("trained", columns=4)
     with torch.no_grad():
         network.get_parameter("columns.1.levels.2.down.norm.bias").fill_(9000.0)
-    _, gradients = backward(network, torch.randn(2, 3, 32, 32))
+    with pytest.warns(RuntimeWarning, match="column 1, level 2"):
+        _, gradients = backward(network, torch.randn(2, 3, 32, 32))
     assert network.consistency.report()
     assert all_finite(list(gradients.values()))
 
