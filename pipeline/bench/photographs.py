@@ -53,15 +53,16 @@ def _synthetic(count: int) -> Iterator[Photograph]:
 def write_class_tars(images: Sequence[Photograph], target: Path, copies: int = 1) -> None:
     """Write a source for the preparation: ``train/<class>.tar`` and ``val/<class>.tar``.
 
-    The last image is the validation split, because a source must have both.
+    The last image is the validation split, because a source must have both, under the name of a
+    training class.
 
     Args:
         copies: number of classes that contain each training image. A benchmark of few photographs
             gets more work this way: the preparation drops duplicates within a class only.
     """
     *train, held_out = images
-    _write_tar(target / "val" / f"{held_out.wnid}.tar", held_out.wnid, [held_out.data])
     classes = sorted({image.wnid for image in train})
+    _write_tar(target / "val" / f"{classes[0]}.tar", classes[0], [held_out.data])
     files: dict[str, list[bytes]] = {wnid: [] for wnid in classes}
     # Spread the copies evenly. Example: 6 classes, 2 copies: an image of class 4 is in 4 and in
     # (4 + 3) % 6 = 1.
