@@ -146,7 +146,7 @@ def test_rehearsal_changes_exactly_these_keys(monkeypatch: pytest.MonkeyPatch) -
 def test_rehearsal_reports_each_change_with_both_values() -> None:
     notes = load_job(ROOT / "jobs/quickstart.yaml", rehearse=True).notes
     assert "rehearsal: name quickstart -> quickstart-rehearsal" in notes
-    assert "rehearsal: stages.pretrain.epochs 12 -> 1" in notes
+    assert "rehearsal: stages.pretrain.epochs 4 -> 1" in notes
     assert "rehearsal: stages.pretrain.max_steps null -> 8" in notes
     synthetic = [note for note in notes if ".synthetic = " in note]
     assert len(synthetic) == 2
