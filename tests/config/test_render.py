@@ -39,14 +39,14 @@ def test_dry_run_shows_values_origins_and_plan(
     assert "prepare   toy (/images)" in plan
     assert "pretrain  toy, from scratch, 64 pixels, 3 epochs; 4 processes on " in plan
     assert "global batch 64 = 4 x 16 x 1 (processes x micro batch x accumulation)" in plan
-    assert "finetune  toy, from pretrain, 96 pixels" in plan
+    assert "finetune  toy, from pretrain, 64 pixels" in plan
     assert "# Notes" not in plan
 
 
 def test_dry_run_counts_steps_if_the_number_of_images_is_known(
     tmp_path: Path, quickstart: LoadedJob
 ) -> None:
-    # 12 epochs of 32 classes x 64 images, 64 images per step.
+    # 4 epochs of 32 classes x 64 images, 64 images per step.
     assert "4 epochs, about 128 steps" in render.dry_run(quickstart)
     loaded = load_job(write(tmp_path, JOB))
     assert "3 epochs, about 45 steps" in render.dry_run(loaded, images={"toy": 1000})
@@ -68,7 +68,7 @@ def test_explain_shows_meaning_default_and_values_of_a_job(quickstart: LoadedJob
         assert part in text
     text = render.explain("base_lr", quickstart)
     assert "stages.pretrain.base_lr = 0.0001  (--set)" in text
-    assert "stages.finetune.base_lr = 0.002  (" in text
+    assert "stages.finetune.base_lr = 0.004  (" in text
     assert "configs/recipe/quickstart_finetune.yaml:7)" in text
     text = render.explain("stages.finetune.image_size", quickstart)
     assert text.startswith("stages.finetune.image_size\n")
