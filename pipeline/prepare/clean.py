@@ -21,7 +21,7 @@ import io
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -98,15 +98,13 @@ def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> CleanImage 
     rejection = reject_size(width, height, config)
     if rejection is not None:
         return rejection
-    if colour_space in ("CMYK", "YCCK"):
-        converted = _decode_with_pillow(data)
-        if isinstance(converted, Rejection):
-            return converted
-        return _encode(converted, config, "converted")
+    is_cmyk = colour_space in ("CMYK", "YCCK")
     # Decode even what is kept as it is: only decoding shows damage.
-    pixels = _decode_strictly(data)
+    pixels = _decode_with_pillow(data) if is_cmyk else _decode_strictly(data)
     if isinstance(pixels, Rejection):
-        return pixels
+        return replace(pixels, size=(width, height))
+    if is_cmyk:
+        return _encode(pixels, config, "converted")
     if config.short_side != "keep" and min(width, height) > config.short_side:
         return _encode(pixels, config, "resized")
     return CleanImage(
@@ -163,7 +161,7 @@ def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
         # OpenCV knows fewer formats than Pillow, but decodes those that it knows faster.
         decoded = _decode_with_pillow(data)
         if isinstance(decoded, Rejection):
-            return decoded
+            return replace(decoded, size=(width, height))
         image = decoded
     return _encode(image, config, "converted")
 

@@ -75,7 +75,7 @@ def test_a_warning_that_other_decoders_stop_at_is_a_rejection() -> None:
     table = GOOD.index(b"\xff\xc4")
     cleaned = clean(GOOD[:table] + b"\0" * 5 + GOOD[table:], "a.JPEG", CONFIG)
     assert cleaned == Rejection(
-        "corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4"
+        "corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4", size=(48, 40)
     )
 
 
@@ -203,3 +203,16 @@ def test_moments_are_those_of_the_pixels() -> None:
     pixels = simplejpeg.decode_jpeg(GOOD).reshape(-1, 3) / 255
     np.testing.assert_allclose(cleaned.moments[:3], pixels.mean(0), atol=0.01)
     np.testing.assert_allclose(cleaned.moments[3:], (pixels**2).mean(0), atol=0.01)
+
+
+def test_the_limit_of_pixels_may_be_larger_than_that_of_pillow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 100)
+    png = encoded("RGB", "PNG")
+    assert isinstance(clean(png, "a.png", CONFIG), CleanImage)
+    small = CONFIG.model_copy(update={"max_pixels": 48 * 40 - 1})
+    assert clean(png, "a.png", small) == Rejection(
+        "too_many_pixels", "48 x 40 pixels, at most 1919 in all", size=(48, 40)
+    )
+    assert Pillow.MAX_IMAGE_PIXELS == 100, "of the process, and not ours to change"
