@@ -251,7 +251,7 @@ def test_a_source_may_be_corrected_after_preparation_has_refused_it(run: Finishe
     inputs = artifacts.inputs(run.load().job, "prepare", run.run_dir)
     state.start("prepare", inputs, from_scratch=False)
     write_tar(run.job.parent / "flowers/train/c0.tar", images(0, 15))
-    with pytest.raises(ConfigError, match=r"input changed: the source of images"):
+    with pytest.raises(ConfigError, match=r"input changed: the source of data.images"):
         run.decisions()
     state.stop("prepare", 1.0, "6 of 84 images are unusable")
     assert run.actions()["prepare"] == "restart"
