@@ -7,8 +7,7 @@ cached in memory. The metrics are:
 - ``images_per_s``: batches as the loader hands them over. What is left for the device differs from
   loader to loader (`pipeline.bench.loaders`).
 - ``finished_images_per_s``: with the device's part done too, on the same CPU cores, so that all
-loaders
-  deliver the same.
+  loaders deliver the same.
 - ``peak_mb``: memory of the whole case (`pipeline.bench.workers.run_case`).
 """
 

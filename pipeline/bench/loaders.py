@@ -7,8 +7,7 @@ does its own part and leaves the rest to the device, as in training:
 - ours: threads decode, crop, flip and augment into a uint8 batch. The device converts it to float,
   normalises, erases and mixes (`DeviceAugment`).
 - pillow: PyTorch's DataLoader over files, decoded by Pillow. Worker processes do everything per
-image,
-  including normalisation and erasing. The device mixes the batch.
+  image, including normalisation and erasing. The device mixes the batch.
 - webdataset: tar shards through WebDataset, shuffled in a buffer; otherwise like pillow.
 - huggingface: Parquet (our shards) through `datasets.load_dataset`; otherwise like pillow.
 """

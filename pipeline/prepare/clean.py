@@ -7,6 +7,7 @@
     photo.JPEG, gzipped        unpacked, then treated as above
     404 page                   rejected: not_an_image
     30,000 x 30,000 pixels     rejected: too_many_pixels, from the header alone
+    40 x 66,000 pixels, a PNG  rejected: too_long, no JPEG has so long a side
     8 x 8 pixels               rejected: too_small
 
 Rejections are strict, because a decoder that paints half of an image grey would train the model on
@@ -21,7 +22,7 @@ import io
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -40,6 +41,7 @@ _HARMLESS_WARNINGS = ("extraneous bytes", "Invalid SOS parameters", "Inconsisten
 # Formats that consist of pixels. Pillow opens others too, among them EPS: a program, which it would
 # run (N5).
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "ICO")
+_LONGEST_SIDE = 65_500  # pixels, of libjpeg
 CHANGES = ("", "converted", "resized", "unpacked")
 _MOMENTS_GRID = 32  # about so many rows and columns of pixels are sampled for mean and std
 
@@ -98,15 +100,13 @@ def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> CleanImage 
     rejection = reject_size(width, height, config)
     if rejection is not None:
         return rejection
-    if colour_space in ("CMYK", "YCCK"):
-        converted = _decode_with_pillow(data)
-        if isinstance(converted, Rejection):
-            return converted
-        return _encode(converted, config, "converted")
+    is_cmyk = colour_space in ("CMYK", "YCCK")
     # Decode even what is kept as it is: only decoding shows damage.
-    pixels = _decode_strictly(data)
+    pixels = _decode_with_pillow(data) if is_cmyk else _decode_strictly(data)
     if isinstance(pixels, Rejection):
-        return pixels
+        return replace(pixels, size=(width, height))
+    if is_cmyk:
+        return _encode(pixels, config, "converted")
     if config.short_side != "keep" and min(width, height) > config.short_side:
         return _encode(pixels, config, "resized")
     return CleanImage(
@@ -152,8 +152,8 @@ def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
     try:
         with _opened(data) as header:  # reads the header only
             width, height = header.size
-    except (OSError, ValueError, SyntaxError) as error:
-        return Rejection("not_an_image", _first_words(error))
+    except _NotDecodable as error:
+        return Rejection("not_an_image", str(error))
     rejection = reject_size(width, height, config)
     if rejection is not None:
         return rejection
@@ -163,13 +163,18 @@ def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
         # OpenCV knows fewer formats than Pillow, but decodes those that it knows faster.
         decoded = _decode_with_pillow(data)
         if isinstance(decoded, Rejection):
-            return decoded
+            return replace(decoded, size=(width, height))
         image = decoded
     return _encode(image, config, "converted")
 
 
+class _NotDecodable(Exception):
+    """Pillow cannot read a file."""
+
+
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[Pillow.Image]:
+    """Open a file and close it again. Raises _NotDecodable, also for an error of the body."""
     # Pillow has a limit of its own, which it looks up whenever it opens a file. Here the limit is
     # the job's ``max_pixels``, which may be larger.
     limit_of_pillow = Pillow.MAX_IMAGE_PIXELS
@@ -180,6 +185,14 @@ def _opened(data: bytes) -> Iterator[Pillow.Image]:
             warnings.simplefilter("ignore")
             with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
                 yield image
+    except MemoryError:
+        raise  # says nothing about the file
+    except Exception as error:
+        # Damaged bytes make Pillow's many decoders raise whatever they happen to meet: a damaged
+        # AVIF a RuntimeError, others an IndexError or a struct.error. One such file must not end
+        # the preparation. The message is "cannot identify image file <_io.BytesIO ...>", for
+        # example; the address is of no use.
+        raise _NotDecodable(str(error).split(" <")[0]) from error
     finally:
         Pillow.MAX_IMAGE_PIXELS = limit_of_pillow
 
@@ -188,13 +201,8 @@ def _decode_with_pillow(data: bytes) -> Image | Rejection:
     try:
         with _opened(data) as image:
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
-        return Rejection("undecodable", _first_words(error))
-
-
-def _first_words(error: Exception) -> str:
-    """Pillow's message without the address in "cannot identify image file <_io.BytesIO ...>"."""
-    return str(error).split(" <")[0]
+    except _NotDecodable as error:
+        return Rejection("undecodable", str(error))
 
 
 def reject_size(width: int, height: int, config: DatasetConfig) -> Rejection | None:
@@ -209,7 +217,7 @@ def reject_size(width: int, height: int, config: DatasetConfig) -> Rejection | N
     return None
 
 
-def _encode(image: Image, config: DatasetConfig, changed: str) -> CleanImage:
+def _encode(image: Image, config: DatasetConfig, changed: str) -> CleanImage | Rejection:
     """Scale down to ``short_side`` (never up) and encode as JPEG."""
     height, width = image.shape[:2]
     source_size = (width, height)
@@ -219,6 +227,9 @@ def _encode(image: Image, config: DatasetConfig, changed: str) -> CleanImage:
         height = max(1, round(height * scale))
         resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         image = np.asarray(resized, dtype=np.uint8)
+    if max(width, height) > _LONGEST_SIDE:
+        detail = f"{width} x {height} pixels, a side of a JPEG at most {_LONGEST_SIDE}"
+        return Rejection("too_long", detail, source_size)
     data = simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=config.jpeg_quality, colorspace="RGB"
     )

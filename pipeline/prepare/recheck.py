@@ -4,7 +4,7 @@ The unit keeps all that this takes: kept images lie in its shard, rejected files
 and its table (MEMBER_RECORD) has the size that each image had in the source. Worked example, with
 ``min_side`` lowered from 32 to 24:
 
-    table          kept, 48 x 40      rejected, 30 x 24      rejected, size unknown
+    table          kept, 48 x 40      rejected, 30 x 24      rejected, 48 x 40
     before         row 0              too_small              truncated
     now            row 0              row 1                  truncated
     taken from     the shard          the quarantine         the quarantine
@@ -79,7 +79,7 @@ def _members(context: BuildContext, unit: int) -> NDArray[np.void]:
 
 
 def _size_verdicts(members: NDArray[np.void], limits: dict[str, int]) -> NDArray[np.int8]:
-    """Per file: 0 accepted, or rejected for another reason than its size; 1, 2 as `reject_size`."""
+    """Per file: 0 within the limits or of unknown size, 1 too many pixels, 2 too small."""
     width = members["width"].astype(np.int64)
     height = members["height"].astype(np.int64)
     is_small = np.minimum(width, height) < limits["min_side"]
@@ -90,10 +90,9 @@ def _size_verdicts(members: NDArray[np.void], limits: dict[str, int]) -> NDArray
 def _with_finding(
     entry: QuarantineEntry, member: np.void, context: BuildContext
 ) -> QuarantineEntry:
-    if not member["width"]:
-        return entry
     rejection = reject_size(int(member["width"]), int(member["height"]), context.config)
-    assert rejection is not None
+    if rejection is None or not member["width"]:
+        return entry
     return QuarantineEntry(
         key=entry["key"], reason=entry["reason"], detail=rejection.detail, file=entry["file"]
     )

@@ -24,8 +24,8 @@ IMAGE_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("key", "<u8"), ("labe
 
 # What it takes to apply other size limits (see ``recheck``), one record per file of the unit, kept
 # or rejected, in the order of the source. ``key``, ``label``: as above. ``width``, ``height``: of
-# the image in the source, 0 for one that is rejected for another reason than its size. ``change``:
-# index in CHANGES. ``content``: xxh3-64 of a rejected file.
+# the image in the source, 0 if unknown. ``change``: index in CHANGES. ``content``: xxh3-64 of a
+# rejected file.
 MEMBER_RECORD = np.dtype(
     [
         ("is_kept", "?"),

@@ -12,7 +12,7 @@ class Rejection:
     """Why a file is not a usable image.
 
     ``reason``: one of a few words, for counting; ``detail``: the exact finding. ``size``: width and
-    height in pixels, of an image that is rejected for its size alone; otherwise (0, 0).
+    height in pixels, (0, 0) if unknown.
     """
 
     reason: str

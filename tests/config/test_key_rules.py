@@ -12,8 +12,15 @@ import pytest
 from pipeline.blocks import registry
 from pipeline.config.job_queries import ORDER, TRAINING
 from pipeline.config.load import load_job
-from pipeline.config.schema import Job, Section, TrainConfig, hparam_keys
-from pipeline.config.schema.rules import NOTHING, Rules, changes_result, keys_with_rules
+from pipeline.config.schema import DatasetConfig, Job, Section, TrainConfig, hparam_keys
+from pipeline.config.schema.rules import (
+    NOTHING,
+    Rules,
+    changes_result,
+    keeps_work,
+    keys_that_keep_work,
+    keys_with_rules,
+)
 from pipeline.config.schema_text import describe
 from pipeline.config.schema_text.json_schema import json_schema
 from tests.config.jobs import JOB, ROOT, edited, error_message, write
@@ -110,6 +117,20 @@ def decided_by_the_schema() -> dict[tuple[str, ...], set[str]]:
 def test_it_is_decided_for_every_key_which_results_it_changes() -> None:
     expected = {stages: set(keys.split()) for stages, keys in DECISIONS.items()}
     assert decided_by_the_schema() == expected
+
+
+def test_it_is_decided_which_keys_leave_the_units_of_a_preparation_usable() -> None:
+    """A new key of a dataset does not, until it is handled without reading the source again."""
+    assert keys_that_keep_work(DatasetConfig) == [
+        "validation_fraction",
+        "selection_fraction",
+        "min_side",
+        "max_pixels",
+        "shard_rows",
+    ]
+    assert keeps_work(Job, ("data", "toy", "min_side"))
+    assert not keeps_work(Job, ("data", "toy", "short_side"))
+    assert not keeps_work(Job, ("stages", "pretrain", "epochs"))
 
 
 def test_the_innermost_rule_decides() -> None:

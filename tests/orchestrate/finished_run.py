@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.config import job_queries
 from pipeline.config.load import LoadedJob, load_job
+from pipeline.files import write_json
 from pipeline.layout import WEIGHTS_JSON, RunDir
 from pipeline.orchestrate import artifacts
 from pipeline.orchestrate.job_runner import open_run, run_stages
@@ -120,6 +121,8 @@ def finish_all(run: FinishedRun, loaded: LoadedJob) -> None:
         elif stage in job_queries.TRAINING:
             write_training(run_dir, stage)
             metrics |= {"steps": STEPS}
+        elif stage == "evaluate":
+            write_json(run_dir.evaluation, metrics)
         elif stage == "export":
             run_dir.export.mkdir()
             (run_dir.export / "model.json").write_text("{}")

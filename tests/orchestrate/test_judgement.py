@@ -16,6 +16,7 @@ from pipeline.config.job_queries import ORDER
 from pipeline.errors import ConfigError, Interrupted, StageError
 from pipeline.files import file_digest
 from pipeline.layout import DATASET_JSON
+from pipeline.orchestrate import artifacts
 from pipeline.orchestrate.run_job import run_job
 from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
@@ -217,7 +218,8 @@ def test_cheap_stages_run_again_without_a_question(run: FinishedRun) -> None:
     assert run.actions("stages.export.from=pretrain") == ALL_SKIPPED | {"export": "restart"}
 
 
-def test_interrupted_preparation_is_kept(run: FinishedRun) -> None:
+def begin_preparation_only(run: FinishedRun) -> RunState:
+    """As if preparation had been interrupted when it had read one unit, before any training."""
     shutil.rmtree(run.run_dir.stage("pretrain"))
     state = RunState(run.run_dir, "small")
     for stage in ORDER:
@@ -228,9 +230,31 @@ def test_interrupted_preparation_is_kept(run: FinishedRun) -> None:
     work = run.run_dir.dataset("images") / "work"
     work.mkdir()
     (work / "unit-000000.json").touch()
+    return state
+
+
+def test_interrupted_preparation_is_kept(run: FinishedRun) -> None:
+    begin_preparation_only(run)
     with pytest.raises(ConfigError, match=r"1 units of the source already read"):
         run.call("data.short_side=24")
-    assert run.actions("data.max_rejected=0.5")["prepare"] == "resume"
+    # What it has read is of use with these.
+    for override in ("max_rejected=0.5", "min_side=8", "max_pixels=9999", "shard_rows=9"):
+        decision = run.decisions(f"data.{override}")["prepare"]
+        assert (decision.action, decision.differences) == ("resume", [])
+    assert run.actions("data.validation_fraction=0.3")["prepare"] == "resume"
+    with pytest.raises(ConfigError, match=r"short_side"):
+        run.call("data.short_side=24", "data.min_side=8")
+
+
+def test_a_source_may_be_corrected_after_preparation_has_refused_it(run: FinishedRun) -> None:
+    state = begin_preparation_only(run)
+    inputs = artifacts.inputs(run.load().job, "prepare", run.run_dir)
+    state.start("prepare", inputs, from_scratch=False)
+    write_tar(run.job.parent / "flowers/train/c0.tar", images(0, 15))
+    with pytest.raises(ConfigError, match=r"input changed: the source of data.images"):
+        run.decisions()
+    state.stop("prepare", 1.0, "6 of 84 images are unusable")
+    assert run.actions()["prepare"] == "restart"
 
 
 def test_a_byte_of_a_small_file_is_noticed_although_size_and_time_stay(run: FinishedRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import random
 import struct
 import zlib
 
@@ -75,7 +76,7 @@ def test_a_warning_that_other_decoders_stop_at_is_a_rejection() -> None:
     table = GOOD.index(b"\xff\xc4")
     cleaned = clean(GOOD[:table] + b"\0" * 5 + GOOD[table:], "a.JPEG", CONFIG)
     assert cleaned == Rejection(
-        "corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4"
+        "corrupt", "Corrupt JPEG data: 5 extraneous bytes before marker 0xc4", size=(48, 40)
     )
 
 
@@ -203,3 +204,41 @@ def test_moments_are_those_of_the_pixels() -> None:
     pixels = simplejpeg.decode_jpeg(GOOD).reshape(-1, 3) / 255
     np.testing.assert_allclose(cleaned.moments[:3], pixels.mean(0), atol=0.01)
     np.testing.assert_allclose(cleaned.moments[3:], (pixels**2).mean(0), atol=0.01)
+
+
+def test_a_converted_image_that_no_jpeg_can_hold_is_rejected() -> None:
+    strip = io.BytesIO()
+    Pillow.new("L", (32, 66_000)).save(strip, "PNG")
+    config = CONFIG.model_copy(update={"max_pixels": 10_000_000})
+    rejection = clean(strip.getvalue(), "scroll.png", config)
+    assert rejection == Rejection(
+        "too_long", "32 x 66000 pixels, a side of a JPEG at most 65500", size=(32, 66_000)
+    )
+    scaled = clean(strip.getvalue(), "scroll.png", config.model_copy(update={"short_side": 16}))
+    assert isinstance(scaled, CleanImage)
+
+
+@pytest.mark.parametrize("form", ["AVIF", "PNG", "GIF", "TIFF", "WEBP", "BMP", "ICO", "JPEG2000"])
+def test_no_damage_of_a_file_ends_the_preparation(form: str) -> None:
+    data = encoded("RGB", form)
+    for seed in range(60):
+        choices = random.Random(seed)
+        damaged = bytearray(data)
+        for _ in range(1 + seed % 3):
+            damaged[choices.randrange(4, min(len(data), 400))] ^= 1 << choices.randrange(8)
+        cut = data[: choices.randrange(len(data))]
+        for content in (bytes(damaged), cut):
+            assert isinstance(clean(content, "a.jpg", CONFIG), CleanImage | Rejection)
+
+
+def test_the_limit_of_pixels_may_be_larger_than_that_of_pillow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Pillow, "MAX_IMAGE_PIXELS", 100)
+    png = encoded("RGB", "PNG")
+    assert isinstance(clean(png, "a.png", CONFIG), CleanImage)
+    small = CONFIG.model_copy(update={"max_pixels": 48 * 40 - 1})
+    assert clean(png, "a.png", small) == Rejection(
+        "too_many_pixels", "48 x 40 pixels, at most 1919 in all", size=(48, 40)
+    )
+    assert Pillow.MAX_IMAGE_PIXELS == 100, "of the process, and not ours to change"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import pytest
 
 from pipeline.config.schema import DatasetConfig, SyntheticConfig
 from pipeline.errors import DataError
+from pipeline.prepare import build
+from pipeline.prepare.quarantine import quarantined_name
 from pipeline.prepare.verify import verify_dataset
+from pipeline.sources import units
 from pipeline.synthetic import generate
 from pipeline.synthetic.contents import CORRUPT_KINDS
 from tests.data.small_datasets import jpeg
@@ -119,6 +123,106 @@ def test_too_many_rejected_images_stop_the_preparation_with_the_reasons(tmp_path
     message = caught.value.message
     assert "6 of 84 images are unusable (7.1%)" in message
     assert "5 x truncated, such as train/c2/bad0.JPEG (Premature end of JPEG file)" in message
-    assert "max_rejected (now 0.01)" in message
+    remedy = (
+        f"look at the images in {tmp_path}/out/quarantine (listed in rejected.jsonl); then raise "
+        "max_rejected (now 0.01), and rerun the same command"
+    )
+    assert remedy in message
     assert len(list((tmp_path / "out" / "quarantine" / "truncated").iterdir())) == 5
     assert prepare(source, tmp_path / "out", max_rejected=0.1)["rejected"] == 6
+
+
+def test_a_refusal_leaves_the_list_and_the_files_under_their_names(tmp_path: Path) -> None:
+    source = class_tars(tmp_path / "in")
+    bad = {"photo one.JPEG": jpeg(1, 40, 32)[:-200], "sub/photo.png": b"no", "empty.JPEG": b""}
+    write_tar(source / "train" / "c2.tar", {**images(2, 20), **bad})
+    with pytest.raises(DataError):
+        prepare(source, tmp_path / "out", max_rejected=0.01)
+    entries = {entry["key"]: entry for entry in quarantine_list(tmp_path / "out")}
+    assert {key: entry["reason"] for key, entry in entries.items()} == {
+        "train/c2/photo one.JPEG": "truncated",
+        "train/c2/sub/photo.png": "not_an_image",
+        "train/c2/empty.JPEG": "empty",
+    }
+    folder = tmp_path / "out" / "quarantine"
+    photo = folder / entries["train/c2/photo one.JPEG"]["file"]
+    assert re.fullmatch(r"photo_one-[0-9a-f]{16}\.JPEG", photo.name)
+    assert photo.read_bytes() == bad["photo one.JPEG"]
+    other = folder / entries["train/c2/sub/photo.png"]["file"]
+    assert re.fullmatch(r"photo-[0-9a-f]{16}\.png", other.name)
+
+
+def test_a_preparation_that_stops_early_lists_what_it_has_rejected_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)  # a unit per tar
+    monkeypatch.setattr(build, "MIN_IMAGES_TO_STOP_EARLY", 10)
+    source = class_tars(tmp_path / "in", validation=0)
+    write_tar(source / "c0.tar", {**images(0, 20), "page.JPEG": b"<html>"})
+    with pytest.raises(DataError, match="1 of 21 images are unusable"):
+        prepare(source, tmp_path / "out", max_rejected=0.01)
+    assert keys_by_reason(tmp_path / "out") == {"not_an_image": ["c0/page.JPEG"]}
+
+
+def test_a_dataset_without_a_usable_image_lists_why(tmp_path: Path) -> None:
+    for name in ("c0", "c1"):
+        write_tar(tmp_path / "in" / f"{name}.tar", {"page.JPEG": b"<html>"})
+    with pytest.raises(DataError, match="no image is left"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    expected = {"not_an_image": ["c0/page.JPEG", "c1/page.JPEG"]}
+    assert keys_by_reason(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({"min_side": 33}, "raise max_rejected (now 0) or lower min_side (now 33)"),
+        ({"max_pixels": 1000}, "raise max_rejected (now 0) or raise max_pixels (now 1000)"),
+    ],
+    ids=["min_side", "max_pixels"],
+)
+def test_the_limit_that_rejects_most_images_is_named(
+    settings: dict[str, int], remedy: str, tmp_path: Path
+) -> None:
+    source = class_tars(tmp_path / "in", validation=0)
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        prepare(source, tmp_path / "out", max_rejected=0.0, **settings)
+
+
+def test_two_rejected_files_of_the_same_name_are_both_kept(tmp_path: Path) -> None:
+    source = class_tars(tmp_path / "in", validation=0)
+    with tarfile.open(source / "c0.tar", "a") as tar:
+        for data in (b"first", b"second"):
+            info = tarfile.TarInfo("page.JPEG")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    prepare(source, tmp_path / "out")
+    files = [entry["file"] for entry in quarantine_list(tmp_path / "out")]
+    contents = [(tmp_path / "out" / "quarantine" / file).read_bytes() for file in files]
+    assert contents == [b"first", b"second"]
+
+
+@pytest.mark.parametrize(
+    ("key", "start", "suffix"),
+    [
+        ("c0/bad0.JPEG", "bad0", ".JPEG"),
+        ("c0/Müller & Söhne.png", "Müller___Söhne", ".png"),
+        ("c0/.hidden.jpg", "hidden", ".jpg"),
+        ("c0/--help", "help", ""),
+        ("c0/..", "file", ""),
+        ("c0/no ending.", "no_ending.", ""),
+        ("c0/a.strange suffix", "a.strange_suffix", ""),
+        ("c0/line\nbreak\x00.gif", "line_break_", ".gif"),
+        ("c0/caf\\xe9.jpg", "caf_xe9", ".jpg"),
+        ("c0/" + "é" * 300 + ".jpeg", "é" * 50, ".jpeg"),
+        ("c0/(bytes 0 to 512)", "_bytes_0_to_512_", ""),
+    ],
+)
+def test_a_quarantined_file_keeps_as_much_of_its_name_as_is_safe(
+    key: str, start: str, suffix: str
+) -> None:
+    name = quarantined_name(key, b"data")
+    assert re.fullmatch(rf"{re.escape(start)}-[0-9a-f]{{16}}{re.escape(suffix)}", name)
+    assert len(name.encode()) < 255
+    assert name != quarantined_name(f"x/{key}", b"data")
+    assert name != quarantined_name(key, b"other")
