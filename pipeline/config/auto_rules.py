@@ -165,11 +165,7 @@ def _checkpoint_every_steps(facts: StageFacts) -> Choice:
 
 
 def _mixing(strong: float, mild: float) -> Callable[[StageFacts], Choice]:
-    """Mixing of images, which keeps a network from learning them by heart but slows it down.
-
-    Measured on 1,800 images of 32 pixels: after 28 of 69 epochs, mild mixing has reached 57% and
-    that of the published recipes 53%.
-    """
+    """Mixing of images, which keeps a network from learning them by heart but slows it down."""
 
     def choose(facts: StageFacts) -> Choice:
         reason = f"each image is shown {facts.epochs} times"
