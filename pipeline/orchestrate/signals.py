@@ -35,6 +35,7 @@ class StopRequest:
         self._requested = False
         self._after_step = False
         self._raises = False
+        self._ends_at_once = False
 
     def __call__(self) -> bool:
         return self._requested
@@ -65,6 +66,10 @@ class StopRequest:
         self._raises = True
         try:
             yield
+        except KeyboardInterrupt:
+            if self._ends_at_once:
+                raise
+            raise interrupted() from None
         finally:
             self._raises = False
 
@@ -77,6 +82,7 @@ class StopRequest:
         first = not self._requested
         self._requested = True
         if number == signal.SIGQUIT or (number == signal.SIGINT and not first):
+            self._ends_at_once = True
             raise KeyboardInterrupt
         if first:
             # The signal may have interrupted the main thread while it was writing to the same
@@ -87,7 +93,9 @@ class StopRequest:
         if self._raises:
             # Once only: a second SIGTERM must not hit the clean-up that the first one started.
             self._raises = False
-            raise interrupted()
+            # Ray's C++ code passes on no other exception of a signal handler. ``at_once`` turns it
+            # into Interrupted.
+            raise KeyboardInterrupt
 
     def _announcement(self, number: int) -> str:
         if not self._after_step:

@@ -47,7 +47,7 @@ def test_a_job_outlives_the_reader_of_its_output(tmp_path: Path, reader: str) ->
     os.close(write_end)
     assert os.read(read_end, 5) == b"ready"
     os.close(read_end)
-    process.communicate("go on\n", timeout=60)
+    process.communicate("write\n", timeout=60)
     assert process.returncode == 0
     assert (tmp_path / "result").read_text() == "saved"
 

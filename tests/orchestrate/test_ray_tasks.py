@@ -5,19 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, StageError
+from pipeline.errors import DataError, Interrupted, StageError
 from pipeline.orchestrate.ray_session import RaySession
+from pipeline.orchestrate.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 
 
 def _square(number: int) -> int:
     return number * number
+
+
+def _sleep(seconds: int) -> None:
+    time.sleep(seconds)
 
 
 def _die_once(folder: Path, number: int) -> int:
@@ -50,6 +57,17 @@ def test_the_task_of_a_killed_worker_is_retried(session: RaySession, tmp_path: P
         number: number for number in range(12)
     }
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.usefixtures("restored_handlers")
+def test_a_stop_request_interrupts_the_wait_for_tasks(session: RaySession) -> None:
+    stop = StopRequest(lambda text: None)
+    stop.install()
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(Interrupted), stop.at_once():
+        list(session.map_tasks(_sleep, [600, 600]))
+    timer.join()
 
 
 def test_errors_keep_their_type(session: RaySession) -> None:

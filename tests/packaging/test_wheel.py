@@ -91,7 +91,7 @@ def test_metadata_has_the_command_and_the_extras(installed: Path) -> None:
     metadata = Parser().parsestr((info / "METADATA").read_text())
     assert metadata["Name"] == "revcol-pipeline"
     assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "bench", "s3", "export"}
-    assert "pipeline = pipeline.cli:main" in (info / "entry_points.txt").read_text()
+    assert "pipeline = pipeline.__main__:main" in (info / "entry_points.txt").read_text()
 
 
 def test_installed_package_finds_its_configs_from_any_folder(
