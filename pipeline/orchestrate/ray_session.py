@@ -197,13 +197,19 @@ def _discard(*arguments: object, **options: object) -> None:
 
 @contextlib.contextmanager
 def _kept_sigterm_handler() -> Iterator[None]:
-    """Put back the handler of SIGTERM. Ray's C++ code installs one that prints a stack trace."""
+    """Put back the handler of SIGTERM: Ray's C++ code installs one that ends the process.
+
+    A SIGTERM in between waits until the handler is back, so this thread and those that it starts
+    block the signal meanwhile.
+    """
     handler = signal.getsignal(signal.SIGTERM)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _start_keeper(directory: Path, cpus: int, gpus: int) -> RaySession:

@@ -158,6 +158,37 @@ def test_a_signal_while_ray_starts_ends_with_75(folder: Path, number: signal.Sig
     assert_nothing_is_left(process, folder)
 
 
+CONNECT = """
+import os, signal
+from pipeline.orchestrate import ray_session
+
+connect = ray_session._Connection.run
+
+def connect_and_signal(self):
+    connect(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+ray_session._Connection.run = connect_and_signal
+signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
+with ray_session.ray_session(cpus=1, gpus=0):
+    pass
+print("end")
+"""
+
+
+def test_a_signal_while_the_driver_connects_with_ray_reaches_its_handler() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CONNECT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout == "handled\nend\n", result.stderr
+    assert "***" not in result.stderr  # the handler of Ray's C++ code
+
+
 @pytest.mark.parametrize(
     ("stage", "number"),
     [("evaluate", signal.SIGTERM), ("export", signal.SIGUSR1), ("evaluate", signal.SIGHUP)],
