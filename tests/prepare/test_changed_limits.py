@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import io
 import shutil
@@ -99,6 +98,10 @@ def test_a_limit_may_change_several_times(source: Path, tmp_path: Path) -> None:
         assert {"truncated", "not_an_image", "empty"} | expected == set(
             keys_by_reason(tmp_path / "out")
         )
+        quarantine = tmp_path / "out" / "quarantine"
+        files = {str(path.relative_to(quarantine)) for path in quarantine.glob("*/*")}
+        listed = {entry["file"] for entry in quarantine_list(tmp_path / "out")}
+        assert files == listed - {""}
     make_unreadable(source)
     prepare(source, tmp_path / "out", min_side=20)
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "first_call")
@@ -148,29 +151,44 @@ class Killed(BaseException):
     """Stands for the kill signal."""
 
 
-@pytest.mark.parametrize("tasks_done", range(1, 8))
+def killed_after(tasks_done: int) -> Any:
+    """Tasks of which so many finish before the process is killed."""
+    remaining = tasks_done
+
+    def tasks(function: Any, items: Any) -> Any:
+        nonlocal remaining
+        for item in items:
+            if not remaining:
+                raise Killed
+            remaining -= 1
+            yield item, function(item)
+
+    return tasks
+
+
+@pytest.mark.parametrize("tasks_done", [1, 3, 4, 6])
 @pytest.mark.parametrize("settings", [{"min_side": 20}, {"validation_fraction": 0.4}], ids=str)
 def test_a_preparation_killed_at_any_task_continues_with_other_settings(
     source: Path, tmp_path: Path, tasks_done: int, settings: dict[str, Any]
 ) -> None:
     """Shards of the former settings have the same names and must not be taken for finished."""
-    done = 0
-
-    def killed_tasks(function: Any, items: Any) -> Any:
-        nonlocal done
-        for item in items:
-            yield item, function(item)
-            done += 1
-            if done == tasks_done:
-                raise Killed
-
     present = {"min_side": 28, "shard_rows": 9, **settings}
     prepare(source, tmp_path / "first_call", **present)
-    with contextlib.suppress(Killed):
-        prepare(source, tmp_path / "out", tasks=killed_tasks, min_side=28, shard_rows=9)
-    with contextlib.suppress(Killed):
-        prepare(source, tmp_path / "out", tasks=killed_tasks, min_side=26, shard_rows=9)
+    for min_side in (28, 26):
+        with pytest.raises(Killed):
+            tasks = killed_after(tasks_done)
+            prepare(source, tmp_path / "out", tasks=tasks, min_side=min_side, shard_rows=9)
     prepare(source, tmp_path / "out", **present)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "first_call")
+
+
+def test_files_of_a_unit_that_was_cut_short_leave_the_quarantine(
+    source: Path, tmp_path: Path
+) -> None:
+    prepare(source, tmp_path / "first_call", min_side=20)
+    refused(source, tmp_path / "out")
+    (tmp_path / "out/quarantine/too_small/cut_short-0123456789abcdef.JPEG").write_bytes(b"x")
+    prepare(source, tmp_path / "out", min_side=20)
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "first_call")
 
 

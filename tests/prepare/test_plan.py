@@ -137,7 +137,9 @@ def _restored(rows: Sequence[tuple[RowRef, str, Record]], seed: int) -> set[tupl
 def write_units(
     folder: Path, records: UnitRecords, config: DatasetConfig, seed: int
 ) -> tuple[BuildContext, list[Unit], np.ndarray[Any, Any]]:
-    context = BuildContext(target=folder, config=config, fingerprint="", seed=seed)
+    context = BuildContext(
+        target=folder, config=config, fingerprint="", units_fingerprint="", seed=seed
+    )
     context.work.mkdir(exist_ok=True)
     for number, (_, rows) in enumerate(records):
         np.save(context.image_records(number), np.array(rows, dtype=IMAGE_RECORD))
