@@ -30,8 +30,8 @@ from pipeline.files import atomic, write_bytes
 from pipeline.layout import CLASSES_JSON
 from pipeline.prepare import recheck
 from pipeline.prepare.clean import CHANGES, CleanImage, clean
+from pipeline.prepare.cleaned_member import CleanedMember
 from pipeline.prepare.context import BuildContext
-from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.quarantine import quarantined_name
 from pipeline.prepare.recheck import NotEnoughKept
 from pipeline.prepare.unit_record import (
@@ -81,22 +81,21 @@ def _rechecked(context: BuildContext, unit: int, earlier: UnitRecord) -> UnitRec
         return earlier
     record = recheck.same_verdicts(context, unit, earlier)
     if record is None:
-        outcomes = recheck.outcomes(context, unit, earlier)
-        return _write_unit(context, unit, outcomes, earlier)
+        return _write_unit(context, unit, recheck.cleaned_again(context, unit, earlier), earlier)
     record.write(context.unit_record(unit))
     return record
 
 
 def _write_unit(
-    context: BuildContext, unit: int, outcomes: Iterator[Outcome], earlier: UnitRecord | None
+    context: BuildContext, unit: int, cleaned: Iterator[CleanedMember], earlier: UnitRecord | None
 ) -> UnitRecord:
-    """Write the files of a unit from the outcomes of its members, in place of ``earlier`` ones."""
-    # First: while the files are being replaced, the unit does not count as done. The outcomes may
+    """Write the files of a unit from its cleaned members, in place of ``earlier`` ones."""
+    # First: while the files are being replaced, the unit does not count as done. The members may
     # still come from the earlier files; those stay open until they are replaced.
     context.unit_record(unit).unlink(missing_ok=True)
     # Rows stream from the source through the cleaning into the shard, group by group.
     collector = _Collector(context)
-    rows = collector.rows(outcomes)
+    rows = collector.rows(cleaned)
     shard = write_shard(context.unit_shard(unit), _in_groups(rows), context.fingerprint)
     for path, records, kind in (
         (context.image_records(unit), collector.image_records, IMAGE_RECORD),
@@ -123,7 +122,7 @@ def _write_unit(
 
 
 class _Collector:
-    """Turns outcomes into rows, and collects what the unit's record and tables will hold."""
+    """Turns cleaned members into rows, and collects what the unit's record and tables will hold."""
 
     def __init__(self, context: BuildContext) -> None:
         self.context = context
@@ -134,18 +133,18 @@ class _Collector:
         self.sides: Counter[str] = Counter()
         self.moments: NDArray[np.float64] = np.zeros(6)
 
-    def rows(self, outcomes: Iterator[Outcome]) -> Iterator[Row]:
-        for outcome in outcomes:
-            if isinstance(outcome.result, Rejection):
-                self._quarantine(outcome, outcome.result)
+    def rows(self, cleaned: Iterator[CleanedMember]) -> Iterator[Row]:
+        for member in cleaned:
+            if isinstance(member.result, Rejection):
+                self._quarantine(member, member.result)
             else:
-                yield self._keep(outcome, outcome.result)
+                yield self._keep(member, member.result)
 
-    def _keep(self, outcome: Outcome, image: CleanImage) -> Row:
+    def _keep(self, member: CleanedMember, image: CleanImage) -> Row:
         # The hash is of the cleaned bytes: a gzipped copy of an image is a duplicate of it.
         content = xxhash.xxh3_128_intdigest(image.data)
-        key_hash = outcome.key_hash
-        label = outcome.label
+        key_hash = member.key_hash
+        label = member.label
         self.image_records.append((content >> 64, content & _LOW_64_BITS, key_hash, label))
         change = CHANGES.index(image.changed)
         self.member_records.append(
@@ -156,7 +155,7 @@ class _Collector:
         if image.changed:
             self.changed[image.changed] += 1
         return Row(
-            key=outcome.key,
+            key=member.key,
             label=label,
             width=image.width,
             height=image.height,
@@ -164,27 +163,27 @@ class _Collector:
             image=image.data,
         )
 
-    def _quarantine(self, outcome: Outcome, rejection: Rejection) -> None:
+    def _quarantine(self, member: CleanedMember, rejection: Rejection) -> None:
         file = ""
-        if outcome.data:
-            file = f"{rejection.reason}/{quarantined_name(outcome.key, outcome.data)}"
-            write_bytes(self.context.quarantine / file, outcome.data)
+        if member.data:
+            file = f"{rejection.reason}/{quarantined_name(member.key, member.data)}"
+            write_bytes(self.context.quarantine / file, member.data)
         self.rejected.append(
             QuarantineEntry(
-                key=outcome.key, reason=rejection.reason, detail=rejection.detail, file=file
+                key=member.key, reason=rejection.reason, detail=rejection.detail, file=file
             )
         )
-        content = xxhash.xxh3_64_intdigest(outcome.data)
+        content = xxhash.xxh3_64_intdigest(member.data)
         self.member_records.append(
-            (False, outcome.key_hash, outcome.label, *rejection.size, 0, _NO_MOMENTS, content)
+            (False, member.key_hash, member.label, *rejection.size, 0, _NO_MOMENTS, content)
         )
 
 
-def _read(context: BuildContext, unit: Unit) -> Iterator[Outcome]:
+def _read(context: BuildContext, unit: Unit) -> Iterator[CleanedMember]:
     """Every file of a unit, read from the source and cleaned."""
     for member in _members(context, unit):
         # With the seed: another seed shuffles the dataset differently.
-        yield Outcome(
+        yield CleanedMember(
             key=_printable(member.key),
             key_hash=xxhash.xxh3_64_intdigest(_key_bytes(member), context.seed),
             label=member.label,

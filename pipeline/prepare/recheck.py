@@ -10,7 +10,7 @@ and its table (MEMBER_RECORD) has the size that each image had in the source. Wo
     taken from     the shard          the quarantine         the quarantine
 
 The result equals that of extracting the unit again: the files pass in their old order through the
-same code. Some units cannot be rechecked and are extracted again: see ``outcomes``.
+same code. Some units cannot be rechecked and are extracted again: see ``cleaned_again``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.prepare.clean import CHANGES, CleanImage, clean, reject_size
+from pipeline.prepare.cleaned_member import CleanedMember
 from pipeline.prepare.context import BuildContext
-from pipeline.prepare.outcome import Outcome
 from pipeline.prepare.unit_record import QuarantineEntry, UnitRecord, size_limits
 from pipeline.prepare.unit_shard import UnitShard
 from pipeline.sources.member import Rejection
@@ -50,7 +50,7 @@ def same_verdicts(context: BuildContext, unit: int, record: UnitRecord) -> UnitR
     return replace(record, rejected=rejected, limits=size_limits(context.config))
 
 
-def outcomes(context: BuildContext, unit: int, record: UnitRecord) -> Iterator[Outcome]:
+def cleaned_again(context: BuildContext, unit: int, record: UnitRecord) -> Iterator[CleanedMember]:
     """Every file of a finished unit, with the result that the present limits give.
 
     Raises:
@@ -64,10 +64,10 @@ def outcomes(context: BuildContext, unit: int, record: UnitRecord) -> Iterator[O
     row = 0
     for member in members:
         if member["is_kept"]:
-            yield _outcome_of_kept(context, member, shard, row)
+            yield _kept_now(context, member, shard, row)
             row += 1
         else:
-            yield _outcome_of_rejected(context, member, next(entries))
+            yield _rejected_now(context, member, next(entries))
 
 
 def _members(context: BuildContext, unit: int) -> NDArray[np.void]:
@@ -98,9 +98,9 @@ def _with_finding(
     )
 
 
-def _outcome_of_kept(
+def _kept_now(
     context: BuildContext, member: np.void, shard: UnitShard, number: int
-) -> Outcome:
+) -> CleanedMember:
     row = shard.row(number)
     size = (int(member["width"]), int(member["height"]))
     change = CHANGES[int(member["change"])]
@@ -116,7 +116,7 @@ def _outcome_of_kept(
             moments=tuple(member["moments"].tolist()),
             source_size=size,
         )
-    return Outcome(
+    return CleanedMember(
         key=row.key,
         key_hash=int(member["key"]),
         label=row.label,
@@ -125,7 +125,7 @@ def _outcome_of_kept(
     )
 
 
-def _outcome_of_rejected(context: BuildContext, member: np.void, entry: QuarantineEntry) -> Outcome:
+def _rejected_now(context: BuildContext, member: np.void, entry: QuarantineEntry) -> CleanedMember:
     data = b""
     if entry["file"]:
         try:
@@ -138,7 +138,7 @@ def _outcome_of_rejected(context: BuildContext, member: np.void, entry: Quaranti
     result: CleanImage | Rejection = Rejection(entry["reason"], entry["detail"])
     if member["width"]:
         result = clean(data, entry["key"], context.config)
-    return Outcome(
+    return CleanedMember(
         key=entry["key"],
         key_hash=int(member["key"]),
         label=int(member["label"]),

@@ -9,7 +9,7 @@ from pipeline.sources.member import Rejection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class CleanedMember:
     """A file and what cleaning made of it.
 
     ``key``: as text that JSON and Parquet can hold. ``key_hash``: xxh3-64 of the key's own bytes
