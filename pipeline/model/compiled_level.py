@@ -1,9 +1,9 @@
 """torch.compile for the function of a level, without its silent fallback.
 
 All levels share one Python function, and torch.compile keeps one graph per kind of input. Example:
-RevCol-H at one image size has 7 kinds if every column is inverted (column 0 and the others, four
-levels each; level 3 is the same in both) and 14 if some are stored. PyTorch stops at 8 graphs per
-function and runs the rest uncompiled, with nothing but a line in the log.
+RevCol-H needs 7 per image size (column 0 and the others, four levels each; level 3 is the same in
+both), so training and evaluation at two sizes need 14. PyTorch stops at 8 graphs per function and
+runs the rest uncompiled, with nothing but a line in the log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
-GRAPHS_PER_SHAPE = 16  # of the images: at most 14 are needed
+GRAPHS_PER_SHAPE = 16  # of the images: 7 are needed, more if gradients stop somewhere
 SHAPES = 4  # of the images, in one process
 
 P = ParamSpec("P")

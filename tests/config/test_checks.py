@@ -48,7 +48,7 @@ from tests.config.jobs import JOB, edited, error_message, write
             "\n  -> take one of 1, 2, 4, 8",
         ),
         (
-            ["stages.pretrain.micro_batch=1"],
+            ["stages.pretrain.micro_batch=1", "stages.pretrain.augment.mixup=0.2"],
             "--set: stages.pretrain.micro_batch: mixup and cutmix pair the images of a micro "
             "batch, and 1 is odd",
         ),
@@ -84,7 +84,7 @@ from tests.config.jobs import JOB, edited, error_message, write
         ),
         (
             ["stages.pretrain.min_lr=1"],
-            "--set: stages.pretrain.min_lr: 1 is above the peak learning rate 0.002",
+            "--set: stages.pretrain.min_lr: 1 is above the peak learning rate 0.005",
         ),
         (
             ["stages.pretrain.eval_resize=0.9"],

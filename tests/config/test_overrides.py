@@ -68,7 +68,7 @@ def test_set_below_a_reference_keeps_its_other_values(job: Path) -> None:
     assert loaded.job.model.channels == (16, 32, 64, 128)
     assert loaded.origins["model.drop_path"] == "--set"
     assert loaded.origins["model.channels"].endswith("configs/model/revcol_quickstart.yaml:3")
-    assert at(loaded.resolved(), "stages.pretrain.augment.cutmix") == 0.2
+    assert at(loaded.resolved(), "stages.pretrain.augment.crop_scale") == [0.6, 1.0]
 
 
 def test_later_set_wins_and_null_removes_a_stage(job: Path) -> None:

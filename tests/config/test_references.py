@@ -16,7 +16,7 @@ def test_configs_beside_the_job_come_before_the_shipped_ones(tmp_path: Path) -> 
     write(tmp_path, "base: revcol_tiny\ncolumns: 6\n", "configs/model/revcol_mine.yaml")
     write(
         tmp_path,
-        "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0}\n",
+        "base: quickstart_pretrain\nepochs: 2\naugment: {mixup: 0.1}\n",
         "configs/recipe/mine.yaml",
     )
     write(tmp_path, "b\na\n", "configs/classes/ab.txt")
@@ -28,8 +28,8 @@ def test_configs_beside_the_job_come_before_the_shipped_ones(tmp_path: Path) -> 
     loaded = load_job(write(tmp_path, text))
     assert (loaded.job.model.columns, loaded.job.model.channels[0]) == (6, 64)
     assert loaded.job.stages.pretrain is not None
-    assert (loaded.job.stages.pretrain.epochs, loaded.job.stages.pretrain.augment.mixup) == (2, 0)
-    assert loaded.job.stages.pretrain.augment.cutmix == 0.2
+    assert (loaded.job.stages.pretrain.epochs, loaded.job.stages.pretrain.augment.mixup) == (2, 0.1)
+    assert loaded.job.stages.pretrain.augment.crop_scale == (0.6, 1.0)
     assert loaded.job.data["toy"].classes == str(tmp_path / "configs/classes/ab.txt")
     elsewhere = write(tmp_path, render.job_file(loaded), "elsewhere/run.yaml")
     assert load_job(elsewhere).job == loaded.job

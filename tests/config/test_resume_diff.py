@@ -50,7 +50,7 @@ def resolved(tmp_path: Path) -> Any:
         ("stages.pretrain.base_lr=1", "pretrain", True),
         ("stages.pretrain.epochs=9", "pretrain", True),
         ("stages.pretrain.global_batch=8", "pretrain", True),
-        ("stages.pretrain.augment.mixup=0", "pretrain", True),
+        ("stages.pretrain.augment.mixup=0.3", "pretrain", True),
         ("data.toy.shard_rows=5", "prepare", True),
         ("data.other.classes=imagenet1k", "prepare", True),
         ("model.columns=5", "evaluate", True),

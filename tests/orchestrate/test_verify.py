@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import FileRecord, Manifest
-from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.cli import entry_point
 from pipeline.files import file_digest, with_digest, write_bytes, write_json, write_text

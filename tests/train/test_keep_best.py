@@ -12,9 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader
-from pipeline.checkpoint.weights import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
