@@ -89,18 +89,19 @@ def predictions_sheet(samples: Samples, class_names: Sequence[str]) -> Image:
 def captions(samples: Samples, class_names: Sequence[str]) -> list[Caption]:
     """The text below each prediction.
 
-    Example: "right: ape 93%" and "row 5", or "wrong: bee 51%" and "is ape, row 5".
+    Example: "right, 93%: ape" and "row 5", or "wrong, 51%: bee" and "row 5, is ape".
     """
+    # Names come last: a long one is cut.
     texts = []
     for row, label, best, confidence in zip(
         samples.rows, samples.labels, samples.predictions, samples.confidences, strict=True
     ):
         share = f"{confidence:.0%}" if confidence >= MIN_SHARE else "under 1%"
         if best == label:
-            texts.append(Caption([f"right: {class_names[best]} {share}", f"row {row}"], GREEN))
+            texts.append(Caption([f"right, {share}: {class_names[best]}", f"row {row}"], GREEN))
         else:
-            truth = f"is {class_names[label]}, row {row}"
-            texts.append(Caption([f"wrong: {class_names[best]} {share}", truth], RED))
+            truth = f"row {row}, is {class_names[label]}"
+            texts.append(Caption([f"wrong, {share}: {class_names[best]}", truth], RED))
     return texts
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import list_checkpoints
@@ -79,6 +80,26 @@ def assert_finetuned(run_dir: RunDir, metrics: dict[str, float]) -> None:
 def test_pretraining_writes_weights_checkpoints_and_metrics(pretrained: Pretrained) -> None:
     run_dir, metrics = pretrained
     assert_pretrained(run_dir, metrics)
+
+
+def test_a_checkpoint_takes_twelve_bytes_per_parameter_and_four_more_per_copy(
+    pretrained: Pretrained, tmp_path: Path
+) -> None:
+    run_dir, _ = pretrained
+    assert _checkpoint_bytes_per_parameter(run_dir) == 12
+    averaged = staging.prepared_run(tmp_path, train=16, validation=4, test=4)
+    train(averaged, 1, staging.job(pretrain={"max_steps": 1, "ema_decay": 0.9, "keep": "best"}))
+    assert _checkpoint_bytes_per_parameter(averaged) == 20
+
+
+def _checkpoint_bytes_per_parameter(run_dir: RunDir) -> float:
+    """Of the tensors alone: the headers of the files matter for tiny networks only."""
+    _, newest = list_checkpoints(run_dir.checkpoints("pretrain"))[0]
+    values = 0
+    for path in newest.glob("*.safetensors"):
+        values += sum(tensor.nbytes for tensor in load_file(path).values())
+    parameters = sum(tensor.numel() for tensor in staging.weights(run_dir).values())
+    return values / parameters
 
 
 def test_fine_tuning_starts_from_the_pretrained_backbone(pretrained: Pretrained) -> None:

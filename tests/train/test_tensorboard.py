@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,8 +230,8 @@ def test_predictions_are_shown_with_classes_and_confidence(trained: Trained, sta
         right = int(best) == split.label(number)
         rights += right
         verdict = "right" if right else "wrong"
-        first = f"{verdict}: {names[int(best)]} {float(confidence):.0%}"
-        second = f"row {number}" if right else f"is {names[split.label(number)]}, row {number}"
+        first = f"{verdict}, {float(confidence):.0%}: {names[int(best)]}"
+        second = f"row {number}" if right else f"row {number}, is {names[split.label(number)]}"
         assert_text(shown[SIDE + 3 :], first, 11, GREEN if right else RED)
         assert_text(shown[SIDE + CAPTION_HEIGHT :], second, 11, GREY)
     assert 0 < rights < count or stage == "evaluate"
