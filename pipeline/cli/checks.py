@@ -36,7 +36,7 @@ def test(
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["codespell_lib"],
-        ["mypy", "--strict", "pipeline"],
+        ["mypy", "--strict", "pipeline", "docs/make_pictures"],
         ["pytest", *(context.args or _ALL_TESTS), *(_FAST_TESTS if fast else [])],
     ]
     # Run all of them, also after a failure: one call shows everything that is wrong.

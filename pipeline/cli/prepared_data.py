@@ -38,8 +38,9 @@ def data_show(
 
     Each row shows one image as stored, as augmented in a few epochs, and as the network gets it.
     """
-    from pipeline.data.contact_sheet import contact_sheet, png
+    from pipeline.data.contact_sheet import contact_sheet
     from pipeline.data.dataset import open_dataset
+    from pipeline.data.sheet import png
     from pipeline.files import write_bytes
     from pipeline.orchestrate.inspect_target import find
 

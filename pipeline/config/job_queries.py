@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.config.schema import EvaluateStage, ExportStage, Job, PrepareStage, TrainConfig
+from pipeline.config.schema import (
+    EvaluateStage,
+    ExportStage,
+    Job,
+    PrepareStage,
+    TrainConfig,
+    hparam_keys,
+)
 from pipeline.errors import ConfigError
 
 TRAINING = ("pretrain", "finetune")
@@ -69,6 +76,27 @@ def dataset_name(job: Job, stage: str) -> str:
         place=f"stages.{stage}.data",
         remedy=f"data: one of {', '.join(job.data)}",
     )
+
+
+def hyperparameters(job: Job, stage: str) -> dict[str, str | float | bool]:
+    """The hyperparameters of a training stage that TensorBoard shows, in their order.
+
+    Raises:
+        ConfigError: the job has no such stage, or it does not train.
+    """
+    config = train_config(job, stage)
+    model = job.model
+    return {
+        **{key: getattr(config, key) for key in hparam_keys(TrainConfig)},
+        "channels": str(model.channels),
+        "columns": model.columns,
+        "drop_path": drop_path(job, config),
+    }
+
+
+def drop_path(job: Job, config: TrainConfig) -> float:
+    """The rate of stochastic depth in a training stage: its own, else the model's."""
+    return job.model.drop_path if config.drop_path is None else config.drop_path
 
 
 def prepared_names(job: Job) -> list[str]:

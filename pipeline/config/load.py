@@ -52,11 +52,16 @@ class LoadedJob:
 
         A job file with these values gives the same job.
         """
-        values = self.job.model_dump(mode="json", by_alias=True)
-        values["stages"] = {
-            name: section for name, section in values["stages"].items() if section is not None
-        }
-        return values
+        return plain_values(self.job)
+
+
+def plain_values(job: Job) -> dict[str, Any]:
+    """A checked job as plain values, with the keys of the job file; without absent stages."""
+    values = job.model_dump(mode="json", by_alias=True)
+    values["stages"] = {
+        name: section for name, section in values["stages"].items() if section is not None
+    }
+    return values
 
 
 def load_job(

@@ -16,7 +16,7 @@ from pipeline.config.job_queries import (
     steps,
     train_config,
 )
-from pipeline.config.load import DEFAULT, LoadedJob
+from pipeline.config.load import DEFAULT, LoadedJob, plain_values
 from pipeline.config.machine import device
 from pipeline.config.machine import world_size as processes
 from pipeline.config.schema import Job
@@ -33,6 +33,11 @@ MARGIN = 58  # column of the origins
 def job_file(loaded: LoadedJob) -> str:
     """The resolved job as a job file, each value with its origin as a comment: run.yaml."""
     return "\n".join(_yaml(loaded.resolved(), loaded.origins)) + "\n"
+
+
+def plain_job_file(job: Job) -> str:
+    """The resolved job as a job file, without the origins of its values."""
+    return "\n".join(_yaml(plain_values(job))) + "\n"
 
 
 def dry_run(
@@ -53,7 +58,10 @@ def dry_run(
 
 
 def _yaml(
-    values: Mapping[str, object], origins: Mapping[str, str], above: str = "", indent: str = ""
+    values: Mapping[str, object],
+    origins: Mapping[str, str] | None = None,
+    above: str = "",
+    indent: str = "",
 ) -> Iterator[str]:
     for key, value in values.items():
         dotted = f"{above}{key}"
@@ -62,7 +70,7 @@ def _yaml(
             yield from _yaml(value, origins, f"{dotted}.", indent + "  ")
         else:
             line = f"{indent}{key}: {_text(value)}"
-            yield f"{line:<{MARGIN}}  # {origins.get(dotted, DEFAULT)}"
+            yield line if origins is None else f"{line:<{MARGIN}}  # {origins.get(dotted, DEFAULT)}"
 
 
 def _text(value: object) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +9,6 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image as Pillow
-from PIL import ImageDraw, ImageFont
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.augment import TrainTransform
@@ -20,21 +16,9 @@ from pipeline.data.bad_samples import explain
 from pipeline.data.dataset import PreparedDataset, Split
 from pipeline.data.decode import Image, decode_any
 from pipeline.data.device import DeviceAugment
+from pipeline.data.network_inputs import NetworkInputs, network_inputs
+from pipeline.data.sheet import Caption, RowLabel, Sheet, fitted, scaled, side_of
 from pipeline.errors import DataError
-
-Color = tuple[int, int, int]  # RGB
-
-# The layout, in pixels.
-MIN_SIDE = 128  # of an image on the sheet
-MAX_SIDE = 192
-GAP = 10  # between images
-CAPTION_HEIGHT = 18  # one line below each image
-LABEL_WIDTH = 190  # class names and numbers, left of the images
-HEADER_HEIGHT = 62  # title and column titles
-
-BACKGROUND: Color = (250, 250, 248)
-BLACK: Color = (20, 20, 20)
-GREY: Color = (120, 120, 120)
 
 
 @dataclass(frozen=True)
@@ -78,43 +62,20 @@ def contact_sheet(
     augmented = {e: _augmented(split, settings, e, samples) for e in range(epoch, epoch + epochs)}
     inputs = _network_inputs(data, settings, epoch, samples, augmented[epoch])
 
-    side = _side(settings.image_size)
-    sheet = _Sheet(rows=len(samples), columns=len(augmented) + 2, side=side)
+    side = side_of(settings.image_size)
+    sheet = Sheet(rows=len(samples), columns=len(augmented) + 2, side=side)
     sheet.title(_title(data, settings))
-    sheet.column(0, "as stored", [_fitted(image, side) for image in stored])
+    sheet.column(0, "as stored", [fitted(image, side) for image in stored])
     for number, (shown_epoch, images) in enumerate(augmented.items(), 1):
-        sheet.column(number, f"epoch {shown_epoch + 1}", [_scaled(image, side) for image in images])
+        sheet.column(number, f"epoch {shown_epoch + 1}", [scaled(image, side) for image in images])
     sheet.column(
         len(augmented) + 1,
         f"network, epoch {epoch + 1}",
-        [_scaled(image, side) for image in inputs.images],
-        inputs.captions,
+        [scaled(image, side) for image in inputs.images],
+        [Caption([text]) for text in inputs.captions],
     )
     sheet.labels(_labels(data, split, samples, stored))
-    return np.asarray(sheet.image)
-
-
-def png(image: Image) -> bytes:
-    """Encode an image as PNG."""
-    out = io.BytesIO()
-    Pillow.fromarray(image).save(out, "PNG", optimize=True)
-    return out.getvalue()
-
-
-@dataclass(frozen=True)
-class RowLabel:
-    """Text beside a row: class name in large print, then smaller lines."""
-
-    class_name: str
-    details: list[str]
-
-
-@dataclass(frozen=True)
-class NetworkInputs:
-    """Images as the network receives them, and the classes of each one's target as text."""
-
-    images: Image  # uint8, (n, image_size, image_size, 3)
-    captions: list[str]
+    return sheet.pixels()
 
 
 def _labels(
@@ -158,20 +119,7 @@ def _network_inputs(
     labels = torch.from_numpy(data.split("train").labels[samples])
     device = DeviceAugment(settings.augment, len(data.classes), settings.seed, train=True)
     batch = device(torch.from_numpy(images), labels, views, positions, epoch)
-    pixels = batch.image01().mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-    shares, classes = batch.targets.topk(min(2, len(data.classes)))
-    # Label smoothing gives every class a little. Leave out classes that have no more than that.
-    smoothing_share = settings.augment.smoothing / len(data.classes)
-    captions = []
-    for row_shares, row_classes in zip(shares.tolist(), classes.tolist(), strict=True):
-        parts = [
-            f"{share:.0%} {data.class_names[label]}"
-            for share, label in zip(row_shares, row_classes, strict=True)
-            if share > smoothing_share + 0.005
-        ]
-        captions.append(", ".join(parts))
-    return NetworkInputs(pixels.numpy(), captions)
+    return network_inputs(batch, data.class_names, settings.augment.smoothing)
 
 
 def _title(data: PreparedDataset, settings: Settings) -> str:
@@ -195,85 +143,3 @@ def _describe(settings: Settings) -> str:
         if (value := getattr(augment, name))
     ]
     return ", ".join(parts)
-
-
-def _side(image_size: int) -> int:
-    """Side of the images on the sheet (pixels)."""
-    # Enlarge small images by a whole number, so that each of their pixels is a square.
-    # Example: 32 pixels become 4 * 32 = 128; 96 become 192, and 224 shrink to 192.
-    return min(image_size * -(-MIN_SIDE // image_size), MAX_SIDE)
-
-
-def _scaled(image: Image, side: int) -> Image:
-    """Resize a square image."""
-    method = cv2.INTER_NEAREST if side >= image.shape[0] else cv2.INTER_AREA
-    return np.asarray(cv2.resize(image, (side, side), interpolation=method), np.uint8)
-
-
-def _fitted(image: Image, side: int) -> Image:
-    """Resize the whole image to fit into a square, and centre it."""
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    fitted_width = max(1, round(width * scale))
-    fitted_height = max(1, round(height * scale))
-    method = cv2.INTER_NEAREST if scale >= 1 else cv2.INTER_AREA
-    resized = cv2.resize(image, (fitted_width, fitted_height), interpolation=method)
-    square = np.full((side, side, 3), BACKGROUND, np.uint8)
-    top = (side - fitted_height) // 2
-    left = (side - fitted_width) // 2
-    square[top : top + fitted_height, left : left + fitted_width] = resized
-    return square
-
-
-class _Sheet:
-    """The drawing: a grid of squares with row labels to the left and column titles above."""
-
-    def __init__(self, rows: int, columns: int, side: int) -> None:
-        self.side = side
-        width = LABEL_WIDTH + columns * (side + GAP) + GAP
-        height = HEADER_HEIGHT + rows * (side + CAPTION_HEIGHT + GAP)
-        self.image = Pillow.new("RGB", (width, height), BACKGROUND)
-        self._draw = ImageDraw.Draw(self.image)
-
-    def title(self, text: str) -> None:
-        self._text(text, (GAP, GAP), 15, BLACK, width=self.image.width - 2 * GAP)
-
-    def labels(self, labels: Sequence[RowLabel]) -> None:
-        width = LABEL_WIDTH - 2 * GAP
-        for row, label in enumerate(labels):
-            y = self._top(row)
-            for line in textwrap.wrap(label.class_name, 21)[:3]:
-                self._text(line, (GAP, y), 16, BLACK, width=width)
-                y += 20
-            for line in label.details:
-                self._text(line, (GAP, y), 12, GREY, width=width)
-                y += 16
-
-    def column(
-        self,
-        number: int,
-        title: str,
-        images: Sequence[Image],
-        captions: Sequence[str] | None = None,
-    ) -> None:
-        x = LABEL_WIDTH + number * (self.side + GAP)
-        self._text(title, (x, HEADER_HEIGHT - 24), 13, GREY, width=self.side)
-        for row, image in enumerate(images):
-            self.image.paste(Pillow.fromarray(image), (x, self._top(row)))
-            if captions:
-                below = self._top(row) + self.side + 3
-                self._text(captions[row], (x, below), 11, GREY, width=self.side)
-
-    def _top(self, row: int) -> int:
-        return HEADER_HEIGHT + row * (self.side + CAPTION_HEIGHT + GAP)
-
-    def _text(
-        self, text: str, corner: tuple[int, int], size: int, color: Color, *, width: int
-    ) -> None:
-        """Draw one line, shortened with "..." if it is wider than ``width``."""
-        font = ImageFont.load_default(size)
-        shown = text
-        while shown and self._draw.textlength(shown, font) > width:
-            text = text[:-1]
-            shown = f"{text.rstrip()} ..."
-        self._draw.text(corner, shown, color, font)

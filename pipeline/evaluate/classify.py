@@ -7,18 +7,19 @@ import torch
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.weights import weights_path
 from pipeline.config import job_queries, machine
+from pipeline.config.render import plain_job_file
 from pipeline.config.schema import AugmentConfig, Job
-from pipeline.data.dataset import open_dataset
+from pipeline.data.dataset import PreparedDataset, open_dataset
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import ConfigError
-from pipeline.evaluate.accuracy import validate
-from pipeline.evaluate.metrics import LOSS
+from pipeline.evaluate.accuracy import Evaluation, validate
+from pipeline.evaluate.metrics import COMPARED, tagged
 from pipeline.evaluate.network import labelled_for, load_network, preprocessing
+from pipeline.evaluate.pictures import record_samples
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
-from pipeline.monitor import tags
 from pipeline.monitor.recorder import Recorder
 from pipeline.runtime.device_memory import out_of_memory_named
 from pipeline.runtime.dist_env import DistEnv
@@ -71,18 +72,39 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
             metrics=evaluation.metrics,
         )
         record.write(run_dir)
-        _show(record, run_dir, description.step or 0)
+        class_names = _class_names(description.classes, data)
+        step = description.step or 0
+        _show(job, run_dir, evaluation, split=split, step=step, class_names=class_names)
     return {**evaluation.metrics, f"{split}_images": float(evaluation.images)}
 
 
-def _show(record: EvaluationRecord, run_dir: RunDir, step: int) -> None:
-    """Write the metrics to TensorBoard, under the name of the split."""
-    # The charts of training are those of the validation split and have no prefix.
-    prefix = "" if record.split == "validation" else f"{record.split}_"
-    scalars = {
-        f"loss/{record.split}" if name == LOSS else tags.accuracy(f"{prefix}{name}"): value
-        for name, value in record.metrics.items()
-    }
+def _show(
+    job: Job,
+    run_dir: RunDir,
+    evaluation: Evaluation,
+    *,
+    split: str,
+    step: int,
+    class_names: list[str],
+) -> None:
+    """Show the result in TensorBoard. ``step``: of the weights."""
     recorder = Recorder(run_dir, "evaluate")
-    recorder.evaluation(step, scalars)
+    recorder.job(plain_job_file(job))
+    recorder.evaluation(step, tagged(split, evaluation.metrics))
+    if evaluation.samples is not None:
+        record_samples(recorder, step, evaluation.samples, class_names)
+    recorder.hparams(_hyperparameters(job), COMPARED)
     recorder.close()
+
+
+def _class_names(model_classes: list[str] | None, data: PreparedDataset) -> list[str]:
+    """The names of the model's outputs; the ID of a class that the dataset does not have."""
+    names = dict(zip(data.classes, data.class_names, strict=True))
+    return [names.get(entry, entry) for entry in model_classes or data.classes]
+
+
+def _hyperparameters(job: Job) -> dict[str, str | float | bool]:
+    """Those of the training whose weights are evaluated; of a weights file they are not known."""
+    source = job_queries.source_stage(job, "evaluate")
+    trained = source in job_queries.stage_names(job)
+    return job_queries.hyperparameters(job, source) if trained else {}

@@ -6,10 +6,12 @@ table at the end of a run take their metrics from here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.nn import functional
+
+from pipeline.monitor import tags
 
 LOSS = "loss"
 TOP1 = "top1"
@@ -38,3 +40,30 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 # Name -> sum over a batch, from logits (N, classes) and labels (N,): a scalar on their device. The
 # mean over all images of the split is reported.
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TOP1: top1, "top5": top5, LOSS: loss}
+
+
+def tagged(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation on ``split`` by tag, for the event log and TensorBoard."""
+    return {_tag(split, name): value for name, value in metrics.items()}
+
+
+def _tag(split: str, name: str) -> str:
+    if name == LOSS:
+        return f"loss/{split}"
+    # The curves of training are those of the validation split and have no prefix.
+    return tags.accuracy(name if split == "validation" else f"{split}_{name}")
+
+
+# The columns of TensorBoard's HParams: losses of training, and the metrics of the evaluate stage.
+COMPARED = [
+    *(
+        tags.of_stage(tag, stage)
+        for stage in ("pretrain", "finetune")
+        for tag in (tags.LOSS, tags.VALIDATION_LOSS)
+    ),
+    *(
+        tags.of_stage(_tag(split, name), "evaluate")
+        for split in ("validation", "test")
+        for name in METRICS
+    ),
+]

@@ -19,7 +19,7 @@ _REQUIRED = ("kind", "step", "time")  # written even if they are zero
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One line: ``kind`` is start, step, evaluation, message or hparams."""
+    """One line: ``kind`` is start, step, evaluation or message."""
 
     kind: str
     step: int

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.layout import RunDir
 from pipeline.monitor.events import EventWriter
-from pipeline.monitor.tensorboard import Board
+from pipeline.monitor.tensorboard import Board, Hparam
 
 
 class Recorder:
@@ -28,7 +30,7 @@ class Recorder:
         self._events.write("start", resume_step)
         purge_step = resume_step + 1 if resume_step else None
         self._board = Board(
-            run_dir.tensorboard(stage), purge_step=purge_step, warn=self._log_warning
+            run_dir.tensorboard(stage), stage, purge_step=purge_step, warn=self._log_warning
         )
 
     def step(self, step: int, total_steps: int, epoch: int, scalars: dict[str, float]) -> None:
@@ -45,14 +47,17 @@ class Recorder:
         self._board.scalars(step, scalars)
         self._board.flush()
 
-    def images(self, tag: str, step: int, images: NDArray[np.uint8]) -> None:
-        """Record a grid of images, uint8 (n, H, W, 3)."""
-        self._board.images(tag, step, images)
+    def image(self, tag: str, step: int, image: NDArray[np.uint8]) -> None:
+        """Show a picture in TensorBoard: uint8, shape (H, W, 3)."""
+        self._board.image(tag, step, image)
 
-    def hparams(self, values: dict[str, str | float | bool], metrics: dict[str, float]) -> None:
-        """Record hyperparameters and final metrics, for TensorBoard's comparison of runs."""
-        self._events.write("hparams", self._step, scalars=metrics)
-        self._board.hparams(values, metrics)
+    def job(self, text: str) -> None:
+        """Show the resolved job, in YAML, in TensorBoard."""
+        self._board.text("job", self._step, f"```yaml\n{text}```\n")
+
+    def hparams(self, values: Mapping[str, Hparam], compared: Sequence[str]) -> None:
+        """Show hyperparameters in TensorBoard, see `Board.hparams`."""
+        self._board.hparams(values, compared)
 
     def message(self, text: str, level: str = "info") -> None:
         """Log a message for the user; ``level`` is info, warning or error."""

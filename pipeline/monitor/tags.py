@@ -1,6 +1,7 @@
 """Names of the metrics in event logs and TensorBoard.
 
-The part before the slash groups the charts in TensorBoard.
+The part before the slash groups the charts in TensorBoard. There, the losses of
+each stage have a group of their own (`of_stage`): they differ too much in size for one chart.
 """
 
 from __future__ import annotations
@@ -37,3 +38,9 @@ def classification_loss(position: int) -> str:
 def reconstruction_loss(position: int) -> str:
     """Reconstruction loss at one supervised position."""
     return f"loss/position_{position}/reconstruction"
+
+
+def of_stage(tag: str, stage: str) -> str:
+    """The tag in TensorBoard: ``loss/total`` of finetune is ``loss_finetune/total`` there."""
+    group, _, name = tag.partition("/")
+    return f"loss_{stage}/{name}" if group == "loss" else tag

@@ -1,4 +1,4 @@
-"""Writes TensorBoard files: scalars grouped by the custom-scalars plugin, images, hyperparameters.
+"""Writes TensorBoard files: scalars and the layout of their charts, images, texts, hyperparameters.
 
 TensorBoard is for looking at: if its directory cannot be written, training continues after one
 warning.
@@ -6,8 +6,7 @@ warning.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,36 +18,51 @@ from pipeline.monitor import tags
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+Hparam = str | float | bool
+
 
 def _lines(*patterns: str) -> list[str | list[str]]:
     """One chart with a line for every tag that matches one of the regular expressions."""
-    return ["Multiline", list(patterns)]
+    # TensorBoard matches at the beginning of a tag only: "top1" would also match "top10".
+    return ["Multiline", [f"{pattern}$" for pattern in patterns]]
 
 
-def _every_position(tag: Callable[[int], str]) -> str:
+def _every_position(tag: Callable[[int], str], stage: str) -> str:
     r"""The pattern of a tag that exists per position: ``position_0/x`` -> ``position_\d+/x``."""
-    return tag(0).replace("0", r"\d+")
+    return tags.of_stage(tag(0), stage).replace("0", r"\d+")
 
 
-# Groups of charts in the tab Custom Scalars: {group: {title of the chart: its lines}}.
+def _losses(stage: str) -> dict[str, list[str | list[str]]]:
+    """The charts of one training stage's losses."""
+    return {
+        "training": _lines(tags.of_stage(tags.LOSS, stage)),
+        "validation": _lines(tags.of_stage(tags.VALIDATION_LOSS, stage)),
+        "classification by position": _lines(_every_position(tags.classification_loss, stage)),
+        "reconstruction by position": _lines(_every_position(tags.reconstruction_loss, stage)),
+    }
+
+
+# Groups of charts in the tab Custom Scalars: {group: {title of the chart: its lines}}. Every stage
+# writes the whole layout: TensorBoard shows that of the first one and adds what the others have
+# more, so the order would depend on the stages.
 _LAYOUT = {
-    "Loss": {
-        "total": _lines(tags.LOSS),
-        "validation": _lines(tags.VALIDATION_LOSS),
-        "classification by position": _lines(_every_position(tags.classification_loss)),
-        "reconstruction by position": _lines(_every_position(tags.reconstruction_loss)),
-    },
+    "Loss of pretraining": _losses("pretrain"),
+    "Loss of fine-tuning": _losses("finetune"),
     "Accuracy": {
-        "validation": _lines(r"accuracy/(?!train_).*"),
-        "training": _lines(tags.TRAIN_TOP1),
+        # Of the validation split, and of another split that the evaluate stage reports.
+        "top-1": _lines(r"accuracy/(?!train_)(\w+_)?top1"),
+        "top-5": _lines(r"accuracy/(\w+_)?top5"),
+        "top-1 of training batches": _lines(tags.TRAIN_TOP1),
     },
     "Selection of the best weights": {
         "top-1 on the selection split": _lines(tags.SELECTION_TOP1),
         "step that is kept": _lines(tags.KEPT_STEP),
     },
+    "Evaluation": {"loss": _lines(r"loss_evaluate/\w+")},
     "Optimisation": {
         "learning rate": _lines(tags.LEARNING_RATE),
         "gradient norm": _lines(tags.GRAD_NORM),
+        "skipped steps": _lines(tags.SKIPPED_STEPS),
     },
     "Machine": {
         "images per second": _lines(tags.IMAGES_PER_S),
@@ -71,14 +85,21 @@ class Board:
 
     Args:
         directory: receives the event files.
+        stage: its losses get the group ``loss_<stage>``.
         purge_step: on resume, TensorBoard discards the points at this step and later.
         warn: called once, with the reason, when writing fails.
     """
 
     def __init__(
-        self, directory: Path, *, purge_step: int | None, warn: Callable[[str], None]
+        self,
+        directory: Path,
+        stage: str,
+        *,
+        purge_step: int | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._directory = directory
+        self._stage = stage
         self._warn = warn
         self._writer: SummaryWriter | None = None
 
@@ -92,31 +113,36 @@ class Board:
 
         self._try(start)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         def write(writer: SummaryWriter) -> None:
             for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+                writer.add_scalar(tags.of_stage(tag, self._stage), value, step)
 
         self._with_writer(write)
 
-    def images(self, tag: str, step: int, images: NDArray[np.uint8]) -> None:
-        """``images`` uint8 (n, H, W, 3), shown as one grid."""
-        self._with_writer(
-            lambda writer: writer.add_image(tag, grid(images), step, dataformats="HWC")
-        )
+    def image(self, tag: str, step: int, image: NDArray[np.uint8]) -> None:
+        """``image``: uint8, shape (H, W, 3)."""
+        self._with_writer(lambda writer: writer.add_image(tag, image, step, dataformats="HWC"))
 
-    def hparams(self, values: dict[str, str | float | bool], metrics: dict[str, float]) -> None:
-        """Hyperparameters and final metrics."""
+    def text(self, tag: str, step: int, markdown: str) -> None:
+        self._with_writer(lambda writer: writer.add_text(tag, markdown, step))
+
+    def hparams(self, values: Mapping[str, Hparam], compared: Sequence[str]) -> None:
+        """The stage's row in the tab HParams.
+
+        Args:
+            values: hyperparameters.
+            compared: tags in TensorBoard whose last values stand beside them. TensorBoard takes the
+                columns of its table from any one of the stages, so they must be the same in all.
+        """
 
         def write(writer: SummaryWriter) -> None:
             from torch.utils.tensorboard.summary import hparams
 
             # SummaryWriter.add_hparams would open a sub-directory, which TensorBoard lists as one
-            # more run. Write the same three summaries into this run instead.
-            for summary in hparams(values, metrics):
+            # more run, and write the metrics a second time. Write the three summaries alone.
+            for summary in hparams(dict(values), dict.fromkeys(compared, 0.0)):
                 writer._get_file_writer().add_summary(summary)
-            for tag, value in metrics.items():
-                writer.add_scalar(tag, value)
 
         self._with_writer(write)
 
@@ -140,18 +166,3 @@ class Board:
             # that fails often hangs as well.
             self._writer = None
             self._warn(f"TensorBoard is off: {self._directory} cannot be written: {error}")
-
-
-def grid(images: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
-    """Tile uint8 (n, H, W, 3) row by row into one image (rows * H, columns * W, 3).
-
-    The unused tiles of the last row are black. Example: 11 images in 8 columns give 2 rows; the
-    last 5 tiles are black.
-    """
-    count, height, width, channels = images.shape
-    columns = max(1, min(columns, count))
-    rows = math.ceil(count / columns)
-    padded = np.zeros((rows * columns, height, width, channels), np.uint8)
-    padded[:count] = images
-    tiles = padded.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    return tiles.reshape(rows * height, columns * width, channels)

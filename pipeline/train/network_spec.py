@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from pipeline.config import job_queries
 from pipeline.config.schema import Job, TrainConfig
 from pipeline.evaluate.network import architecture_spec
 from pipeline.model import NetworkSpec
@@ -20,7 +21,7 @@ def training_spec(job: Job, config: TrainConfig, num_classes: int) -> NetworkSpe
         init=model.init,
         layer_scale=model.layer_scale,
         activations=model.activations,
-        drop_path=model.drop_path if config.drop_path is None else config.drop_path,
+        drop_path=job_queries.drop_path(job, config),
         head_init_scale=config.head_init_scale,
         stored_columns=model.stored_columns,
         compile=model.compile,

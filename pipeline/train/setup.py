@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.checkpoint.weights import initial_weights
 from pipeline.config import job_queries, machine
+from pipeline.config.render import plain_job_file
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import TrainLoader
 from pipeline.data.order import order_of
@@ -103,7 +104,9 @@ def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | 
     """Open the stage's event log on rank 0, at the step that training resumes from."""
     if context.dist_env.is_main:
         resume_step = restored.step if restored else 0
-        log.attach(Recorder(context.run_dir, context.stage, resume_step=resume_step))
+        recorder = Recorder(context.run_dir, context.stage, resume_step=resume_step)
+        recorder.job(plain_job_file(context.job))
+        log.attach(recorder)
     if restored is not None:
         log(f"resuming from step {restored.step}")
 

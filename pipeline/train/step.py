@@ -7,12 +7,13 @@ same images, any other is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.data.device import DeviceBatch
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.train.context import StepContext
 from pipeline.train.metrics import MetricsMark
@@ -36,6 +37,8 @@ class TrainingStep:
     applied_steps: int = 0
     retried_steps: int = 0
     last_step_skipped: bool = False
+    # Called once, with the next micro-batch as the network receives it.
+    on_next_batch: Callable[[Batch, DeviceBatch], None] | None = None
 
     def run(self, step: int, loader: TrainLoader) -> None:
         """Run optimizer step ``step`` (0-based) on the next ``accumulation`` micro-batches.
@@ -78,6 +81,9 @@ class TrainingStep:
         context = self.context
         batch = batch.to(context.device)
         inputs = context.augment(batch)
+        if self.on_next_batch is not None:
+            self.on_next_batch(batch, inputs)
+            self.on_next_batch = None
         output = context.engine(inputs.images, context.drop_path_draws(batch))
         loss = context.loss(output, inputs)
         context.engine.backward(loss.total)

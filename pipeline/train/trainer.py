@@ -14,13 +14,15 @@ import torch
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import directory_of
 from pipeline.config import job_queries, machine
-from pipeline.config.schema import Job, TrainConfig, hparam_keys
+from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
-from pipeline.data.device import DeviceAugment
-from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.device import DeviceAugment, DeviceBatch
+from pipeline.data.loader import Batch, EvalLoader, TrainLoader
+from pipeline.data.network_inputs import batch_sheet, network_inputs
 from pipeline.errors import CheckpointError, Interrupted, StageError
-from pipeline.evaluate.accuracy import Evaluation, image_grid, validate
-from pipeline.evaluate.metrics import LOSS, TOP1
+from pipeline.evaluate.accuracy import Evaluation, validate
+from pipeline.evaluate.metrics import COMPARED, LOSS, TOP1, tagged
+from pipeline.evaluate.pictures import record_samples
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.runtime.dist_env import DistEnv
@@ -79,6 +81,7 @@ def train_stage(
                         trainer = Trainer(
                             context=context, setup=setup, loader=loader, log=log, fence=fence
                         )
+                        trainer.show_first_batch()
                         trainer.run(CollectiveStop(stop))
             return _write_result(context, setup, log)
         finally:
@@ -106,6 +109,23 @@ class Trainer:
         )
         self.throughput = Throughput(self.loader, self.setup.first_step)
         self.logged_step = self.setup.first_step
+
+    def show_first_batch(self) -> None:
+        """Show the next batch in TensorBoard, as the network receives it."""
+        recorder = self.log.recorder
+        if recorder is None:
+            return
+        context = self.context
+
+        def show(batch: Batch, inputs: DeviceBatch) -> None:
+            shown = network_inputs(
+                inputs, context.data.class_names, context.config.augment.smoothing
+            )
+            title = f"step {batch.step + 1}: inputs of the network and their targets"
+            picture = batch_sheet(shown, batch.samples.tolist(), title)
+            recorder.image("augmented_batch", batch.step + 1, picture)
+
+        self.step.on_next_batch = show
 
     def run(self, stop: CollectiveStop) -> None:
         """Train until the last step.
@@ -205,23 +225,20 @@ class Trainer:
                 separate = selection.split != "validation"
                 chooses = self._validate(selection.split) if separate else evaluation
                 scores[selection.metric] = chooses.metrics[TOP1]
-        scalars = {
-            tags.VALIDATION_LOSS if name == LOSS else tags.accuracy(name): value
-            for name, value in evaluation.metrics.items()
-        }
+        values = tagged("validation", evaluation.metrics)
         if selection is not None:
             best = selection.best([*self.history.evaluations, scores])
             if best is scores:
                 state.remember_best()
-            scalars |= {
+            values |= {
                 tags.SELECTION_TOP1: scores[selection.metric],
                 tags.KEPT_STEP: best["step"],
             }
         recorder = self.log.recorder
         if recorder is not None:
-            recorder.evaluation(done, scalars)
-            if len(evaluation.samples) > 1:  # a plain head has no reconstructions
-                recorder.images("reconstructions", done, image_grid(evaluation.samples).numpy())
+            recorder.evaluation(done, values)
+            if evaluation.samples is not None:
+                record_samples(recorder, done, evaluation.samples, self.context.data.class_names)
         return scores
 
     def _validate(self, split: str) -> Evaluation:
@@ -320,13 +337,5 @@ def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> di
     checkpoint = directory_of(context.checkpoints, context.total_steps)
     write_weights(context.run_dir.stage(context.stage), checkpoint, setup.spec, description)
     if log.recorder is not None:
-        settings: dict[str, str | float | bool] = {
-            key: getattr(config, key) for key in hparam_keys(TrainConfig)
-        }
-        settings |= {
-            "channels": str(setup.spec.channels),
-            "columns": setup.spec.columns,
-            "drop_path": setup.spec.drop_path,
-        }
-        log.recorder.hparams(settings, {key: metrics[key] for key in ("top1", "loss")})
+        log.recorder.hparams(job_queries.hyperparameters(context.job, context.stage), COMPARED)
     return metrics

@@ -15,19 +15,12 @@ from typer.testing import CliRunner
 
 from pipeline import cli
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.contact_sheet import (
-    CAPTION_HEIGHT,
-    GAP,
-    HEADER_HEIGHT,
-    LABEL_WIDTH,
-    Settings,
-    contact_sheet,
-    png,
-)
+from pipeline.data.contact_sheet import Settings, contact_sheet
 from pipeline.data.dataset import open_dataset
 from pipeline.data.decode import Image
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import TrainLoader
+from pipeline.data.sheet import CAPTION_HEIGHT, GAP, HEADER_HEIGHT, LABEL_WIDTH, png
 from pipeline.errors import ConfigError, DataError
 from pipeline.orchestrate.inspect_target import find
 from tests.data.small_datasets import jpeg, make_dataset
