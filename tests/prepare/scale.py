@@ -22,6 +22,7 @@ from pipeline.config.schema import DatasetConfig
 from pipeline.data.shards import ShardInfo
 from pipeline.prepare import build
 from pipeline.prepare.context import BuildContext
+from pipeline.prepare.extract import ExtractedUnit
 from pipeline.prepare.plan import ShardPlan, read_order
 from pipeline.prepare.unit_record import IMAGE_RECORD, UnitRecord
 from pipeline.sources.units import Part, Survey, Unit, fingerprint_items
@@ -58,7 +59,7 @@ def synthetic_survey(images: int, unit_rows: int) -> Survey:
     )
 
 
-def synthetic_unit(context: BuildContext, unit: Unit) -> UnitRecord:
+def synthetic_unit(context: BuildContext, unit: Unit) -> ExtractedUnit:
     """Write what ``extract_unit`` leaves of a unit, except the images."""
     rows = unit.parts[0].last
     records = np.empty(rows, dtype=IMAGE_RECORD)
@@ -84,7 +85,7 @@ def synthetic_unit(context: BuildContext, unit: Unit) -> UnitRecord:
         sides={"256": rows},
     )
     record.write(context.unit_record(unit.number))
-    return record
+    return ExtractedUnit(record, was_read=True)
 
 
 def synthetic_tasks(
