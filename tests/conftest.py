@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PIPELINE_COMMAND", None)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# pytest writes the first, torch.compile the second.
+SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 ROOT = Path(__file__).resolve().parents[1]
 
 # What `./launch.sh test --fast` leaves out: tests that start process groups, Ray, a server or
@@ -98,7 +100,7 @@ def _process_state() -> dict[str, object]:
     state: dict[str, object] = {
         f"environment variable {name}": value
         for name, value in os.environ.items()
-        if name != "PYTEST_CURRENT_TEST"
+        if name not in SET_BY_LIBRARIES
     }
     state |= {f"handler of {number.name}": signal.getsignal(number) for number in SIGNALS}
     state["working directory"] = os.getcwd()

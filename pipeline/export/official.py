@@ -47,9 +47,16 @@ _POINTWISE = re.compile(r"decoder_blocks\.\d\.(proj_layers\.\d\.0|projback\.\d)\
 _ALPHA = re.compile(r"subnet\d+\.alpha\d$")
 
 
+def not_published(spec: NetworkSpec) -> str:
+    """What the published code lacks of this network, in words; '' if it has such a network."""
+    kinds = [registry.facts()[name] for name in dict.fromkeys(spec.blocks)]
+    titles = [kind.title for kind in kinds if not kind.published_names]
+    return f"{' and no '.join(titles)} blocks" if titles else ""
+
+
 def has_published_names(spec: NetworkSpec) -> bool:
-    """True if the published code has all kinds of blocks of this network."""
-    return all(registry.facts()[name].published_names for name in spec.blocks)
+    """True if the published code has such a network."""
+    return not not_published(spec)
 
 
 def published_name(

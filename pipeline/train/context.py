@@ -159,10 +159,11 @@ class StepContext:
         return list(self.state.buffers.values())
 
     def after_update(self, step: int) -> None:
-        """Clamp alpha and update the EMA, after the engine has applied an update."""
+        """Clamp alpha, update the EMA and average running statistics, after an applied update."""
         # In this order: the EMA must average clamped weights, or its own alpha could get too small.
         clamp_alpha(self.state)
         ema_update(self.state, self.ema_decay, step)
+        self.state.average_buffers()
 
     def log_mismatches(self, mismatches: list[Mismatch], prefix: str) -> None:
         for mismatch in mismatches:

@@ -234,7 +234,9 @@ class ShardedState:
     def average_buffers(self) -> None:
         """Set the running statistics to their mean over the ranks. Collective.
 
-        The update of running statistics is linear, so it does not matter when they are averaged.
+        Called after every update, so that between two steps all ranks have the same ones. Averaging
+        only for checkpoints would be cheaper, but a sum that is rounded at another step has other
+        bits: a run that was interrupted would end with other weights than one that was not.
         """
         world_size = torch.distributed.get_world_size()
         if not self.buffers or world_size == 1:
@@ -250,7 +252,7 @@ class ShardedState:
     def remember_best(self) -> None:
         """Copy the weights that evaluation uses (the EMA if there is one) to ``best``.
 
-        No communication: each rank copies its share. Call ``average_buffers`` before.
+        No communication: each rank copies its share.
         """
         if self.best is None:
             return
