@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def flat(values: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([value.flatten() for value in values.values()]).double()
 
 
-@pytest.fixture(scope="module", params=list(registry.facts()))
+# AdamW has this test in test_engine.py.
+@pytest.fixture(scope="module", params=[name for name in registry.facts() if name != "adamw"])
 def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(optimizer, initial values, values after four steps) of one process without ZeRO."""
     path = tmp_path_factory.mktemp("single")
@@ -56,7 +58,7 @@ def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param, start, newest(path)
 
 
-@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (1, 1), (2, 1), (2, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("world_size", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (1, 3)])
 def test_ranks_and_zero_stages_give_the_weights_of_a_single_process(
     single: tuple[str, Values, Values], world_size: int, stage: int, tmp_path: Path
 ) -> None:
@@ -79,14 +81,14 @@ def test_resume_is_bit_exact_and_another_world_size_resumes_too(
 ) -> None:
     train(tmp_path / "a", 2, 2, optimizer=optimizer)
     train(tmp_path / "b", 2, 2, optimizer=optimizer, steps=2)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
     train(tmp_path / "b", 2, 2, optimizer=optimizer)
     complete, resumed = newest(tmp_path / "a"), newest(tmp_path / "b")
     assert list(resumed) == list(complete)
     for kind, values in complete.items():
         for name, value in values.items():
             assert torch.equal(resumed[kind][name], value), (kind, name)
-    train(tmp_path / "c", 2, 3, optimizer=optimizer, steps=2)
-    train(tmp_path / "c", 1, 1, optimizer=optimizer)
+    train(tmp_path / "c", 1, 3, optimizer=optimizer)
     other = flat(newest(tmp_path / "c")["master"])
     assert (other - flat(complete["master"])).norm() < 1e-5 * other.norm()
 
