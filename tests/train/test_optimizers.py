@@ -16,8 +16,9 @@ from tests.train import processes, small_network
 from tests.train.small_network import Options
 
 STEPS = 4
-# Sums over several ranks are added in another order, and each step carries the rounding on. The
-# distance is relative to that between the weights at the start and at the end.
+# Sums over several ranks are added in another order, and each step carries the rounding on. For each
+# parameter, the distance is relative to its change in these steps. Measured: 2e-4 for the worst
+# parameter, 6e-6 for all parameters together.
 TOLERANCE = 1e-3
 Values = dict[str, dict[str, torch.Tensor]]  # by kind and parameter
 each_optimizer = pytest.mark.parametrize("optimizer", registry.facts())
@@ -66,9 +67,10 @@ def test_ranks_and_zero_stages_give_the_weights_of_a_single_process(
     train(tmp_path, world_size, stage, optimizer=optimizer, steps=STEPS)
     trained = newest(tmp_path)
     assert list(trained) == ["master", *registry.kind(optimizer).moments, "ema"]
-    way = (flat(expected["master"]) - flat(start["master"])).norm()
-    assert way > 0
-    assert (flat(trained["master"]) - flat(expected["master"])).norm() < TOLERANCE * way
+    for name, value in expected["master"].items():
+        change = (value - start["master"][name]).norm()
+        assert change > 0, name
+        assert (trained["master"][name] - value).norm() < TOLERANCE * change, name
     for moment in registry.kind(optimizer).moments:
         size = flat(expected[moment]).norm()
         assert size > 0
@@ -83,7 +85,8 @@ def test_resume_is_bit_exact_and_another_world_size_resumes_too(
     train(tmp_path / "b", 2, 2, optimizer=optimizer, steps=2)
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     train(tmp_path / "b", 2, 2, optimizer=optimizer)
-    complete, resumed = newest(tmp_path / "a"), newest(tmp_path / "b")
+    complete = newest(tmp_path / "a")
+    resumed = newest(tmp_path / "b")
     assert list(resumed) == list(complete)
     for kind, values in complete.items():
         for name, value in values.items():

@@ -174,7 +174,7 @@ def test_an_overflow_skips_the_step_and_names_the_level(tmp_path: Path) -> None:
 def test_a_skipped_step_leaves_the_running_statistics_as_they_were(tmp_path: Path) -> None:
     run_dir = staging.prepared_run(tmp_path)
     settings = staging.job({"max_steps": STEPS}, block="c2f", drop_path=0)
-    processes.run(run_dir.logs / "output", 2, train_with_overflow, 3, settings, run_dir)
+    run(run_dir, train_with_overflow, 3, settings)
     assert "step 2: skipped" in staging.messages(run_dir)
     variances = {
         name: float(value.max())
