@@ -16,10 +16,11 @@ from tests.train import processes, small_network
 from tests.train.small_network import Options
 
 STEPS = 4
-# Sums over several ranks are added in another order, and each step carries the rounding on. For each
-# parameter, the distance is relative to its change in these steps. Measured: 2e-4 for the worst
+# Sums over several ranks are added in another order, and each step carries the rounding on. The
+# distance is relative to the parameter's change in these steps. Measured: 2e-4 for the worst
 # parameter, 6e-6 for all parameters together.
 TOLERANCE = 1e-3
+RESOLUTION = 1e-7  # of fp32: below it, small changes of large weights are lost
 Values = dict[str, dict[str, torch.Tensor]]  # by kind and parameter
 each_optimizer = pytest.mark.parametrize("optimizer", registry.facts())
 
@@ -69,8 +70,9 @@ def test_ranks_and_zero_stages_give_the_weights_of_a_single_process(
     assert list(trained) == ["master", *registry.kind(optimizer).moments, "ema"]
     for name, value in expected["master"].items():
         change = (value - start["master"][name]).norm()
-        assert change > 0, name
-        assert (trained["master"][name] - value).norm() < TOLERANCE * change, name
+        distance = (trained["master"][name] - value).norm()
+        assert distance <= TOLERANCE * change + RESOLUTION * value.norm(), name
+    assert not torch.equal(flat(expected["master"]), flat(start["master"]))
     for moment in registry.kind(optimizer).moments:
         size = flat(expected[moment]).norm()
         assert size > 0
