@@ -29,6 +29,9 @@ WEIGHTS_JSON = "weights.json"
 # Of an exported model:
 MODEL_WEIGHTS = "model.safetensors"
 MODEL_JSON = "model.json"
+SELF_TEST = "selftest.safetensors"
+PUBLISHED_WEIGHTS = "revcol.pth"  # only where the published code has such a network
+EXPORT_FILES = (MODEL_WEIGHTS, MODEL_JSON, SELF_TEST, PUBLISHED_WEIGHTS)
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,18 @@ _POINTWISE = re.compile(r"decoder_blocks\.\d\.(proj_layers\.\d\.0|projback\.\d)\
 _ALPHA = re.compile(r"subnet\d+\.alpha\d$")
 
 
+def not_published(spec: NetworkSpec) -> str:
+    """What the published code lacks of this network, in words; '' if it has such a network."""
+    kinds = [registry.facts()[name] for name in dict.fromkeys(spec.blocks)]
+    titles = [kind.title for kind in kinds if not kind.published_names]
+    if titles:
+        return f"{' and no '.join(titles)} blocks"
+    return "" if spec.stem_stride == PUBLISHED_STEM_STRIDE else f"stem of stride {spec.stem_stride}"
+
+
 def has_published_names(spec: NetworkSpec) -> bool:
-    """True if the published code has all kinds of blocks of this network, and its stem."""
-    kinds = (registry.facts()[name] for name in spec.blocks)
-    published_stem = spec.stem_stride == PUBLISHED_STEM_STRIDE
-    return published_stem and all(kind.published_names for kind in kinds)
+    """True if the published code has such a network."""
+    return not not_published(spec)
 
 
 def published_name(

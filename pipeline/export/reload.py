@@ -32,12 +32,8 @@ from pipeline.data.decode import Image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.files import DIGEST, matches_digest
-from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS
+from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, PUBLISHED_WEIGHTS, SELF_TEST
 from pipeline.model import Network, NetworkSpec
-
-SELF_TEST = "selftest.safetensors"
-PUBLISHED_WEIGHTS = "revcol.pth"
-
 
 Prediction = tuple[str, str, float]  # class id, name, probability
 
@@ -63,6 +59,8 @@ class ModelDescription(TypedDict):
     trained: dict[str, float]  # metrics of the training
     # Name of the split, number of its images, and the metrics on it; if the model was evaluated.
     evaluated: NotRequired[dict[str, str | int | float]]
+    # The file with the published names, or why there is none. Exports of 0.1.0 lack the field.
+    published_names: NotRequired[str]
     pipeline: str  # version that exported the model
 
 

@@ -28,13 +28,9 @@ from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing, require_same_classes
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
-from pipeline.export.reload import (
-    PUBLISHED_WEIGHTS,
-    SELF_TEST,
-    ModelDescription,
-)
+from pipeline.export.reload import ModelDescription
 from pipeline.files import atomic, file_digest, with_digest, write_json, write_with
-from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, RunDir
+from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, PUBLISHED_WEIGHTS, SELF_TEST, RunDir
 from pipeline.model import Network
 
 # Metrics of the training that describe the model. Its throughput describes the machine.
@@ -53,7 +49,8 @@ WRITE_ERRORS = (
 def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     """Write ``export/``: model.safetensors, model.json, selftest.safetensors and revcol.pth.
 
-    revcol.pth has the published names. It is written if the published code has the kind of block.
+    revcol.pth has the published names. It is written if the published code has such a network;
+    otherwise model.json says why it is not there.
 
     Returns:
         ``parameters``, ``bytes`` and ``reload_difference`` (0: in a fresh process, the logits are
@@ -87,6 +84,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
         "trained": {
             name: value for name, value in trained.metrics.items() if name in MODEL_METRICS
         },
+        "published_names": _published_names(network),
         "pipeline": pipeline.__version__,
     }
     evaluation = EvaluationRecord.read(run_dir)
@@ -109,6 +107,11 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     }
 
 
+def _published_names(network: Network) -> str:
+    missing = official.not_published(network.spec)
+    return f"no file: the published code has no {missing}" if missing else PUBLISHED_WEIGHTS
+
+
 def _write(network: Network, description: ModelDescription, target: Path) -> None:
     # Copies: loaded weights are views of one mapped file, and both formats would take them for
     # tensors that share memory.
@@ -119,6 +122,8 @@ def _write(network: Network, description: ModelDescription, target: Path) -> Non
         # An open file instead of a path: torch.save would store the (temporary) file name.
         with atomic(target / PUBLISHED_WEIGHTS) as file:
             torch.save({"model": published}, file)
+    else:
+        (target / PUBLISHED_WEIGHTS).unlink(missing_ok=True)  # of another network
     write_json(target / MODEL_JSON, with_digest(description))
     _write_self_test(
         network, min(SELF_TEST_SIZE, description["preprocessing"]["image_size"]), target

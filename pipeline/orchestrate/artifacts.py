@@ -14,7 +14,14 @@ from pipeline.data.local_shards import PREPARE_AGAIN
 from pipeline.data.shards import index_path
 from pipeline.errors import DataError, StageError
 from pipeline.files import file_digest, json_digest
-from pipeline.layout import CLASSES_JSON, DATASET_JSON, WEIGHTS_FILE, WEIGHTS_JSON, RunDir
+from pipeline.layout import (
+    CLASSES_JSON,
+    DATASET_JSON,
+    EXPORT_FILES,
+    WEIGHTS_FILE,
+    WEIGHTS_JSON,
+    RunDir,
+)
 from pipeline.orchestrate.run_state import Artifact, RunState, StageRecord
 from pipeline.sources.digest import source_digest
 
@@ -144,7 +151,9 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
     elif stage == "evaluate":
         files = {run_dir.evaluation: ""}
     elif stage == "export":
-        files = {path: "" for path in sorted(run_dir.export.rglob("*")) if path.is_file()}
+        # Which files there are depends on the network.
+        paths = [run_dir.export / name for name in EXPORT_FILES]
+        files = {path: "" for path in paths if path.is_file()}
     return {
         str(path.relative_to(run_dir.path)): Artifact.of(path, digest or None)
         for path, digest in files.items()

@@ -56,7 +56,6 @@ def save_checkpoint(
     Raises:
         StageError: on rank 0, if ``may_commit`` refuses.
     """
-    sharded.average_buffers()
     # Each rank writes what it owns. Of replicated tensors one copy is enough: rank 0 writes it.
     # Under ZeRO 0 everything is replicated.
     owned = (

@@ -68,6 +68,7 @@ class StageContext:
                 config.repeated_augmentation,
                 config.balance,
             ],
+            "optimizer": config.optimizer,
             "seed": self.job.seed,
             "global_batch": config.global_batch,
             "total_steps": self.total_steps,
@@ -151,10 +152,11 @@ class StepContext:
         return list(self.state.buffers.values())
 
     def after_update(self, step: int) -> None:
-        """Clamp alpha and update the EMA, after the engine has applied an update."""
+        """Clamp alpha, update the EMA and average running statistics, after an applied update."""
         # In this order: the EMA must average clamped weights, or its own alpha could get too small.
         clamp_alpha(self.state)
         ema_update(self.state, self.ema_decay, step)
+        self.state.average_buffers()
 
     def log_mismatches(self, mismatches: list[Mismatch], prefix: str) -> None:
         for mismatch in mismatches:
@@ -171,9 +173,10 @@ class StepContext:
         # The smaller alpha is, the more bits a remainder needs. Alpha changes in every step, but
         # reading it waits for the device, so it is read once per log interval and its change until
         # the next reading is bounded: Adam moves a weight by about three learning rates per step at
-        # most; four are assumed. Example: smallest alpha 0.1, peak rate 1e-4, log interval 50.
-        # Until the next reading, alpha is at least 0.1 - 4 * 1e-4 * 50 = 0.08. A remainder that
-        # outgrows its width is detected all the same, and the step is retried.
+        # most; four are assumed, for other optimizers too. Example: smallest alpha 0.1, peak rate
+        # 1e-4, log interval 50. Until the next reading, alpha is at least 0.1 - 4 * 1e-4 * 50 =
+        # 0.08. A remainder that outgrows its width is detected all the same, and the step is
+        # retried.
         drift = 4 * self.schedule.peak * self.log_every_steps
         network.remainder_widths = [
             [remainder_width(max(smallest - drift, ALPHA_LIMIT / 2)) for smallest in column]

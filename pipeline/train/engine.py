@@ -15,7 +15,7 @@ from pipeline.model import Network, NetworkSpec, Output
 from pipeline.model.column import Level
 from pipeline.runtime import environment
 from pipeline.runtime.dist_env import DistEnv
-from pipeline.train.optimizer import adamw
+from pipeline.train.optimizer import make_optimizer
 
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 
@@ -168,5 +168,7 @@ def make_engine(
         largest_level=max(map(_parameter_count, levels)),
     )
     engine: DeepSpeedEngine
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, config), config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(model, config), config=settings
+    )
     return engine

@@ -1,4 +1,7 @@
-"""AdamW and its parameter groups: by depth (layer decay) and by whether weight decay applies."""
+"""The optimizer of a training stage and its parameter groups.
+
+Groups differ by depth (layer decay) and by whether weight decay applies.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ from torch import Tensor
 from pipeline.config.schema import TrainConfig
 from pipeline.model import Network
 from pipeline.model.param_groups import decays, layer_id, num_layers
+from pipeline.optimizers import registry
 
-ParameterGroup = dict[str, Any]  # of a torch optimizer, with ``lr_scale`` added
+ParameterGroup = dict[str, Any]  # of a torch optimizer, with ``lr_scale`` and ``decayed`` added
 
 
-class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that skips a step if any gradient is not finite.
+class SkipNonfinite(torch.optim.Optimizer):
+    """Base of optimizers that skip a step if any gradient is not finite.
 
     For ZeRO 0, whose engine does not check. The engines of ZeRO 1 to 3 skip such steps themselves.
     """
@@ -31,10 +35,7 @@ class FiniteAdamW(torch.optim.AdamW):
             if parameter.grad is not None
         ]
         self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
-        if self.overflow:
-            return None
-        result: float | None = super().step(closure)
-        return result
+        return None if self.overflow else super().step(closure)
 
 
 def parameter_groups(model: Network, config: TrainConfig) -> list[ParameterGroup]:
@@ -42,7 +43,7 @@ def parameter_groups(model: Network, config: TrainConfig) -> list[ParameterGroup
 
     The factor ``lr_scale`` of a parameter at depth d is layer_decay ** (depth of the heads - d).
     Example: with layer_decay 0.8, the heads train at 1.0, the layer below them at 0.8, the next
-    one at 0.64.
+    one at 0.64. ``decayed`` tells whether weight decay is for this group, even if it is 0.
     """
     deepest = num_layers(model.spec)
     groups: dict[tuple[int, bool], ParameterGroup] = {}
@@ -58,22 +59,27 @@ def parameter_groups(model: Network, config: TrainConfig) -> list[ParameterGroup
                 "params": [],
                 "lr_scale": config.layer_decay ** (deepest - depth),
                 "weight_decay": config.weight_decay if decayed else 0.0,
+                "decayed": decayed,
             },
         )
         group["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
-def adamw(model: Network, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(model: Network, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of a training stage.
 
     Its learning rate is 0 until the schedule sets it, because DeepSpeed takes a step on zero
     gradients when it wraps the optimizer: with a rate, weight decay would change the weights.
     """
-    optimizer_class = FiniteAdamW if config.zero_stage == 0 else torch.optim.AdamW
-    return optimizer_class(
-        parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps
-    )
+    kind = registry.kind(config.optimizer).optimizer
+    optimizer_class: Callable[..., torch.optim.Optimizer] = kind
+    if config.zero_stage == 0:
+        # For example SkipNonfiniteAdamW, whose step is that of SkipNonfinite, then that of AdamW.
+        name = f"SkipNonfinite{kind.__name__}"
+        optimizer_class = type(name, (SkipNonfinite, kind), {})
+    settings = {key: getattr(config, key) for key in registry.facts()[config.optimizer].keys}
+    return optimizer_class(parameter_groups(model, config), lr=0.0, **settings)
 
 
 def set_learning_rate(groups: list[ParameterGroup], rate: float) -> None:

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pipeline.checkpoint.weights import initial_weights
 from pipeline.config import job_queries, machine
 from pipeline.config.render import plain_job_file
+from pipeline.config.schema import TrainConfig
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import TrainLoader
 from pipeline.data.order import order_of
 from pipeline.model import NetworkSpec
 from pipeline.monitor.recorder import Recorder
+from pipeline.optimizers import registry
 from pipeline.train.checkpointing import Restored, load_initial, restore
 from pipeline.train.context import StageContext, StageLog, StepContext
-from pipeline.train.engine import make_engine
+from pipeline.train.engine import DeepSpeedEngine, make_engine
 from pipeline.train.metrics import Metrics
 from pipeline.train.network_spec import training_spec
 from pipeline.train.schedule import Schedule
@@ -58,7 +60,7 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
     )
     # 2. The weights of a checkpoint or of another stage.
     selection = selection_of(context, log)
-    sharded = ShardedState(engine, with_ema=bool(config.ema_decay), with_best=selection is not None)
+    sharded = _sharded_state(engine, config, with_best=selection is not None)
     restored = restore(context.checkpoints, sharded, context.identity(spec), log)
     _attach_recorder(context, log, restored)
     if restored is None:
@@ -97,6 +99,17 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
         first_step=restored.step if restored else 0,
         resumed=restored is not None,
         replaced_samples=state.replaced_samples if state else 0,
+    )
+
+
+def _sharded_state(
+    engine: DeepSpeedEngine, config: TrainConfig, *, with_best: bool
+) -> ShardedState:
+    return ShardedState(
+        engine,
+        moments=registry.kind(config.optimizer).moments,
+        with_ema=bool(config.ema_decay),
+        with_best=with_best,
     )
 
 

@@ -55,13 +55,16 @@ class TrainingStep:
             #    succeed a second time, so retry;
             #  - the loss itself overflowed: the same images would overflow again, so skip.
             mismatches = self.context.self_check.read()
+            # A step that is not applied leaves no trace in the running statistics either: one
+            # overflow would spoil every evaluation that follows.
+            self._restore_statistics(snapshot)
             if not self.context.self_check.should_retry(mismatches, step, attempt):
                 self._skip(step, mismatches)
                 return
             if attempt == 1:  # count steps, not attempts
                 self.retried_steps += 1
             self.context.log_mismatches(mismatches, f"step {step + 1}: retrying")
-            self._restore(snapshot)
+            self.context.metrics.rollback(snapshot.metrics)
             # The failure may have been a remainder that outgrew its width: measure again.
             self.context.set_remainder_widths()
             loader.rewind(step)
@@ -104,8 +107,7 @@ class TrainingStep:
         return StepSnapshot(self.context.metrics.mark(), statistics)
 
     @torch.no_grad()
-    def _restore(self, snapshot: StepSnapshot) -> None:
-        self.context.metrics.rollback(snapshot.metrics)
+    def _restore_statistics(self, snapshot: StepSnapshot) -> None:
         current = self.context.running_statistics()
         for buffer, before in zip(current, snapshot.running_statistics, strict=True):
             buffer.copy_(before)

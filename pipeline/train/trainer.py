@@ -214,8 +214,6 @@ class Trainer:
         With ``keep: best``, also on the selection split; the best weights are remembered.
         """
         state = self.step.context.state
-        # Each rank has running statistics of its own batches; all must evaluate the same network.
-        state.average_buffers()
         with ema_weights(state):
             evaluation = self._validate("validation")
             scores = {"step": done, **evaluation.metrics}

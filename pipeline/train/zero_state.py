@@ -23,16 +23,16 @@ Every private name of DeepSpeed that the pipeline relies on is in this module.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pipeline.optimizers.flat_layout import FlatLayout, ParameterwiseOptimizer, Segment
 from pipeline.train.engine import DeepSpeedEngine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 BEST = "best"  # kind of the best weights so far
 REPLICATED = -1  # ``Fragment.flat`` of a tensor that every rank holds completely
 
@@ -61,14 +61,23 @@ class ShardedState:
     """fp32 weights, optimizer moments and EMA of one rank.
 
     Args:
+        moments: the tensors of the optimizer's state that have one value per weight.
         with_ema: keep an exponential moving average (``train/ema.py`` updates it). It starts from
             the current weights.
         with_best: keep a copy of the best weights so far (``remember_best`` replaces it), on the
             host. Until the first call it has no meaning.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, *, with_ema: bool, with_best: bool = False) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        *,
+        moments: Sequence[str],
+        with_ema: bool,
+        with_best: bool = False,
+    ) -> None:
         self.engine = engine
+        self.moments = moments
         self.zero_stage = int(engine.zero_optimization_stage())
         self.parameters: dict[str, Parameter] = dict(engine.module.named_parameters())
         # Running statistics of BatchNorm. Every rank holds them completely.
@@ -86,6 +95,7 @@ class ShardedState:
         self._optimizer = self._torch_optimizer()
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())
+        self._share_layout()
         self._reset_moments()
         self.ema = [flat.detach().clone() for flat in self.flats] if with_ema else None
         # Not on the device: its memory decides how large a network can be.
@@ -93,7 +103,7 @@ class ShardedState:
         self._best_buffers = {name: _host_copy(buffer) for name, buffer in self.buffers.items()}
 
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW inside DeepSpeed's wrappers: none under ZeRO 0, one or two otherwise."""
+        """The optimizer inside DeepSpeed's wrappers: none under ZeRO 0, one or two otherwise."""
         optimizer = self.engine.optimizer
         if self.zero_stage > 0:
             optimizer = optimizer.optimizer
@@ -146,6 +156,20 @@ class ShardedState:
             return None, 0
         return mapping.get_hp_fragment(), int(mapping.lp_fragment_address.start)
 
+    def _share_layout(self) -> None:
+        """Give an optimizer that computes per parameter the places of the parameters."""
+        # Under ZeRO 0 the optimizer has the parameters themselves.
+        if self.zero_stage == 0 or not isinstance(self._optimizer, ParameterwiseOptimizer):
+            return
+        # A parameter has the same number on every rank, also where a rank owns nothing of it.
+        numbers = {name: number for number, name in enumerate(self.parameters)}
+        segments: dict[Tensor, list[Segment]] = {flat: [] for flat in self.flats}
+        for fragment in self.fragments:
+            segments[self.flats[fragment.flat]].append(
+                Segment(numbers[fragment.name], fragment.start, fragment.length)
+            )
+        self._optimizer.layout = FlatLayout(segments, len(numbers))
+
     def _state_keys(self) -> list[Tensor]:
         """The keys of the optimizer's state, parallel to ``flats``."""
         return list(self.parameters.values()) if self.zero_stage == 0 else self.flats
@@ -158,11 +182,11 @@ class ShardedState:
         for key in self._state_keys():
             self._optimizer.state[key] = {
                 "step": torch.zeros((), dtype=torch.float32),
-                **{moment: torch.zeros_like(key, dtype=torch.float32) for moment in MOMENTS},
+                **{moment: torch.zeros_like(key, dtype=torch.float32) for moment in self.moments},
             }
 
     def set_step(self, step: int) -> None:
-        """Set the optimizer's step count, which its bias correction uses."""
+        """Set the optimizer's step count, which a bias correction uses."""
         for key in self._state_keys():
             self._optimizer.state[key]["step"].fill_(float(step))
 
@@ -172,7 +196,7 @@ class ShardedState:
         All of them are flats of one layout.
         """
         kinds = {"master": self.flats}
-        for moment in MOMENTS:
+        for moment in self.moments:
             kinds[moment] = [
                 self._optimizer.state[key][moment].view(-1) for key in self._state_keys()
             ]
@@ -210,7 +234,9 @@ class ShardedState:
     def average_buffers(self) -> None:
         """Set the running statistics to their mean over the ranks. Collective.
 
-        The update of running statistics is linear, so it does not matter when they are averaged.
+        Called after every update, so that between two steps all ranks have the same ones. Averaging
+        only for checkpoints would be cheaper, but a sum that is rounded at another step has other
+        bits: a run that was interrupted would end with other weights than one that was not.
         """
         world_size = torch.distributed.get_world_size()
         if not self.buffers or world_size == 1:
@@ -226,7 +252,7 @@ class ShardedState:
     def remember_best(self) -> None:
         """Copy the weights that evaluation uses (the EMA if there is one) to ``best``.
 
-        No communication: each rank copies its share. Call ``average_buffers`` before.
+        No communication: each rank copies its share.
         """
         if self.best is None:
             return

@@ -19,9 +19,10 @@ GROUND = {"command", "errors", "files", "layout", "metric_text", "reporting", "s
 ROOMS: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
     "blocks": set(),
+    "optimizers": set(),
     "sources": GROUND,
     "checkpoint": GROUND,
-    "config": GROUND | {"blocks", "checkpoint", "sources"},
+    "config": GROUND | {"blocks", "checkpoint", "optimizers", "sources"},
     "model": {"blocks"},
     "data": GROUND | {"config", "sources"},
     "synthetic": GROUND | {"config", "data", "sources"},
@@ -30,7 +31,8 @@ ROOMS: dict[str, set[str]] = {
     "prepare": GROUND | {"config", "data", "sources", "synthetic"},
     "evaluate": GROUND | {"checkpoint", "config", "data", "model", "monitor", "runtime"},
     "train": GROUND
-    | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "runtime"},
+    | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "optimizers"}
+    | {"runtime"},
     "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
     "bench": GROUND
     | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
@@ -89,7 +91,7 @@ def test_libraries_are_imported_only_where_they_belong() -> None:
         libraries = {name.split(".")[0] for name in imports(path)} - {"pipeline"}
         libraries -= set(sys.stdlib_module_names)
         assert "ray" not in libraries or room in RAY_ROOMS, path
-        if room in ("blocks", "model"):
+        if room in ("blocks", "model", "optimizers"):
             assert libraries <= {"torch"}, path
 
 

@@ -10,7 +10,7 @@ from pipeline.config.check import check
 from pipeline.config.load import load_job
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
-from tests.config.jobs import JOB, edited, error_message, write
+from tests.config.jobs import JOB, edited, error_message, load_and_check, write
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,29 @@ from tests.config.jobs import JOB, edited, error_message, write
             "--set: stages.pretrain.zero_stage: ZeRO stage 1 with bf16 would add up the gradients "
             "of 4 micro batches (of 8 images) in bf16"
             "\n  -> take 2; a run under way resumes",
+        ),
+        (
+            ["stages.pretrain.optimizer=sgd", "stages.pretrain.betas=[0.8, 0.9]"],
+            "--set: stages.pretrain.betas: the optimizer 'sgd' has no betas"
+            "\n  -> remove it, or stages.pretrain.optimizer: adamw or lamb",
+        ),
+        (
+            ["stages.pretrain.optimizer=lamb", "stages.pretrain.momentum=0.8"],
+            "--set: stages.pretrain.momentum: the optimizer 'lamb' has no momentum"
+            "\n  -> remove it, or stages.pretrain.optimizer: sgd",
+        ),
+        (
+            ["stages.pretrain.nesterov=true"],
+            "--set: stages.pretrain.nesterov: the optimizer 'adamw' has no nesterov",
+        ),
+        (
+            [f"stages.pretrain.{key}" for key in ("optimizer=sgd", "nesterov=true", "momentum=0")],
+            "--set: stages.pretrain.nesterov: Nesterov momentum without momentum"
+            "\n  -> nesterov: false, or a momentum above 0",
+        ),
+        (
+            ["stages.pretrain.optimizer=lars"],
+            "stages.pretrain.optimizer: expected one of 'adamw', 'lamb'",
         ),
         (
             ["stages.pretrain.warmup_epochs=4"],
@@ -196,3 +219,26 @@ def test_c7_results_of_an_earlier_run_are_accepted_as_input(tmp_path: Path) -> N
     write(tmp_path, "", "run/stages/pretrain/weights.safetensors")
     write(tmp_path, "", "run/stages/prepare/toy/dataset.json")
     check(loaded.job, 2, loaded.origins, RunDir(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optimizer=sgd", "momentum=0.8", "nesterov=true"],
+        ["optimizer=lamb", "betas=[0.8, 0.9]", "eps=1e-6"],
+        ["optimizer=sgd", "betas=[0.9, 0.999]"],  # the default, as in a resolved job
+    ],
+)
+def test_settings_of_the_chosen_optimizer_are_accepted(settings: list[str], tmp_path: Path) -> None:
+    overrides = [f"stages.pretrain.{setting}" for setting in settings]
+    load_and_check(write(tmp_path, JOB), overrides)
+
+
+def test_zero_0_with_bf16_is_refused_and_its_remedy_works(tmp_path: Path) -> None:
+    refused = ["stages.pretrain.precision=bf16", "stages.pretrain.zero_stage=0"]
+    remedy = error_message(tmp_path, JOB, *refused).partition("\n  -> take ")[2]
+    loaded = load_and_check(
+        write(tmp_path, JOB), [refused[0], f"stages.pretrain.zero_stage={int(remedy)}"]
+    )
+    assert loaded.job.stages.pretrain is not None
+    assert loaded.job.stages.pretrain.precision == "bf16"

@@ -38,6 +38,7 @@ def test_hyperparameters_are_shown_in_this_order() -> None:
         "image_size",
         "precision",
         "zero_stage",
+        "optimizer",
     ]
 
 
@@ -86,7 +87,8 @@ DECISIONS: dict[tuple[str, ...], str] = {
         stages.train.intermediate_supervision stages.train.precision stages.train.base_lr
         stages.train.base_lr_batch stages.train.min_lr stages.train.warmup_epochs
         stages.train.warmup_lr stages.train.weight_decay stages.train.decay_alpha
-        stages.train.betas stages.train.eps stages.train.clip_grad stages.train.layer_decay
+        stages.train.optimizer stages.train.betas stages.train.eps
+        stages.train.momentum stages.train.nesterov stages.train.clip_grad stages.train.layer_decay
         stages.train.drop_path stages.train.head_init_scale stages.train.ema_decay
         stages.train.augment.crop_scale stages.train.augment.crop_ratio stages.train.augment.flip
         stages.train.augment.color_jitter stages.train.augment.randaugment

@@ -120,8 +120,8 @@ def test_variables_in_set_are_replaced(job: Path, monkeypatch: pytest.MonkeyPatc
         ("data.toy.rot=/x", "there is no key 'rot' in data.toy\n  -> did you mean 'root'?"),
         (
             "stages.pretrain.betas.0=1",
-            "-> stages.pretrain.betas is a list of 2 values, each a number from 0 to 1: set it "
-            "as a whole",
+            "-> stages.pretrain.betas is a list of 2 values, each a number, 0 or more "
+            "and below 1: set it as a whole",
         ),
         (
             "seed.x=1",

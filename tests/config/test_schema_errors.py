@@ -133,8 +133,8 @@ def test_c3_bare_exponents_are_numbers(tmp_path: Path, written: str) -> None:
         ),
         (
             "betas: [0.9]",
-            "stages.pretrain.betas: expected a list of 2 values, each a number from 0 to 1, "
-            "given [0.9]",
+            "stages.pretrain.betas: expected a list of 2 values, each a number, 0 or more "
+            "and below 1, given [0.9]",
         ),
         ("augment: strong", 'stages.pretrain.augment: expected a mapping, given "strong"'),
         (

@@ -35,7 +35,7 @@ def test_explain_suggests_the_key_that_a_word_means(word: str, remedy: str) -> N
 def test_a_word_for_several_keys_suggests_all_of_them() -> None:
     with pytest.raises(ConfigError, match=r"did you mean .*'weight_decay'\?") as error:
         render.explain("optim")
-    assert "'betas', 'eps'" in error.value.remedy
+    assert "'optimizer' or" in error.value.remedy
 
 
 @pytest.mark.parametrize(

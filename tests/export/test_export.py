@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline.errors import CheckpointError, DataError
 from pipeline.export.reload import load_export, make_network
 from pipeline.export.stage import export_stage
 from pipeline.layout import RunDir
+from pipeline.orchestrate.artifacts import outputs
 from tests.data.small_datasets import jpeg
 from tests.train import staging
 
@@ -119,6 +121,7 @@ def test_the_description_is_complete_and_the_published_file_loads(run_dir: RunDi
     assert len(preprocessing["mean"]) == 3
     assert description["classes"] == [f"c{i}" for i in range(staging.CLASSES)]
     assert description["trained"] == {"top1": 0.5}
+    assert description["published_names"] == "revcol.pth"
     file = run_dir.export / "revcol.pth"
     published = torch.load(file, weights_only=True)["model"]
     assert published["subnet1.alpha0"].shape == (1, 8, 1, 1)
@@ -132,7 +135,27 @@ def test_a_network_without_published_names_is_exported_without_the_published_fil
 ) -> None:
     run_dir = export(tmp_path, block="c2f")
     assert not (run_dir.export / "revcol.pth").exists()
-    assert load_export(run_dir.export).network.spec.block == "c2f"
+    model = load_export(run_dir.export)
+    assert model.network.spec.block == "c2f"
+    reason = "no file: the published code has no C2f blocks"
+    assert model.description["published_names"] == reason
+
+
+def test_an_export_replaces_the_published_file_of_another_network(
+    run_dir: RunDir, tmp_path: Path
+) -> None:
+    shutil.copytree(run_dir.export, RunDir(tmp_path).export)
+    note = RunDir(tmp_path).export / "notes.txt"
+    note.touch()
+    mixed = ["convnext", "c2f", "transformer", "c2f"]
+    export(tmp_path, block=mixed)
+    model = load_export(RunDir(tmp_path).export)
+    reason = "no file: the published code has no C2f and no transformer blocks"
+    assert model.description["published_names"] == reason
+    recorded = outputs(staging.job(block=mixed), "export", RunDir(tmp_path))
+    names = {Path(path).name for path in recorded}
+    assert names == {"model.safetensors", "model.json", "selftest.safetensors"}
+    assert note.exists()  # a user's own file stays, and is no output of the stage
 
 
 def test_unreadable_files_raise_errors_with_their_path(run_dir: RunDir, tmp_path: Path) -> None:

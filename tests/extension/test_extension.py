@@ -1,7 +1,7 @@
 """The table "to add something, edit these files" of docs/architecture.md, done and used in a job.
 
-A copy of the package gets a block kind, a key of a job, an evaluation metric and a layout, each in
-exactly the files that its row names. One job then uses all four.
+A copy of the package gets a block kind, a key of a job, an evaluation metric, a layout and an
+optimizer, each in exactly the files that its row names. One job then uses all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ stages:
   prepare: {}
   pretrain:
     {image_size: 32, epochs: 2, global_batch: 16, precision: fp32, base_lr: 1e-3,
-     base_lr_batch: 16, warmup_epochs: 1, warmup_power: 2, log_every_steps: 1}
+     base_lr_batch: 16, warmup_epochs: 1, warmup_power: 2, log_every_steps: 1,
+     optimizer: lion, betas: [0.9, 0.99]}
   evaluate: {from: pretrain}
   export: {from: pretrain}
 """
@@ -99,6 +100,10 @@ def add_layout(checkout: Checkout) -> None:
     checkout.add("labelled_files.py", "pipeline/sources/layouts/labelled_files.py")
 
 
+def add_optimizer(checkout: Checkout) -> None:
+    checkout.add("lion.py", "pipeline/optimizers/kinds/lion.py")
+
+
 def add_metric(checkout: Checkout) -> None:
     file = "pipeline/evaluate/metrics.py"
     checkout.edit(file, "def loss(", f"{METRIC}def loss(")
@@ -127,6 +132,7 @@ ADDED = {
     "a key of a job": add_key,
     "an evaluation metric": add_metric,
     "a data layout": add_layout,
+    "an optimizer": add_optimizer,
 }
 
 
@@ -147,7 +153,7 @@ def test_the_table_names_every_file_that_is_edited(addition: str, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A checkout with all four additions, in which the job has run."""
+    """A checkout with all additions, in which the job has run."""
     checkout = copy_package(tmp_path_factory.mktemp("extended"))
     for add in ADDED.values():
         add(checkout)
@@ -179,12 +185,15 @@ def test_a_job_uses_all_additions(extended: Checkout) -> None:
     assert model["network"]["block"] == "squeeze"
     events = (run / "logs" / "pretrain.jsonl").read_text()
     assert "accuracy/top2" in events
+    checkpoint = max(run.glob("checkpoints/pretrain/step-*/manifest.json"))
+    assert json.loads(checkpoint.read_text())["kinds"] == ["master", "exp_avg"]
 
 
 @pytest.mark.slow
 def test_a_resumed_run_must_not_change_the_new_key(extended: Checkout) -> None:
     text = extended.run("explain", "warmup_power").stdout
     assert "Exponent of the warm-up" in text
+    assert "lion: Sign of a mix" in extended.run("explain", "stages.pretrain.optimizer").stdout
     refused = extended.run("job.yaml", "--set", "stages.pretrain.warmup_power=fast", "--dry-run")
     assert refused.returncode == 2
     assert "expected a number above 0" in refused.stderr

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from pipeline.layout import RunDir
 from pipeline.orchestrate import summary
 from pipeline.orchestrate.resume_policy import decide
 from pipeline.orchestrate.run_state import StageRecord, State
@@ -43,13 +41,11 @@ def test_the_table_writes_states_and_metrics_as_the_log_does() -> None:
     assert lines[2] == "evaluate not started 0:00:00"
 
 
-def test_a_first_start_is_announced_as_one(tmp_path: Path) -> None:
+def test_a_first_start_is_announced_as_one() -> None:
     decision = decide(
         "prepare",
         StageRecord(),
         started_with=None,
         resolved={},
-        inputs={},
-        run_dir=RunDir(tmp_path),
     )
     assert f"prepare: {decision.reason}" == "prepare: starting"

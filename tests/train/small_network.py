@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 
 from pipeline.config.schema import TrainConfig
 from pipeline.model import Activations, NetworkSpec
+from pipeline.optimizers import registry
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
 from pipeline.train.alpha_clamp import clamp_alpha
@@ -57,6 +58,7 @@ class Options:
     accumulation: int = 1
     nonfinite_step: int = -1
     reference: bool = False
+    optimizer: str = "adamw"
     fp16: bool = True
     spec: NetworkSpec = SPEC
 
@@ -112,6 +114,7 @@ def train_config(options: Options, world_size: int) -> TrainConfig:
         clip_grad=1.0,
         ema_decay=EMA_DECAY,
         weight_decay=0.05,
+        optimizer=options.optimizer,
     )
 
 
@@ -130,7 +133,8 @@ def steps(options: Options) -> dict[str, Any]:
         )
         if options.reference:
             as_reference(engine.module)
-        state = ShardedState(engine, with_ema=True)
+        moments = registry.kind(options.optimizer).moments
+        state = ShardedState(engine, moments=moments, with_ema=True)
         log: list[str] = []
         restored = restore(
             options.checkpoints, state, IDENTITY, lambda text, level="info": log.append(text)

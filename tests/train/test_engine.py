@@ -214,7 +214,7 @@ def load_constant_weights(zero_stage: int, scale: float) -> dict[str, list[float
     )
     with process_group(dist_env, use_cuda=False, threads=1) as device:
         engine = make_engine(spec, config, dist_env, micro_batch=4, seed=3, device=device)
-        state = ShardedState(engine, with_ema=True)
+        state = ShardedState(engine, moments=("exp_avg", "exp_avg_sq"), with_ema=True)
         load_initial(ConstantSource(state.shapes), state, "there", lambda text, level="info": None)
         report: dict[str, list[float]] = {kind: [] for kind in (*KINDS, "classifier")}
         for fragment, kind, value in state.tensors():

@@ -169,3 +169,17 @@ def test_an_overflow_skips_the_step_and_names_the_level(tmp_path: Path) -> None:
     assert "step 3: skipped: column 1, level 2: |value| is " in messages
     assert "fraction_bits below 18" in messages
     assert staging.scalars(run_dir, tags.SKIPPED_STEPS) == [0, 0, 1, 1]
+
+
+def test_a_skipped_step_leaves_the_running_statistics_as_they_were(tmp_path: Path) -> None:
+    run_dir = staging.prepared_run(tmp_path)
+    settings = staging.job({"max_steps": STEPS}, block="c2f", drop_path=0)
+    run(run_dir, train_with_overflow, 3, settings)
+    assert "step 2: skipped" in staging.messages(run_dir)
+    variances = {
+        name: float(value.max())
+        for name, value in staging.weights(run_dir).items()
+        if name.endswith("running_var")
+    }
+    assert variances
+    assert max(variances.values()) < 1e3, variances

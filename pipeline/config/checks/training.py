@@ -7,6 +7,7 @@ from pipeline.config.checks.checker import Checker
 from pipeline.config.job_queries import batches
 from pipeline.config.schema import AugmentConfig, TrainConfig
 from pipeline.errors import ConfigError
+from pipeline.optimizers import registry as optimizers
 
 SUPERVISED = 4  # columns that intermediate supervision attaches heads to
 MAX_RANDAUGMENT = 10
@@ -29,6 +30,7 @@ def check_training(checker: Checker, stage: str, train: TrainConfig, world_size:
     _network(checker, key, train)
     _accumulation(checker, stage, train, world_size)
     _drop_path(checker, key, train)
+    _optimizer(checker, key, train)
     _schedule(checker, key, train)
     # Evaluation crops image_size pixels out of image_size x eval_resize.
     if train.eval_resize < 1:
@@ -106,6 +108,22 @@ def _drop_path(checker: Checker, key: str, train: TrainConfig) -> None:
         owner = "model" if train.drop_path is None else key
         cause = f"{titles[0]} blocks have no shortcut, which stochastic depth needs"
         checker.report(f"{owner}.drop_path", cause, f"{owner}.drop_path: 0")
+
+
+def _optimizer(checker: Checker, key: str, train: TrainConfig) -> None:
+    """Settings that the optimizer would ignore: someone expects an effect of them."""
+    used = optimizers.facts()[train.optimizer].keys
+    settings = {name for known in optimizers.facts().values() for name in known.keys}
+    for name in sorted(settings.difference(used)):
+        # Not "was it set?": a resolved job sets every key.
+        default = TrainConfig.model_fields[name].default
+        if getattr(train, name) != default:
+            readers = " or ".join(optimizers.readers(name))
+            cause = f"the optimizer '{train.optimizer}' has no {name}"
+            checker.report(f"{key}.{name}", cause, f"remove it, or {key}.optimizer: {readers}")
+    if train.nesterov and "nesterov" in used and not train.momentum:
+        cause = "Nesterov momentum without momentum"
+        checker.report(f"{key}.nesterov", cause, "nesterov: false, or a momentum above 0")
 
 
 def _schedule(checker: Checker, key: str, train: TrainConfig) -> None:

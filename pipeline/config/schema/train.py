@@ -12,8 +12,18 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from pipeline.config.schema import shrink
 from pipeline.config.schema.rules import NOTHING, Rules
-from pipeline.config.schema.section import Fraction, Section
+from pipeline.config.schema.section import Fraction, Section, known_name
 from pipeline.config.schema.shrink import at_most, fixed
+from pipeline.optimizers import registry
+
+_OPTIMIZERS = list(registry.facts())
+# A decay rate of 1 would keep the first value for ever; a betas of 1 divides by zero.
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _read_by(key: str) -> str:
+    """The end of a description: the optimizers that read the key."""
+    return f" ({', '.join(registry.readers(key))})."
 
 
 class AugmentConfig(Section):
@@ -160,15 +170,36 @@ class TrainConfig(Section):
     warmup_lr: NonNegativeFloat = Field(
         1e-5, description="Learning rate at the start of the warm-up, scaled like `base_lr`."
     )
+    optimizer: Annotated[str, known_name(_OPTIMIZERS), Rules(hparam=11)] = Field(
+        "adamw",
+        description="Optimizer. "
+        + " ".join(f"{name}: {known.description}" for name, known in registry.facts().items()),
+        json_schema_extra={"enum": list(_OPTIMIZERS)},
+    )
     weight_decay: Annotated[NonNegativeFloat, Rules(hparam=5)] = Field(
-        0.05, description="AdamW weight decay. 1-D parameters have none."
+        0.05, description="Weight decay. 1-D parameters have none."
     )
     decay_alpha: bool = Field(
         True,
         description="Apply weight decay to the columns' alpha too, as the published code does.",
     )
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas.")
-    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon.")
+    # An optimizer reads some of the next four. A check refuses the others if they are set.
+    betas: tuple[BelowOne, BelowOne] = Field(
+        (0.9, 0.999),
+        description="Decay rates of the averages of gradients and of their squares"
+        + _read_by("betas"),
+    )
+    eps: PositiveFloat = Field(
+        1e-8,
+        description="Added to the root of the averaged squares, against division by zero"
+        + _read_by("eps"),
+    )
+    momentum: BelowOne = Field(
+        0.9, description="Decay rate of the sum of gradients" + _read_by("momentum")
+    )
+    nesterov: bool = Field(
+        False, description="Nesterov momentum: look one step ahead" + _read_by("nesterov")
+    )
     clip_grad: NonNegativeFloat = Field(
         5.0, description="Gradient clipping: largest global gradient norm (0: off)."
     )

@@ -14,7 +14,7 @@ NAMES_ELSEWHERE = {
     "balance": "balanced sampler class_weights",
     "base_lr": "learning_rate max_lr peak_lr initial_lr blr",
     "base_lr_batch": "lr_base_size",
-    "betas": "beta beta1 beta2 adam_betas momentum adam adamw optim optimizer",
+    "betas": "beta beta1 beta2 adam_betas adam adamw",
     "channels": "width widths dims embed_dim hidden_size",
     "checkpoint_every_steps": "save_every save_interval save_steps checkpoint_interval",
     "classes": "num_classes class_names nb_classes labels",
@@ -26,7 +26,7 @@ NAMES_ELSEWHERE = {
     "drop_path": "drop_path_rate droppath stochastic_depth",
     "ema_decay": "model_ema ema_rate ema_momentum",
     "epochs": "num_epochs max_epochs n_epochs num_train_epochs",
-    "eps": "epsilon adam_eps optim optimizer",
+    "eps": "epsilon adam_eps",
     "eval_every_epochs": "eval_every eval_interval val_interval check_val_every_n_epoch",
     "flip": "hflip horizontal_flip flip_prob",
     "from": "init_weights initial pretrained resume finetune_from weights load_from",
@@ -42,6 +42,8 @@ NAMES_ELSEWHERE = {
     "grad_accum accum_iter accumulate_grad_batches gradient_accumulation_steps",
     "min_lr": "final_lr eta_min scheduler lr_scheduler schedule",
     "name": "run_name experiment output output_dir",
+    "momentum": "sgd_momentum",
+    "optimizer": "optim opt adam adamw sgd lamb",
     "order": "shuffle",
     "precision": "amp fp16 bf16 dtype mixed_precision",
     "prefetch_mib": "prefetch prefetch_factor",
@@ -57,7 +59,7 @@ NAMES_ELSEWHERE = {
     "validation_fraction": "val_fraction val_split validation_split valid_fraction val_size "
     "test_size val_ratio",
     "warmup_epochs": "warmup warmup_steps warmup_ratio scheduler lr_scheduler schedule",
-    "weight_decay": "wd l2 optim optimizer",
+    "weight_decay": "wd l2 optim",
     "zero_stage": "zero zero_optimization sharding fsdp deepspeed",
 }
 

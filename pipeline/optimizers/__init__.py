@@ -1,0 +1,1 @@
+"""Optimizers: a registry that needs no torch, and one file per optimizer."""

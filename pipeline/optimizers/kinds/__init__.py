@@ -1,0 +1,1 @@
+"""One file per optimizer; the registry finds them."""

@@ -1,0 +1,84 @@
+"""Registry of optimizers: every file in the folder ``kinds`` is one optimizer.
+
+To add one, add one file there. Its docstring's first line describes it, and it assigns:
+
+    KEYS = ("betas", "eps")               keys of a training stage: arguments of its constructor
+    MOMENTS = ("exp_avg", "exp_avg_sq")   tensors of its state with one value per weight
+    OPTIMIZER = torch.optim.AdamW         a torch optimizer; it never waits for the device
+
+The job schema and its checks read names, descriptions and ``KEYS`` without importing the file (no
+torch). The engine and the checkpoints use the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_FOLDER = Path(__file__).parent / "kinds"
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What the configuration knows about an optimizer."""
+
+    description: str
+    keys: tuple[str, ...]  # keys of a training stage that it reads, besides the common ones
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """An optimizer's class and the state that checkpoints save by ranges of weights.
+
+    ``moments`` start at zero. A step count is in ``state[weight]["step"]``, if there is one.
+    """
+
+    optimizer: type[torch.optim.Optimizer]
+    moments: tuple[str, ...]
+
+
+@functools.cache
+def facts() -> dict[str, OptimizerFacts]:
+    """Return the facts of every optimizer, keyed by the name of its file and sorted by it.
+
+    Raises:
+        ValueError: a file in ``kinds`` has no docstring or no literal ``KEYS``.
+    """
+    paths = sorted(_FOLDER.glob("*.py"))
+    return {path.stem: _read(path) for path in paths if not path.stem.startswith("_")}
+
+
+def kind(name: str) -> OptimizerKind:
+    """Import an optimizer. Raises KeyError if none has this name."""
+    if name not in facts():
+        raise KeyError(name)
+    module = importlib.import_module(f"pipeline.optimizers.kinds.{name}")
+    return OptimizerKind(module.OPTIMIZER, module.MOMENTS)
+
+
+def readers(key: str) -> list[str]:
+    """The optimizers that read ``key``: for "eps", adamw and lamb."""
+    return [name for name, known in facts().items() if key in known.keys]
+
+
+def _read(path: Path) -> OptimizerFacts:
+    # Importing the file would import torch, which takes seconds. A configuration check must not
+    # wait for that, so this reads the assignment from the syntax tree.
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    description = (ast.get_docstring(tree) or "").partition("\n")[0]
+    if not description:
+        raise ValueError(f"{path} has no docstring: its first line describes the optimizer")
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KEYS":
+            try:
+                return OptimizerFacts(description, tuple(ast.literal_eval(node.value)))
+            except (ValueError, TypeError):
+                raise ValueError(f"{path}: KEYS must be a tuple of literals") from None
+    raise ValueError(f"{path} defines no KEYS")
