@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -105,10 +107,9 @@ def test_zero_images_and_one_class_are_refused_with_a_remedy(layout: str, tmp_pa
 
 def test_a_dataset_smaller_than_one_batch_is_refused_before_training(tmp_path: Path) -> None:
     run_dir = staging.prepared(tmp_path, train=15)
-    with pytest.raises(
-        DataError,
-        match=r"15 training images are fewer than one global batch of 16\n  -> lower global_batch",
-    ):
+    message = r"15 training images are fewer than one global batch of 16\n  -> lower global_batch"
+    # The stage makes this process a rank, by its environment.
+    with mock.patch.dict(os.environ), pytest.raises(DataError, match=message):
         train_stage(
             staging.job(), "pretrain", RunDir(run_dir), DistEnv.from_environment(), lambda: False
         )
