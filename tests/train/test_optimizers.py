@@ -11,8 +11,9 @@ import torch
 
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints
 from pipeline.checkpoint.reader import CheckpointReader
+from pipeline.errors import CheckpointError
 from pipeline.optimizers import registry
-from tests.train import processes, small_network
+from tests.train import processes, small_network, staging
 from tests.train.small_network import Options
 
 STEPS = 4
@@ -107,3 +108,13 @@ def test_without_zero_a_step_with_nonfinite_gradients_is_skipped(
     assert report["applied"] == [True, False, True]
     for kind, values in newest(tmp_path).items():
         assert flat(values).isfinite().all(), kind
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    """AdamW and LAMB have moments of the same names, which mean the same; their steps do not."""
+    run_dir = staging.prepared_run(tmp_path)
+    settings = {"max_steps": 2, "global_batch": 8}
+    staging.run_stage(run_dir, 1, staging.job(settings))
+    (error,) = staging.run_stage(run_dir, 1, staging.job(settings | {"optimizer": "lamb"}))
+    assert isinstance(error, CheckpointError), error
+    assert "(optimizer: saved adamw, now lamb)" in error.message
