@@ -83,7 +83,7 @@ CHANGED = "stages.pretrain.epochs: 3 -> 4"
 @pytest.mark.parametrize(
     ("record", "resolved", "facts", "action", "reason"),
     [
-        (StageRecord(), EPOCHS, {"started_with": None}, "start", "not run yet"),
+        (StageRecord(), EPOCHS, {"started_with": None}, "start", "starting"),
         (DONE, EPOCHS, {}, "skip", "up to date"),
         (DONE, OTHER_LOG, {}, "skip", "up to date"),
         (DONE, EPOCHS, {"damaged": ["a/b"]}, "repair", "a/b is missing or damaged, writing it"),
