@@ -109,13 +109,18 @@ class LastTrainingImages:
         self._has_training_image[records["label"][records["split"] == TRAIN]] = True
         held_out = records[records["split"] == SELECTION]
         hashes = self._splitter.hashes(held_out["low"], "selection")
-        # Sorted by hash, the last image of a class has its largest one.
-        by_hash = np.argsort(hashes, kind="stable")
+        # Sorted by hash, the last image of a class has its largest one. The hash is one of half the
+        # content's digest; the other half decides between equal ones, in whatever order they come.
+        by_hash = np.lexsort([held_out["high"], hashes])
         held_out = held_out[by_hash]
         hashes = hashes[by_hash]
         labels, from_end = np.unique(held_out["label"][::-1], return_index=True)
         last = len(held_out) - 1 - from_end
-        better = hashes[last] >= self._candidates["hash"][labels]
+        best_hash = self._candidates["hash"][labels]
+        best_high = self._candidates["high"][labels]
+        better = (hashes[last] > best_hash) | (
+            (hashes[last] == best_hash) & (held_out["high"][last] >= best_high)
+        )
         labels = labels[better]
         last = last[better]
         self._candidates["hash"][labels] = hashes[last]

@@ -54,7 +54,6 @@ def exit_code(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> object:
         (["run", "no_such_job"], "neither a job file nor a shipped job has this name"),
         (["missing.yaml"], "missing.yaml"),
         (["run", "quickstart", "--dry-run", "--set", "sed=1"], "did you mean 'seed'"),
-        (["run", "quickstart", "--force"], "--force needs --stage"),
         (["data", "show", "nothing"], "is no job file, run or prepared dataset"),
         (["verify", "nothing"], "no prepared dataset here"),
         (["predict", "nothing", "a.jpg"], "is neither a run nor an exported model"),

@@ -130,7 +130,9 @@ def _restored(rows: Sequence[tuple[RowRef, str, Record]], seed: int) -> set[tupl
         ]
         selected = [content for split, content in left if split == "selection"]
         if selected and "train" not in [split for split, _ in left]:
-            restored.add(max(selected, key=lambda content: _hash(content[1], "selection", seed)))
+            restored.add(
+                max(selected, key=lambda content: (_hash(content[1], "selection", seed), content))
+            )
     return restored
 
 
