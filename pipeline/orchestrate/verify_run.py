@@ -70,9 +70,9 @@ def verify_parts(run_dir: RunDir) -> Iterator[VerifiedPart]:
 
 
 def rerun(run_dir: RunDir, stage: str) -> str:
-    """The remedy for damaged results of a stage, which the stage writes again if they are gone."""
+    """The remedy for damaged results of a stage: named with --stage, it writes them again."""
     again = command("run", run_dir.run_yaml, "--run-dir", run_dir.path)
-    return f"delete each of these files, then {again} --stage {stage}"
+    return f"{again} --stage {stage}"
 
 
 def _restore_state() -> str:
@@ -85,7 +85,9 @@ def _changed_settings(run_dir: RunDir, record: RunStateRecord | None) -> Iterato
         path = run_dir.started_with(stage)
         if state.settings and _digest(path) != state.settings:
             cause = MISMATCH if path.exists() else MISSING
-            yield Damage(str(path), cause, f"restore a copy, or {rerun(run_dir, stage)}")
+            yield Damage(
+                str(path), cause, f"restore a copy, or remove it, then {rerun(run_dir, stage)}"
+            )
 
 
 def _changed_results(run_dir: RunDir, stage: str, digests: dict[str, str]) -> Iterator[Damage]:

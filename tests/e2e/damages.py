@@ -90,8 +90,9 @@ DAMAGES = [
     Damage(damage_checkpoints),
 ]
 
-# "run the job with --stage prepare", "rerun it with --stage pretrain --force", "`rm path`"
-_FLAGS = re.compile(r"with ((?:--stage \w+ ?)+(?:--force)?)")
+# "run the job with --stage prepare", "rerun it with --stage pretrain --force", "`rm path`",
+# "... run RUN/run.yaml --run-dir RUN --stage prepare"
+_FLAGS = re.compile(r"(?:with|--run-dir \S+) ((?:--stage \w+ ?)+(?:--force)?)")
 _QUOTED = re.compile(r"`([^`]+)`")
 
 

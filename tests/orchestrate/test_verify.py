@@ -94,7 +94,7 @@ def test_every_part_of_an_intact_run_is_ok(
         ("stages/pretrain/weights.json", "--run-dir runs/mine --stage pretrain"),
         ("export/model.safetensors", "--run-dir runs/mine --stage export"),
         ("export/model.json", "--run-dir runs/mine --stage export"),
-        ("stages/pretrain/job.json", "restore a copy, or delete"),
+        ("stages/pretrain/job.json", "restore a copy, or remove it, then"),
         (f"{STEP}/rank-00000.safetensors", f"delete runs/mine/{STEP}: training resumes"),
     ],
 )

@@ -52,7 +52,7 @@ def backward(engine: DeepSpeedEngine, micro_batch: int) -> None:
 
 def gradient(engine: DeepSpeedEngine, micro_batches: list[int]) -> torch.Tensor:
     """The gradient that the optimizer gets: what this rank owns of it, as one vector."""
-    state = ShardedState(engine, with_ema=False)
+    state = ShardedState(engine, moments=("exp_avg", "exp_avg_sq"), with_ema=False)
     for micro_batch in micro_batches:
         backward(engine, micro_batch)
     moments = [value.clone() for _, kind, value in state.tensors() if kind == "exp_avg"]
