@@ -18,8 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PIPELINE_COMMAND", None)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-# pytest writes the first, torch.compile the second.
-SET_BY_LIBRARIES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+# Set by pytest, and by the imports of OpenCV, Ray and torch.
+SET_BY_LIBRARIES = {
+    "PYTEST_CURRENT_TEST",
+    "LD_LIBRARY_PATH",
+    "RAY_CLIENT_MODE",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 # What `./launch.sh test --fast` leaves out: tests that start process groups, Ray, a server or
