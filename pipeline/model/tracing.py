@@ -7,6 +7,9 @@ import torch
 
 def jit_tracing() -> bool:
     """Return true inside torch.jit.trace."""
+    # torch.compile cannot trace the question itself: each one would cut its graph in two.
+    if torch.compiler.is_compiling():
+        return False
     tracing: bool = torch._C._is_tracing()
     return tracing
 
