@@ -18,6 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PIPELINE_COMMAND", None)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# Under nohup, or in the background of a script, some are ignored, and every program that a test
+# starts would inherit that.
+for _number in SIGNALS:
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
 # Set by pytest, and by the imports of OpenCV, Ray and torch.
 SET_BY_LIBRARIES = {
     "PYTEST_CURRENT_TEST",
@@ -146,7 +151,7 @@ def leaves_no_state() -> Iterator[None]:
 def restored_handlers() -> Iterator[None]:
     """For code that installs signal handlers: pytest gets its own back."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:  # some are ignored if the tests run in the background of a script
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in handlers.items():
