@@ -23,13 +23,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.
 for _number in SIGNALS:
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.SIG_DFL)
-# Set by pytest, and by the imports of OpenCV, Ray and torch.
+# Set by pytest, by the imports of OpenCV, Ray and torch, and by compiled code of torch.
 SET_BY_LIBRARIES = {
     "PYTEST_CURRENT_TEST",
     "LD_LIBRARY_PATH",
     "RAY_CLIENT_MODE",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 }
 ROOT = Path(__file__).resolve().parents[1]
 
