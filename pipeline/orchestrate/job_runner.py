@@ -52,7 +52,7 @@ class JobRunner:
 
 @contextlib.contextmanager
 def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[JobRunner]:
-    """Check the job, lock the run, install the signal handlers, write run.yaml.
+    """Check the job, lock the run, install the signal handlers.
 
     Raises:
         ConfigError: the job cannot work, or another process is working on the run.

@@ -76,14 +76,7 @@ def launch(folder: Path, stage: str, *before: str) -> Driver:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=_default_signals,
     )
-
-
-def _default_signals() -> None:
-    # A test run in the background of a script ignores them, and so would its children.
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def start(folder: Path, stage: str, *before: str) -> Driver:
