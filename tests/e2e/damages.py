@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,7 @@ _QUOTED = re.compile(r"`([^`]+)`")
 def call(job: Path, arguments: str) -> tuple[int, str]:
     """Exit code and output of a call; of `verify`, if that is the argument."""
     if arguments == "verify":
-        command = ["python", "-m", "pipeline", "verify", str(job.parent / "runs" / job.stem)]
+        command = [sys.executable, "-m", "pipeline", "verify", str(job.parent / "runs" / job.stem)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=240
