@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -89,6 +92,26 @@ def test_a_pyramid_is_exported_for_any_height_and_width(block: str) -> None:
         images = torch.randn(*shape)
         maps = zip(program.module()(images), stored(images), strict=True)
         assert all(torch.equal(ours, theirs) for ours, theirs in maps)
+
+
+@pytest.mark.slow
+@mode
+def test_an_onnx_program_predicts_in_onnx_runtime(activations: str, tmp_path: Path) -> None:
+    """Images of any batch, height and width. Numbers differ: another runtime, other kernels."""
+    network = tiny_network(activations=activations).eval()
+    any_size = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.onnx.export(
+        network, (torch.randn(2, 3, 64, 96),), dynamo=True, dynamic_shapes=(any_size,)
+    )
+    assert program is not None
+    program.save(tmp_path / "network.onnx")
+    onnx.checker.check_model(tmp_path / "network.onnx", full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    for shape in ((1, 3, 64, 64), (5, 3, 96, 64)):
+        images = torch.randn(*shape)
+        expected = as_stored(network)(images).logits[-1]
+        outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        assert torch.allclose(torch.from_numpy(outputs[-1]), expected, rtol=1e-4, atol=1e-5)
 
 
 @mode
