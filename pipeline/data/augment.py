@@ -46,7 +46,7 @@ _JITTER = _FLIP + 1
 _RANDAUGMENT = _JITTER + 4
 DRAWS = _RANDAUGMENT + 2 * randaugment_ops.DRAWS  # random numbers per image
 
-Box = tuple[int, int, int, int]  # top, left, height, width
+Box = tuple[int, int, int, int]  # top, left, height, width; with padding also outside the image
 
 
 class TrainTransform:
@@ -96,15 +96,14 @@ class TrainTransform:
         """Decode the randomly chosen part of the image, no larger than needed."""
         if bytes(data[:3]) != JPEG_MAGIC:
             image = decode_any(data)
-            top, left, height, width = crop_box(image.shape[0], image.shape[1], draws, self.augment)
-            return image[top : top + height, left : left + width]
+            return cut(image, crop_box(image.shape[0], image.shape[1], draws, self.augment))
 
         # 1. Choose the box from the size in the header, before any pixel is decoded.
         full_height, full_width = jpeg_size(data)
         top, left, height, width = crop_box(full_height, full_width, draws, self.augment)
 
         # 2. Decode no rows below the box, and at the smallest scale that keeps enough pixels.
-        data, rows = first_rows(data, full_height, top + height)
+        data, rows = first_rows(data, full_height, min(full_height, top + height))
         image = decode_jpeg(
             data,
             _min_side(rows, height, self.image_size),
@@ -115,11 +114,11 @@ class TrainTransform:
         #    from the sizes that it returned.
         scale_y = image.shape[0] / rows
         scale_x = image.shape[1] / full_width
-        y = round(top * scale_y)
-        x = round(left * scale_x)
-        bottom = y + max(1, round(height * scale_y))
-        right = x + max(1, round(width * scale_x))
-        return image[y:bottom, x:right]
+        scaled_height = max(1, round(height * scale_y))
+        scaled_width = max(1, round(width * scale_x))
+        return cut(
+            image, (round(top * scale_y), round(left * scale_x), scaled_height, scaled_width)
+        )
 
 
 class EvalTransform:
@@ -159,10 +158,13 @@ class EvalTransform:
 
 
 def crop_box(height: int, width: int, draws: Sequence[float], augment: AugmentConfig) -> Box:
-    """Choose the random resized crop as torchvision does.
+    """Choose the random resized crop as torchvision does, in an image with ``crop_padding``.
 
     Each try draws an area and an aspect ratio. The first box that fits into the image is placed at
     random. If none fits, the largest central box with an allowed aspect ratio is taken.
+
+    Worked example of padding, as on CIFAR (He et al. 2016): 32 x 32 pixels, crop_scale [1, 1],
+    crop_ratio [1, 1], crop_padding 0.125. The box has 32 x 32 pixels and its top lies in -4 .. 4.
     """
     small, large = augment.crop_scale
     low, high = augment.crop_ratio
@@ -173,13 +175,37 @@ def crop_box(height: int, width: int, draws: Sequence[float], augment: AugmentCo
         box_width = round(math.sqrt(area * ratio))
         box_height = round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(draws[_CROP_CORNER] * (height - box_height + 1))
-            left = int(draws[_CROP_CORNER + 1] * (width - box_width + 1))
+            top = _offset(height, box_height, draws[_CROP_CORNER], augment.crop_padding)
+            left = _offset(width, box_width, draws[_CROP_CORNER + 1], augment.crop_padding)
             return top, left, box_height, box_width
     ratio = min(max(width / height, low), high)
     box_width = max(1, min(width, round(height * ratio)))
     box_height = max(1, min(height, round(width / ratio)))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _offset(side: int, box_side: int, draw: float, padding: float) -> int:
+    """Place a box in ``side`` pixels and their padding; at least half of it shows the image."""
+    margin = min(round(side * padding), box_side // 2)
+    return int(draw * (side - box_side + 2 * margin + 1)) - margin
+
+
+def cut(image: Image, box: Box) -> Image:
+    """The box of an image, as a view where it lies inside; what lies outside is mirrored."""
+    top, left, height, width = box
+    bottom, right = top + height, left + width
+    inside = image[max(top, 0) : bottom, max(left, 0) : right]
+    if inside.shape[:2] == (height, width):
+        return inside
+    padded = cv2.copyMakeBorder(
+        inside,
+        max(-top, 0),
+        max(bottom - image.shape[0], 0),
+        max(-left, 0),
+        max(right - image.shape[1], 0),
+        cv2.BORDER_REFLECT_101,
+    )
+    return np.asarray(padded, dtype=np.uint8)
 
 
 def _min_side(full: int, part: int, needed: int) -> int:

@@ -132,7 +132,10 @@ def _describe(settings: Settings) -> str:
     """The augmentation that is switched on, for the title."""
     augment = settings.augment
     small, large = augment.crop_scale
-    parts = [f"{settings.image_size} px", f"crop {small:g} to {large:g}", f"flip {augment.flip:g}"]
+    parts = [f"{settings.image_size} px", f"crop {small:g} to {large:g}"]
+    if augment.crop_padding > 0:
+        parts.append(f"padding {augment.crop_padding:g}")
+    parts.append(f"flip {augment.flip:g}")
     if augment.randaugment > 0:
         parts.append(f"RandAugment {augment.randaugment}, std {augment.randaugment_std:g}")
     elif augment.color_jitter > 0:

@@ -90,7 +90,8 @@ DECISIONS: dict[tuple[str, ...], str] = {
         stages.train.optimizer stages.train.betas stages.train.eps
         stages.train.momentum stages.train.nesterov stages.train.clip_grad stages.train.layer_decay
         stages.train.drop_path stages.train.head_init_scale stages.train.ema_decay
-        stages.train.augment.crop_scale stages.train.augment.crop_ratio stages.train.augment.flip
+        stages.train.augment.crop_scale stages.train.augment.crop_ratio
+        stages.train.augment.crop_padding stages.train.augment.flip
         stages.train.augment.color_jitter stages.train.augment.randaugment
         stages.train.augment.randaugment_std stages.train.augment.random_erasing
         stages.train.augment.mixup stages.train.augment.cutmix

@@ -14,7 +14,7 @@ from PIL import ImageEnhance, ImageOps
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data import randaugment_ops
-from pipeline.data.augment import CROP_TRIES, DRAWS, EvalTransform, TrainTransform, crop_box
+from pipeline.data.augment import CROP_TRIES, DRAWS, EvalTransform, TrainTransform, crop_box, cut
 from pipeline.data.decode import Image
 from tests.data.small_datasets import jpeg, picture
 
@@ -141,6 +141,54 @@ def test_crop_areas_and_positions_are_uniform() -> None:
     assert share.max() < 0.51
     assert abs((boxes[:, 0] + boxes[:, 2] / 2).mean() - 150) < 3
     assert abs((boxes[:, 3] / boxes[:, 2] > 1).mean() - 0.5) < 0.03
+
+
+SHIFT_ONLY = AugmentConfig(
+    crop_scale=(1, 1), crop_ratio=(1, 1), crop_padding=0.125, randaugment=0, color_jitter=0, flip=0
+)
+
+
+def test_padding_moves_a_crop_of_the_whole_image_both_ways() -> None:
+    draws = TrainTransform(32, SHIFT_ONLY, 0).draws(0, np.arange(2000))
+    boxes = np.array([crop_box(32, 32, row, SHIFT_ONLY) for row in draws])
+    assert (boxes[:, 2:] == 32).all()
+    for offsets in boxes[:, :2].T:
+        assert set(offsets) == set(range(-4, 5))
+        assert abs(offsets.mean()) < 0.3
+
+
+@pytest.mark.parametrize("encode", ["JPEG", "PNG"])
+def test_pixels_outside_the_image_are_mirrored(encode: str) -> None:
+    saved = io.BytesIO()
+    Pillow.fromarray(picture(3, 32, 32)).save(saved, encode, quality=95)
+    padded = np.pad(
+        np.asarray(Pillow.open(saved)).astype(int), ((4, 4), (4, 4), (0, 0)), mode="reflect"
+    )
+    out = np.zeros((32, 32, 3), dtype=np.uint8)
+    transform = TrainTransform(32, SHIFT_ONLY, 1)
+    for draws in transform.draws(0, np.arange(20)):
+        transform(memoryview(saved.getvalue()), draws, out)
+        top, left, _, _ = crop_box(32, 32, draws, SHIFT_ONLY)
+        expected = padded[top + 4 : top + 36, left + 4 : left + 36]
+        assert np.abs(out.astype(int) - expected).mean() < 4  # decoders differ
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 400),
+    st.floats(0, 0.5),
+    st.lists(st.floats(0, 0.999), min_size=DRAWS, max_size=DRAWS),
+)
+@settings(max_examples=200, deadline=None)
+def test_half_of_a_padded_crop_shows_the_image(
+    height: int, width: int, padding: float, draws: list[float]
+) -> None:
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    box = crop_box(height, width, draws, AugmentConfig(crop_padding=padding))
+    top, left, box_height, box_width = box
+    assert cut(image, box).shape == (box_height, box_width, 3)
+    assert min(top + box_height, height) - max(top, 0) >= box_height / 2
+    assert min(left + box_width, width) - max(left, 0) >= box_width / 2
 
 
 def test_the_same_view_in_the_same_epoch_gives_the_same_image() -> None:

@@ -35,6 +35,11 @@ class AugmentConfig(Section):
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = Field(
         (0.75, 1.3333), description="Smallest and largest aspect ratio of the random crop."
     )
+    crop_padding: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
+        0.0,
+        description="How far the random crop may leave the image on each side (share of that side; "
+        "0: not at all). Mirrored pixels fill it.",
+    )
     flip: Fraction = Field(0.5, description="Probability of a horizontal flip.")
     color_jitter: NonNegativeFloat = Field(
         0.4, description="Strength of brightness, contrast and saturation jitter (0: off)."
