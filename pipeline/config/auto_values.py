@@ -86,7 +86,7 @@ def _is_auto(node: Node | None) -> bool:
 def _with_placeholders(tree: Node, datasets: list[str], stage_keys: list[tuple[str, str]]) -> Node:
     for stage, key in stage_keys:
         path = ("stages", stage, *key.split("."))
-        tree = tree.replaced(path, Node(PLACEHOLDERS[key], "rehearse"))
+        tree = tree.replaced(path, Node.of(PLACEHOLDERS[key], "rehearse"))
     for name in datasets:
         tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, "rehearse"))
     if _is_auto(tree.get(*STEM_STRIDE)):
@@ -96,7 +96,7 @@ def _with_placeholders(tree: Node, datasets: list[str], stage_keys: list[tuple[s
 
 def _with_choice(tree: Node, path: tuple[str, ...], choice: Choice, notes: list[str]) -> Node:
     notes.append(f"{'.'.join(path)} = {choice.value}: {choice.reason}")
-    return tree.replaced(path, Node(choice.value, f"chosen: {choice.reason}"))
+    return tree.replaced(path, Node.of(choice.value, f"chosen: {choice.reason}"))
 
 
 def _datasets(tree: Node) -> dict[str, Node]:

@@ -161,7 +161,8 @@ def crop_box(height: int, width: int, draws: Sequence[float], augment: AugmentCo
     """Choose the random resized crop as torchvision does, in an image with ``crop_padding``.
 
     Each try draws an area and an aspect ratio. The first box that fits into the image is placed at
-    random. If none fits, the largest central box with an allowed aspect ratio is taken.
+    random. If none fits, the largest box with an allowed aspect ratio is taken: the central one, or
+    with padding one placed at random.
 
     Worked example of padding, as on CIFAR (He et al. 2016): 32 x 32 pixels, crop_scale [1, 1],
     crop_ratio [1, 1], crop_padding 0.125. The box has 32 x 32 pixels and its top lies in -4 .. 4.
@@ -175,13 +176,16 @@ def crop_box(height: int, width: int, draws: Sequence[float], augment: AugmentCo
         box_width = round(math.sqrt(area * ratio))
         box_height = round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = _offset(height, box_height, draws[_CROP_CORNER], augment.crop_padding)
-            left = _offset(width, box_width, draws[_CROP_CORNER + 1], augment.crop_padding)
-            return top, left, box_height, box_width
-    ratio = min(max(width / height, low), high)
-    box_width = max(1, min(width, round(height * ratio)))
-    box_height = max(1, min(height, round(width / ratio)))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+            break
+    else:
+        ratio = min(max(width / height, low), high)
+        box_width = max(1, min(width, round(height * ratio)))
+        box_height = max(1, min(height, round(width / ratio)))
+        if not augment.crop_padding:
+            return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+    top = _offset(height, box_height, draws[_CROP_CORNER], augment.crop_padding)
+    left = _offset(width, box_width, draws[_CROP_CORNER + 1], augment.crop_padding)
+    return top, left, box_height, box_width
 
 
 def _offset(side: int, box_side: int, draw: float, padding: float) -> int:

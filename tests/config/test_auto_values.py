@@ -91,6 +91,25 @@ def test_small_images_get_a_finer_stem_and_are_not_enlarged(
     assert pretrain_of(loaded).image_size == image_size
 
 
+@pytest.mark.parametrize(
+    ("side", "scale", "ratio", "padding"),
+    [(32, (1, 1), (1, 1), 0.125), (80, (1, 1), (1, 1), 0.125), (96, (0.5, 1), (0.75, 1.3333), 0)],
+)
+def test_small_images_are_moved_and_larger_ones_cut(
+    tmp_path: Path,
+    side: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    padding: float,
+) -> None:
+    loaded = load_own(folders(tmp_path / "mine", 2, 20, width=side, height=side))
+    augment = pretrain_of(loaded).augment
+    chosen = (augment.crop_scale, augment.crop_ratio, augment.crop_padding)
+    assert chosen == (scale, ratio, padding)
+    notes = [note for note in loaded.notes if "crop_scale" in note]
+    assert notes[0].startswith(f"stages.pretrain.augment.crop_scale = {list(map(float, scale))}:")
+
+
 def test_the_stem_follows_an_image_size_that_is_given(tmp_path: Path) -> None:
     root = folders(tmp_path / "mine", 2, 20, width=300, height=300)
     assert load_own(root, "stages.pretrain.image_size=48").job.model.stem_stride == 2

@@ -6,6 +6,7 @@ before the job is checked, so that the schema itself knows no 'auto' for them.
 
 from __future__ import annotations
 
+_CROPS = "from the image size: below 96 pixels images are moved, not cut and resized"
 # Last part of a key -> how its value is chosen. The run logs each value with its reason.
 HOW_CHOSEN = {
     "image_size": "from the median short side of the images, within what the device computes in "
@@ -18,6 +19,9 @@ HOW_CHOSEN = {
     "warmup_epochs": "a tenth of the epochs",
     "eval_every_epochs": "so that a stage has about ten evaluations",
     "checkpoint_every_steps": "so that a stage has about ten checkpoints",
+    "crop_scale": _CROPS,
+    "crop_ratio": _CROPS,
+    "crop_padding": _CROPS,
     "mixup": "from the epochs: the more often an image is shown, the stronger",
     "cutmix": "from the epochs: the more often an image is shown, the stronger",
     "validation_fraction": "from the number of images per class: of a small set a larger share is "
