@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader
-from pipeline.evaluate.metrics import METRICS
+from pipeline.evaluate.metrics import Metric, metrics_of
 from pipeline.evaluate.pictures import Samples, take_samples
 from pipeline.model import Output
 
@@ -41,7 +41,8 @@ def validate(
     Args:
         image_size: pixels, for blank images.
     """
-    sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)
+    reported = metrics_of(normalise.num_classes)
+    sums = torch.zeros(1 + len(reported), dtype=torch.float64, device=device)
     samples: Samples | None = None
     batches = iter(loader)
     # Every rank must call the network equally often, because ZeRO-3 gathers parameters inside it.
@@ -60,19 +61,19 @@ def validate(
         prepared = normalise(images, labels, labels, labels, 0)
         out = network(prepared.images)
         if batch is not None:
-            sums += _sums(out.logits[-1].float(), labels)
+            sums += _sums(reported, out.logits[-1].float(), labels)
             samples = samples or take_samples(batch, out)
     dist.all_reduce(sums)
     total, *metric_sums = sums.tolist()
     images_seen = max(total, 1.0)  # an empty split has accuracy 0
     metrics = {
         name: metric_sum / images_seen
-        for name, metric_sum in zip(METRICS, metric_sums, strict=True)
+        for name, metric_sum in zip(reported, metric_sums, strict=True)
     }
     return Evaluation(images=int(total), metrics=metrics, samples=samples)
 
 
-def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+def _sums(reported: dict[str, Metric], logits: Tensor, labels: Tensor) -> Tensor:
     """Sums over a batch: number of images, then each metric."""
     images = torch.full((), float(len(labels)), device=logits.device, dtype=torch.float64)
-    return torch.stack([images, *(metric(logits, labels).double() for metric in METRICS.values())])
+    return torch.stack([images, *(metric(logits, labels).double() for metric in reported.values())])

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from pipeline.monitor import tags
 
+Metric = Callable[[Tensor, Tensor], Tensor]
 LOSS = "loss"
 TOP1 = "top1"
 
@@ -39,7 +40,14 @@ def loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 # Name -> sum over a batch, from logits (N, classes) and labels (N,): a scalar on their device. The
 # mean over all images of the split is reported.
-METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {TOP1: top1, "top5": top5, LOSS: loss}
+METRICS: dict[str, Metric] = {TOP1: top1, "top5": top5, LOSS: loss}
+# Fewest classes that a metric says something about. Of six classes, a guess has five right in six.
+FEWEST_CLASSES = {"top5": 11}
+
+
+def metrics_of(classes: int) -> dict[str, Metric]:
+    """The metrics that are reported for this number of classes."""
+    return {name: use for name, use in METRICS.items() if classes >= FEWEST_CLASSES.get(name, 1)}
 
 
 def tagged(split: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -79,13 +79,18 @@ def job(
 
 
 def prepared_run(
-    path: Path, train: int = TRAIN, validation: int = VALIDATION, **others: int
+    path: Path,
+    train: int = TRAIN,
+    validation: int = VALIDATION,
+    *,
+    classes: int = CLASSES,
+    **others: int,
 ) -> RunDir:
     """A run directory whose stage 'prepare' is done. ``others``: images of further splits."""
     run_dir = RunDir(path)
     counts = {"train": train, "validation": validation, **others}
     used = {name: images for name, images in counts.items() if images}
-    make_dataset(run_dir.dataset(DATASET), used, classes=CLASSES)
+    make_dataset(run_dir.dataset(DATASET), used, classes=classes)
     return run_dir
 
 

@@ -112,7 +112,6 @@ def test_all_metrics_of_a_training_are_shown(trained: Trained) -> None:
         "loss_pretrain/validation",
         "accuracy/train_top1",
         "accuracy/top1",
-        "accuracy/top5",
         "optim/lr",
         "optim/grad_norm",
         "optim/skipped_steps",
@@ -170,7 +169,6 @@ def test_hyperparameters_of_every_stage_stand_beside_the_evaluation(trained: Tra
     assert shown == pytest.approx(
         {
             "accuracy/top1": trained.evaluated["top1"],
-            "accuracy/top5": trained.evaluated["top5"],
             "loss_evaluate/validation": trained.evaluated["loss"],
         }
     )
