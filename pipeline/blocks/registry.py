@@ -17,6 +17,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import plugins
 from pipeline.blocks.facts import BlockFacts
 
 if TYPE_CHECKING:
@@ -32,8 +33,7 @@ def facts() -> dict[str, BlockFacts]:
     Raises:
         ValueError: a file in ``kinds`` has no ``FACTS = BlockFacts(...)`` with literal arguments.
     """
-    paths = sorted(_FOLDER.glob("*.py"))
-    return {path.stem: read_facts(path) for path in paths if not path.stem.startswith("_")}
+    return {name: _read(path) for name, path in plugins.files(_FOLDER).items()}
 
 
 def kind(name: str) -> BlockKind:
@@ -44,22 +44,11 @@ def kind(name: str) -> BlockKind:
     return block_kind
 
 
-def read_facts(path: Path) -> BlockFacts:
-    """Read ``FACTS`` from a kind's source file. Raises ValueError as ``facts`` does."""
-    # Importing the file would import torch, which takes seconds. A configuration check must not
-    # wait for that, so this reads the call from the syntax tree:
-    #     FACTS = BlockFacts(title="C2f", shortcut=False)  ->  {"title": "C2f", "shortcut": False}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if (
-            isinstance(node, ast.Assign)
-            and ast.unparse(node.targets[0]) == "FACTS"
-            and isinstance(node.value, ast.Call)
-        ):
-            return _evaluate(path, node.value)
-    raise ValueError(f"{path} defines no FACTS = BlockFacts(...)")
-
-
-def _evaluate(path: Path, call: ast.Call) -> BlockFacts:
+def _read(path: Path) -> BlockFacts:
+    # FACTS = BlockFacts(title="C2f", shortcut=False)  ->  {"title": "C2f", "shortcut": False}
+    call = plugins.assigned(path, "FACTS")
+    if not isinstance(call, ast.Call):
+        raise ValueError(f"{path} defines no FACTS = BlockFacts(...)")
     arguments = {}
     for keyword in call.keywords:
         try:

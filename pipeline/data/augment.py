@@ -203,11 +203,11 @@ def cut(image: Image, box: Box) -> Image:
         return inside
     padded = cv2.copyMakeBorder(
         inside,
-        max(-top, 0),
-        max(bottom - image.shape[0], 0),
-        max(-left, 0),
-        max(right - image.shape[1], 0),
-        cv2.BORDER_REFLECT_101,
+        top=max(-top, 0),
+        bottom=max(bottom - image.shape[0], 0),
+        left=max(-left, 0),
+        right=max(right - image.shape[1], 0),
+        borderType=cv2.BORDER_REFLECT_101,
     )
     return np.asarray(padded, dtype=np.uint8)
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import plugins
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,8 +53,7 @@ def facts() -> dict[str, OptimizerFacts]:
     Raises:
         ValueError: a file in ``kinds`` has no docstring or no literal ``KEYS``.
     """
-    paths = sorted(_FOLDER.glob("*.py"))
-    return {path.stem: _read(path) for path in paths if not path.stem.startswith("_")}
+    return {name: _read(path) for name, path in plugins.files(_FOLDER).items()}
 
 
 def kind(name: str) -> OptimizerKind:
@@ -69,16 +70,9 @@ def readers(key: str) -> list[str]:
 
 
 def _read(path: Path) -> OptimizerFacts:
-    # Importing the file would import torch, which takes seconds. A configuration check must not
-    # wait for that, so this reads the assignment from the syntax tree.
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    description = (ast.get_docstring(tree) or "").partition("\n")[0]
-    if not description:
-        raise ValueError(f"{path} has no docstring: its first line describes the optimizer")
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "KEYS":
-            try:
-                return OptimizerFacts(description, tuple(ast.literal_eval(node.value)))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path}: KEYS must be a tuple of literals") from None
-    raise ValueError(f"{path} defines no KEYS")
+    description = plugins.description(path)
+    keys = plugins.assigned(path, "KEYS")
+    try:
+        return OptimizerFacts(description, tuple(ast.literal_eval(keys)))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: KEYS must be a tuple of literals") from None

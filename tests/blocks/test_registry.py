@@ -42,7 +42,7 @@ def test_an_unknown_kind_is_a_key_error() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("KIND = None\n", "defines no FACTS = BlockFacts"),
+        ("KIND = None\n", "defines no FACTS"),
         ("FACTS = None\n", "defines no FACTS = BlockFacts"),
         ("FACTS = BlockFacts(title='x' + name)\n", "FACTS.title must be a literal"),
         ("FACTS = BlockFacts(shortcut=True)\n", "title"),
