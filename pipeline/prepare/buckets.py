@@ -8,8 +8,8 @@ order 200, 10, 70, 65:
     records      10         70, 65       -             200
 
 Two properties follow. Equal hashes are in the same bucket, so duplicates are found within one
-bucket. And buckets that are sorted one by one and put in sequence (10 | 65, 70 | | 200) are the
-whole set, sorted.
+bucket. And buckets that are sorted one by one and put in sequence (10 | 65, 70 | | 200) are all
+records, sorted.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class CollectiveStop:
 
     def after_step(self) -> bool:
         """True on every rank if the ranks stop now. Call it once per step on every rank."""
-        # 1. Read the result of the previous step. After a whole step it is complete: no waiting.
+        # 1. Read the result of the previous step. After a step it is complete: no waiting.
         stop_now = False
         if self._reduction is not None:
             self._reduction.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +20,6 @@ from tests.prepare.source_folders import class_tars, images, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 2.0  # seconds
-NO_TORCHVISION = importlib.util.find_spec("torchvision") is None
 
 
 def subset(classes: int = 2, train: int = 5, test: int = 3) -> Subset:
@@ -121,7 +119,6 @@ def test_the_learning_rate_rises_once_and_falls_to_zero() -> None:
     assert rates[100] == pytest.approx(0)
 
 
-@pytest.mark.skipif(NO_TORCHVISION, reason="torchvision comes with the set `bench`")
 @pytest.mark.parametrize(("image_size", "stride"), [(32, 1), (96, 2)])
 def test_resnet_keeps_the_resolution_of_small_images(image_size: int, stride: int) -> None:
     network = small_networks.resnet18(classes=3, image_size=image_size)
