@@ -46,10 +46,10 @@ def memory_of(stage: str, stored: int, count: int = 8) -> StageMemory:
 def published_millions() -> dict[str, float]:
     """Parameters of every published size with a 1000-class head, from the comment of its file."""
     comment = re.compile(r"([\d.]+) M parameters with a 1000-class head")
-    found = {
+    matches = {
         path.stem: comment.search(path.read_text()) for path in (CONFIGS / "model").glob("*.yaml")
     }
-    return {name: float(match[1]) for name, match in sorted(found.items()) if match}
+    return {name: float(match[1]) for name, match in sorted(matches.items()) if match}
 
 
 def test_the_published_sizes_are_found() -> None:
