@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.config.checks.checker import Checker
+from pipeline.config.checks.cluster import check_cluster
 from pipeline.config.checks.data import (
     check_datasets,
     check_prepared_names,
@@ -49,6 +50,7 @@ def check(
     # First the values of each section, then the connections between stages. The problems appear in
     # the message in this order.
     check_model(checker)
+    check_cluster(checker)
     check_datasets(checker)
     check_prepared_names(checker)
     check_training_images(checker)

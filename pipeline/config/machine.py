@@ -66,7 +66,16 @@ def gpus() -> int:
 
 
 def hardware(cluster: ClusterConfig) -> Hardware:
-    """The machine on which a job runs."""
+    """The machines on which a job runs.
+
+    Those of a cluster cannot be asked from here: their checks come before the first stage.
+    """
+    if cluster.kind != "local":
+        bytes_of = None if cluster.device_gib is None else cluster.device_gib * 2**30
+        return Hardware(
+            device=device(cluster),
+            device_bytes=bytes_of if device(cluster) == "cuda" else None,
+        )
     if device(cluster) == "cpu":
         return Hardware(device="cpu", missing_compiler=_missing_cpp_compiler())
     return Hardware(
@@ -131,12 +140,21 @@ def _missing_cpp_compiler() -> str:
 def cores() -> int:
     """Number of CPU cores that this process may use: its affinity, and a container's quota."""
     available = len(os.sched_getaffinity(0))
+    return max(1, min(available, _quota(Path("/sys/fs/cgroup")) or available))
+
+
+def _quota(cgroups: Path) -> int | None:
+    """Cores that a container's quota allows; None without one."""
     try:
         # cgroup v2: "200000 100000" is 200 ms of CPU time per 100 ms, 2 cores; "max" is no quota.
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(available, int(quota) // int(period)))
+        if (cgroups / "cpu.max").exists():
+            quota, period = (cgroups / "cpu.max").read_text().split()
+        else:  # v1: two files; -1 is no quota
+            quota = (cgroups / "cpu/cpu.cfs_quota_us").read_text()
+            period = (cgroups / "cpu/cpu.cfs_period_us").read_text()
+        return int(quota) // int(period) if int(quota) > 0 else None
     except (OSError, ValueError):
-        return available
+        return None
 
 
 def device(cluster: ClusterConfig) -> str:
@@ -147,19 +165,24 @@ def device(cluster: ClusterConfig) -> str:
 
 
 def world_size(cluster: ClusterConfig) -> int:
-    """Number of training processes; 'auto' means one per GPU, or two on the CPU."""
+    """Number of training processes; 'auto' means one per GPU, or two on the CPU.
+
+    On a cluster it follows from the file alone: 8 nodes with 8 devices each -> 64.
+    """
+    if cluster.kind != "local":
+        return cluster.nodes * cluster.devices_per_node
     if cluster.processes != "auto":
         return cluster.processes
     return max(1, gpus()) if device(cluster) == "cuda" else CPU_PROCESSES
 
 
-def threads(cluster: ClusterConfig) -> int:
-    """Compute threads per process. Example: 16 cores and 4 processes -> 4."""
-    return cluster.threads if cluster.threads != "auto" else max(1, cores() // world_size(cluster))
+def threads(cluster: ClusterConfig, local_size: int) -> int:
+    """Compute threads per process. Example: 16 cores and 4 processes on this machine -> 4."""
+    return cluster.threads if cluster.threads != "auto" else max(1, cores() // local_size)
 
 
-def loader_threads(cluster: ClusterConfig) -> int:
-    """Image decoding threads per process. Example: 192 cores and 8 processes -> 16 (limit)."""
+def loader_threads(cluster: ClusterConfig, local_size: int) -> int:
+    """Image decoding threads per process. Example: 192 cores, 8 processes here -> 16 (limit)."""
     if cluster.loader_threads != "auto":
         return cluster.loader_threads
-    return min(MAX_LOADER_THREADS, max(1, cores() // world_size(cluster)))
+    return min(MAX_LOADER_THREADS, max(1, cores() // local_size))

@@ -39,7 +39,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
     if stage is None:
         raise ConfigError("the job has no stage 'evaluate'", remedy="add it under `stages`")
     use_cuda = machine.device(job.cluster) == "cuda"
-    with process_group(world, use_cuda, machine.threads(job.cluster)) as device:
+    with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
         data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "evaluate")))
         split = data.description.reported_split()
         image_size, resize = preprocessing(job, run_dir, stage.initial, stage.image_size)
@@ -58,7 +58,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
                 batch=stage.batch,
                 rank=world.rank,
                 world_size=world.size,
-                threads=machine.loader_threads(job.cluster),
+                threads=machine.loader_threads(job.cluster, world.local_size),
                 pin_memory=device.type == "cuda",
             ) as loader,
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),

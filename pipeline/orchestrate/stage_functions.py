@@ -40,7 +40,9 @@ def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
     return Placement(
         stage=stage,
         processes=1 if single else machine.world_size(job.cluster),
-        threads=machine.cores() if single else machine.threads(job.cluster),
+        threads=machine.cores()
+        if single
+        else machine.threads(job.cluster, machine.world_size(job.cluster)),
         device="cpu" if single else machine.device(job.cluster),
         run_dir=run_dir,
         stop_grace_s=CHECKPOINT_GRACE_S if stage in TRAINING else 0.0,

@@ -13,19 +13,20 @@ class DistEnv:
     """Coordinates of one training process.
 
     Example: the second of two processes on one machine is
-    ``DistEnv(rank=1, size=2, local_rank=1)``.
+    ``DistEnv(rank=1, size=2, local_rank=1, local_size=2)``.
     """
 
     rank: int = 0
     size: int = 1  # processes in total
     local_rank: int = 0  # among those of this machine; chooses the GPU
+    local_size: int = 1  # processes on this machine
     # Number of this process group. A supervisor starts a new group after a failure and counts up;
     # only the newest group may commit results. None without a supervisor.
     generation: int | None = None
 
     @classmethod
     def from_environment(cls) -> DistEnv:
-        """Read RANK, WORLD_SIZE and LOCAL_RANK (torchrun's names) and PIPELINE_GENERATION.
+        """Read torchrun's RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and PIPELINE_GENERATION.
 
         A variable that is not set takes its default: a single process without a supervisor.
         """
@@ -34,6 +35,7 @@ class DistEnv:
             rank=int(os.environ.get("RANK", "0")),
             size=int(os.environ.get("WORLD_SIZE", "1")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             generation=None if generation is None else int(generation),
         )
 

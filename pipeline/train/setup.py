@@ -150,7 +150,7 @@ def train_loader(context: StageContext, first_step: int) -> TrainLoader:
         micro_batch=micro_batch,
         rank=context.dist_env.rank,
         world_size=context.dist_env.size,
-        threads=machine.loader_threads(context.job.cluster),
+        threads=machine.loader_threads(context.job.cluster, context.dist_env.local_size),
         start_step=first_step,
         order=order_of(config, context.data, context.job.seed),
         on_bad_sample=config.on_bad_sample,

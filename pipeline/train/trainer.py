@@ -59,7 +59,7 @@ def train_stage(
     fence = Fence(run_dir.fence(stage), world.generation)
     fence.require_file()  # now, rather than at the first checkpoint
     use_cuda = machine.device(job.cluster) == "cuda"
-    with process_group(world, use_cuda, machine.threads(job.cluster)) as device:
+    with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
         prepared = run_dir.dataset(job_queries.dataset_name(job, stage))
         context = StageContext(
             job=job,
@@ -256,7 +256,7 @@ class Trainer:
             batch=min(MAX_EVAL_BATCH, 2 * engine.train_micro_batch_size_per_gpu()),
             rank=context.dist_env.rank,
             world_size=context.dist_env.size,
-            threads=machine.loader_threads(context.job.cluster),
+            threads=machine.loader_threads(context.job.cluster, context.dist_env.local_size),
             pin_memory=context.device.type == "cuda",
         ) as loader:
             return validate(engine, loader, normalise, context.device, config.image_size)

@@ -57,6 +57,12 @@ DECISIONS: dict[tuple[str, ...], str] = {
     NOTHING: """
         name model.activations model.stored_columns model.compile
         cluster.kind cluster.device cluster.processes cluster.threads cluster.loader_threads
+        cluster.nodes cluster.devices_per_node cluster.device_gib cluster.min_nodes cluster.wait
+        cluster.grace cluster.runs cluster.health_check cluster.shard_cache.local_folder
+        cluster.shard_cache.max_gib cluster.ray.address cluster.ray.token_file
+        cluster.network.interface cluster.network.environment.<name> cluster.slurm.partition
+        cluster.slurm.account cluster.slurm.qos cluster.slurm.constraint cluster.slurm.time
+        cluster.slurm.gpu_option cluster.slurm.container cluster.slurm.setup cluster.slurm.extra
         cluster.prefetch_mib data.<name>.root data.<name>.max_rejected
         stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch

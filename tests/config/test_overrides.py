@@ -209,8 +209,12 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         if kind == "integer":
             return st.integers(low + without_low, int(high) - without_high)
         return st.floats(low, high, exclude_min=without_low, exclude_max=without_high, width=32)
+    if kind == "array" and "prefixItems" not in schema:
+        return st.lists(st.sampled_from(["--a=b", "module load cuda"]), max_size=2)
     if kind == "array":
         return st.tuples(*map(values, schema["prefixItems"])).map(list)
+    if kind == "object":
+        return st.just({})
     if kind == "boolean":
         return st.booleans()
     return st.none()
@@ -223,6 +227,7 @@ NAMES = st.from_regex(
     r"[^./\\\x00-\x1f\ud800-\udfff$\s'\"][^/\\\x00-\x1f\ud800-\udfff$\s]{0,20}", fullmatch=True
 )
 TEXTS = {
+    "cluster.slurm.time": st.sampled_from(["00:10:00", "2-00:00:00"]),
     "name": NAMES,
     "data.toy.image_column": FREE_TEXT,
     "data.toy.root": FREE_TEXT.map(lambda text: "/x" + text.replace("://", "")),

@@ -17,11 +17,13 @@ def test_a_process_reads_the_coordinates_that_its_launcher_sets(
     for name, value in environment.rank_of_group(5, 8, 1, 4).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PIPELINE_GENERATION", "3")
-    assert DistEnv.from_environment() == DistEnv(rank=5, size=8, local_rank=1, generation=3)
+    assert DistEnv.from_environment() == DistEnv(
+        rank=5, size=8, local_rank=1, local_size=4, generation=3
+    )
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PIPELINE_GENERATION"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PIPELINE_GENERATION"):
         monkeypatch.delenv(name, raising=False)
     alone = DistEnv.from_environment()
     assert alone == DistEnv()

@@ -1,0 +1,50 @@
+"""Checks of the cluster section: keys that contradict its kind, sizes, names of secrets."""
+
+from __future__ import annotations
+
+import re
+
+from pipeline.config.checks.checker import Checker
+from pipeline.config.schema import ClusterConfig
+
+# Values of `network.environment` are written into scripts, manifests and logs.
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|(API|ACCESS|AUTH)_?KEY", re.IGNORECASE)
+
+
+def check_cluster(checker: Checker) -> None:
+    """Report what contradicts itself in the cluster section."""
+    cluster = checker.job.cluster
+    if cluster.kind == "local":
+        _check_one_machine(checker, cluster)
+    else:
+        _check_machines(checker, cluster)
+    if cluster.fewest_nodes > cluster.nodes:
+        cause = f"{cluster.min_nodes} is more than the {cluster.nodes} machines of `nodes`"
+        checker.report("cluster.min_nodes", cause, f"take 1 to {cluster.nodes}")
+    for name in filter(_SECRET.search, cluster.network.environment):
+        cause = f"{name} looks like a secret, and its value would be in scripts and logs"
+        remedy = "let the program read a file that only you can read, and give its path"
+        checker.report("cluster.network.environment", cause, remedy)
+    for option in cluster.slurm.extra:
+        if not re.fullmatch(r"--[a-z][a-z0-9-]*(=\S.*)?", option) or "\n" in option:
+            cause = f"{option!r} is no option of sbatch"
+            checker.report("cluster.slurm.extra", cause, "write each as --name=value")
+
+
+def _check_one_machine(checker: Checker, cluster: ClusterConfig) -> None:
+    for key in ("nodes", "devices_per_node"):
+        if getattr(cluster, key) != 1:
+            cause = "kind local is one machine, with `processes` processes"
+            checker.report(f"cluster.{key}", cause, "kind: ray or slurm (--on NAME)")
+
+
+def _check_machines(checker: Checker, cluster: ClusterConfig) -> None:
+    if cluster.processes != "auto":
+        cause = f"kind {cluster.kind} has nodes x devices_per_node processes"
+        checker.report("cluster.processes", cause, "write nodes and devices_per_node instead")
+    if cluster.device == "auto":
+        cause = "this machine does not know the devices of the others"
+        checker.report("cluster.device", cause, "device: cuda, or cpu")
+    if cluster.kind == "ray" and not cluster.ray.address:
+        cause = "no cluster is named"
+        checker.report("cluster.ray.address", cause, "address: http://HOST:8265")
