@@ -3,6 +3,9 @@
 runs/quickstart/
   run.yaml                            the resolved job
   run.json                            state, inputs, outputs and metrics of each stage
+  cluster.json                        where the run was submitted to, if it runs on a cluster
+  owner.json                          the driver that works on the run, renewed while it does
+  stop                                written by the command stop: the run ends and stays ended
   stages/prepare/<dataset>/           shards, classes.json, dataset.json, quarantine/
   stages/<stage>/weights.safetensors  result of a training stage, described by weights.json
   stages/evaluate/evaluation.json     metrics of the reported split, and of which weights
@@ -51,6 +54,21 @@ class RunDir:
     @property
     def lock(self) -> Path:
         return self.path / ".lock"
+
+    @property
+    def cluster_json(self) -> Path:
+        """Where the run was submitted to."""
+        return self.path / "cluster.json"
+
+    @property
+    def owner(self) -> Path:
+        """The driver that works on the run, where a lock of the file system is not enough."""
+        return self.path / "owner.json"
+
+    @property
+    def stop_mark(self) -> Path:
+        """Exists from a stop request until the run is started again."""
+        return self.path / "stop"
 
     @property
     def export(self) -> Path:

@@ -46,11 +46,12 @@ ROOMS: dict[str, set[str]] = {
     "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
     "bench": GROUND
     | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
+    "cluster": GROUND | {"config"},
     "orchestrate": GROUND
     | {"checkpoint", "config", "data", "evaluate", "export", "monitor", "prepare", "runtime"}
     | {"sources", "train"},
 }
-RAY_ROOMS = {"orchestrate"}
+RAY_ROOMS = {"orchestrate", "cluster"}
 
 
 def room_of(path: Path) -> str:
