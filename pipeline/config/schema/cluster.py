@@ -119,7 +119,7 @@ class ClusterConfig(Section):
         description="Folder of the run directories on the cluster, if this machine does not see "
         "it. Empty: the same path as here.",
     )
-    health_check: str = Field(
+    site_check: str = Field(
         "",
         description="Program of the site that `doctor` and the checks before the first stage call "
         "on every machine; it exits with 0 on a healthy one.",

@@ -13,7 +13,7 @@ _POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class Machine:
     """A machine of the cluster.
 
     ``id``: Ray's, hexadecimal; a machine that returns has a new one. ``address``: its IP, as the
@@ -32,12 +32,12 @@ class Node:
         return f"{self.host} ({self.address})"
 
 
-def alive_nodes() -> list[Node]:
+def alive_machines() -> list[Machine]:
     """The machines that Ray believes to be alive, in the order of their addresses."""
     import ray
 
-    nodes = [
-        Node(
+    machines = [
+        Machine(
             id=entry["NodeID"],
             address=entry["NodeManagerAddress"],
             host=entry["NodeManagerHostname"],
@@ -47,10 +47,12 @@ def alive_nodes() -> list[Node]:
         for entry in ray.nodes()
         if entry["Alive"]
     ]
-    return sorted(nodes, key=lambda node: [part.zfill(3) for part in node.address.split(".")])
+    return sorted(
+        machines, key=lambda machine: [part.zfill(3) for part in machine.address.split(".")]
+    )
 
 
-def leaving_nodes() -> set[str]:
+def leaving_machines() -> set[str]:
     """IDs of the machines that are being drained: preempted, or taken away by an administrator."""
     import ray
 
@@ -59,12 +61,12 @@ def leaving_nodes() -> set[str]:
 
 
 def call_on_each(
-    nodes: Sequence[Node],
+    machines: Sequence[Machine],
     function: Callable[..., Result],
     *arguments: Any,
     timeout_s: float,
     check: Callable[[], None],
-) -> dict[Node, Result | Exception | None]:
+) -> dict[Machine, Result | Exception | None]:
     """Call a function in a process on each machine, on all at once.
 
     Args:
@@ -82,25 +84,25 @@ def call_on_each(
         task.options(
             num_cpus=0,
             max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-        ).remote(*arguments): node
-        for node in nodes
+            scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
+        ).remote(*arguments): machine
+        for machine in machines
     }
     waiting = list(calls)
     deadline = time.monotonic() + timeout_s
     while waiting and time.monotonic() < deadline:
         _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
         check()
-    answers: dict[Node, Result | Exception | None] = {}
-    for call, node in calls.items():
+    answers: dict[Machine, Result | Exception | None] = {}
+    for call, machine in calls.items():
         if call in waiting:
             ray.cancel(call, force=True)
-            answers[node] = None
+            answers[machine] = None
             continue
         try:
-            answers[node] = ray.get(call)
+            answers[machine] = ray.get(call)
         except ray.exceptions.RayTaskError as error:
-            answers[node] = error.cause
+            answers[machine] = error.cause
         except ray.exceptions.RayError as error:
-            answers[node] = error
+            answers[machine] = error
     return answers
