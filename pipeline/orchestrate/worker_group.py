@@ -32,9 +32,7 @@ Value = TypeVar("Value")
 _LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 120
 _POLL_S = 0.2
-# After an error, wait so long for further ones: the death of a process often becomes known after
-# the connection errors that it causes in its peers, and it is the death that must be reported.
-SETTLE_S = 1.5
+SETTLE_S = 1.5  # between a first error and those that may tell its cause
 
 
 class RemoteMethod(Protocol[Value]):
