@@ -138,7 +138,10 @@ def claim_generation(fence: Path) -> int:
     It is greater than that of any earlier group, of this driver or a previous one. Workers treat a
     missing fence as an error, so the file is replaced atomically and never removed.
     """
-    generation = int(fence.read_text()) + 1 if fence.exists() else 0
+    try:  # read, never looked up: see train/fence.py
+        generation = int(fence.read_text()) + 1
+    except FileNotFoundError:
+        generation = 0
     write_text(fence, str(generation))
     return generation
 
