@@ -5,6 +5,8 @@ Both libraries read them when they are imported, so they must be set before.
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 
@@ -63,3 +65,14 @@ def ray_session(token: Path) -> dict[str, str]:
         # With Ray's default niceness of 15, any other process on the machine starves the training.
         "RAY_worker_niceness": "0",
     }
+
+
+def job_id() -> str:
+    """The scheduler's ID of the job that this process belongs to; "" outside of a job."""
+    if job := os.environ.get("SLURM_JOB_ID", ""):
+        return job
+    try:  # set for the driver of a Ray job
+        config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
+        return str(config["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return ""
