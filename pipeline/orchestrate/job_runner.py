@@ -15,18 +15,20 @@ from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.load import LoadedJob
 from pipeline.config.schema import Job
+from pipeline.data.job_dataset import require_cache_room
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.files import write_text
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
-from pipeline.orchestrate import artifacts, resume_policy
+from pipeline.orchestrate import artifacts, preflight, resume_policy
 from pipeline.orchestrate.joined_ray import ADDRESS, joined_ray
 from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.machine_pool import MachinePool
 from pipeline.orchestrate.ray_session import RaySession, ray_session
 from pipeline.orchestrate.resume_policy import Decision, Resolved
-from pipeline.orchestrate.run_state import RunState, run_lock
+from pipeline.orchestrate.run_lock import run_lock
+from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.stage_functions import placement, stage_fn
 from pipeline.orchestrate.supervisor import Watch, run_supervised
@@ -63,6 +65,7 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
     """
     loaded = check_on_machine(loaded, run_dir)
     job = loaded.job
+    require_cache_room(job, run_dir)
     with run_lock(run_dir):
         run_dir.logs.mkdir(exist_ok=True)
         with open(run_dir.run_log, "a", encoding="utf-8") as log_file:
@@ -186,7 +189,10 @@ def _ray(run: JobRunner) -> Iterator[RaySession]:
                 run.stop.check()
 
             run.pool = MachinePool(job=run.job, head=joined.head, check=check, log=run.log)
-            run.pool.wait_for_all()
+            machines = run.pool.wait_for_all()
+            unfit = preflight.require(run.job, run.run_dir, machines, check, run.log)
+            run.pool.left_out = unfit
+            joined.left_out = unfit
             yield joined
         return
     gpus = machine.gpus() if machine.device(cluster) == "cuda" else 0

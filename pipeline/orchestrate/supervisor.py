@@ -142,6 +142,8 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
             if waiting and watch.stop():
                 stopping.check(None)
             elif waiting and (change := stopping.change or watch.change(group)):
+                if stopping.change is None:
+                    watch.log(f"{change.text}: asking all ranks to stop", "warning")
                 stopping.check(change)
     for outcome in outcomes.values():
         if outcome.error is not None:  # failures were raised above: this one is a stop on request
@@ -187,7 +189,7 @@ def claim_generation(fence: Path) -> int:
     It is greater than that of any earlier group, of this driver or a previous one. Workers treat a
     missing fence as an error, so the file is replaced atomically and never removed.
     """
-    try:
+    try:  # read, never looked up: see train/fence.py
         generation = int(fence.read_text()) + 1
     except FileNotFoundError:
         generation = 0
