@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.checkpoint.manifest import list_checkpoints
@@ -152,6 +152,13 @@ class MachinePool:
         """Names of the usable machines that are not in the group; "" if there are none."""
         used = {member.id for member in members}
         return ", ".join(other.name for other in self.usable() if other.id not in used)
+
+    def with_names(self, counts: Mapping[str, int]) -> str:
+        """Counts by address with names: "n1 (10.77.0.1) 12, n2 (10.77.0.2) 11"."""
+        names = {entry.address: entry.name for entry in self._seen.values()}
+        return ", ".join(
+            f"{names.get(address, address)} {count}" for address, count in sorted(counts.items())
+        )
 
     def change(self, placement: Placement, members: Sequence[Machine]) -> MachineChange | None:
         """Whether the group must be formed again, because a machine leaves it or has come.

@@ -85,9 +85,7 @@ class PreparedJob:
     ) -> Path:
         """A job file for a cluster of that size."""
         path = self.folder / f"ray-{nodes}-{devices}-{min_nodes}-{wait}.yaml"
-        text = CLUSTER.format(
-            nodes=nodes, devices=devices, min_nodes=min_nodes or nodes, wait=wait
-        )
+        text = CLUSTER.format(nodes=nodes, devices=devices, min_nodes=min_nodes or nodes, wait=wait)
         path.write_text(self.text + text)
         return path
 
