@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import JobFile, Overrides, RunDirectory, load, run_directory
+from pipeline.cli.options import Cluster, JobFile, Overrides, RunDirectory, load, run_directory
 from pipeline.orchestrate.job_files import description, shipped_jobs
 
 # Shown below the options by `run --help`.
@@ -50,6 +50,14 @@ def run(
         typer.Option("--dry-run", help="Print the resolved job and what would run; run nothing."),
     ] = False,
     run_dir: RunDirectory = None,
+    on: Cluster = "",
+    render: Annotated[
+        bool,
+        typer.Option("--render", help="Print what would be submitted; send nothing."),
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Submit, and do not follow the run.")
+    ] = False,
     list_jobs: Annotated[
         bool,
         typer.Option("--list", help="List the shipped jobs.", is_eager=True, callback=_list_jobs),
@@ -57,16 +65,32 @@ def run(
 ) -> None:
     """Run the stages of a job that are not up to date. Resumes an interrupted run.
 
-    The word run may be left out before a file: JOB.yaml [options].
+    The word run may be left out before a file: JOB.yaml [options]. With --on, the job is submitted
+    to a cluster and followed; Ctrl-C leaves it running.
     """
-    from pipeline.orchestrate import run_job
+    from pipeline.orchestrate import run_job, submit
+    from pipeline.runtime import environment
 
-    loaded = load(job, overrides, rehearse=rehearse)
+    is_driver = bool(environment.joined_ray())
+    loaded = load(job, overrides, rehearse=rehearse, on=on, submits=not is_driver)
     directory = run_directory(run_dir, loaded)
     if dry_run:
         print(run_job.dry_run(loaded, directory), end="")
-    else:
+        return
+    if is_driver or loaded.job.cluster.kind == "local":
+        if render or detach:
+            raise typer.BadParameter(
+                "only a run on a cluster has this option", param_hint="--render, --detach"
+            )
+        # A scheduler that starts the driver again must not start the work from scratch again.
+        force = force and not environment.is_requeued()
         run_job.run_job(loaded, directory, stage or [], force=force)
+        return
+    options = submit.SubmitOptions(stages=stage or [], force=force, detach=detach)
+    if render:
+        print(submit.render_submission(loaded, directory, options), end="")
+    elif code := submit.submit_run(loaded, directory, options):
+        raise typer.Exit(code)
 
 
 def train(

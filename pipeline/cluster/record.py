@@ -6,9 +6,12 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.config.schema import ClusterConfig
+from pipeline.config.schema.cluster import RayConfig, SlurmConfig
 from pipeline.errors import StageError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
@@ -23,18 +26,38 @@ class ClusterRecord(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     kind: str = Field(description="Kind of the cluster: ray or slurm.")
-    id: str = Field("", description="ID of the job; empty until the cluster has accepted it.")
+    id: str = Field(description="ID of the job.")
     address: str = Field("", description="Kind ray: address of the dashboard.")
-    token_file: str = Field("", description="Kind ray: file of the access token.")
     directory: str = Field(description="The run directory, as the cluster sees it.")
     attempt: int = Field(1, description="Number of the submission of this run, from 1.")
-    devices: int = Field(1, description="GPUs, or processes on CPUs, that the run takes.")
-    device: str = Field("cpu", description="cpu or cuda.")
+    cluster: dict[str, Any] = Field(
+        default_factory=dict, description="The job's cluster section, as plain values."
+    )
     submitted: float = Field(0.0, description="Time of the submission (seconds since 1970).")
     versions: dict[str, str] = Field(
         default_factory=dict, description="Of Python and the libraries that submitted it."
     )
     code: str = Field("", description="Digest of the pipeline's source files.")
+
+    @property
+    def config(self) -> ClusterConfig:
+        """The job's cluster section. Keys of another version are ignored."""
+        known: dict[str, Any] = {
+            key: value
+            for key, value in self.cluster.items()
+            if key in ClusterConfig.model_fields and not isinstance(value, dict)
+        }
+        for name, keys in (("ray", RayConfig.model_fields), ("slurm", SlurmConfig.model_fields)):
+            values = self.cluster.get(name) or {}
+            known[name] = {key: value for key, value in values.items() if key in keys}
+        try:
+            return ClusterConfig.model_validate({**known, "kind": self.kind})
+        except ValidationError as error:
+            raise StageError(
+                f"this version cannot talk to the cluster of the run: {error}",
+                place=f"{self.directory}: {self.kind}",
+                remedy="use the version that submitted the run",
+            ) from None
 
     @property
     def run_dir(self) -> RunDir:

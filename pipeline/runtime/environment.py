@@ -5,7 +5,21 @@ Both libraries read them when they are imported, so they must be set before.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# The address of the Ray that a driver joins instead of starting one of its own.
+JOINED_RAY = "PIPELINE_RAY_ADDRESS"
+
+
+def joined_ray() -> str:
+    """The address of the Ray that this process joins as a driver; '' on a machine of its own."""
+    return os.environ.get(JOINED_RAY, "")
+
+
+def is_requeued() -> bool:
+    """True if Slurm has started this job again, after a preemption or its time limit."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def deepspeed_import(device: str) -> dict[str, str]:
