@@ -21,6 +21,15 @@ def _list_jobs(requested: bool) -> None:
         raise typer.Exit
 
 
+ListJobs = Annotated[
+    bool, typer.Option("--list", help="List the shipped jobs.", is_eager=True, callback=_list_jobs)
+]
+Render = Annotated[
+    bool, typer.Option("--render", help="Print what would be submitted; send nothing.")
+]
+Detach = Annotated[bool, typer.Option("--detach", "-d", help="Submit, and do not follow the run.")]
+
+
 def run(
     job: JobFile,
     overrides: Overrides = None,
@@ -51,17 +60,9 @@ def run(
     ] = False,
     run_dir: RunDirectory = None,
     on: Cluster = "",
-    render: Annotated[
-        bool,
-        typer.Option("--render", help="Print what would be submitted; send nothing."),
-    ] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Submit, and do not follow the run.")
-    ] = False,
-    list_jobs: Annotated[
-        bool,
-        typer.Option("--list", help="List the shipped jobs.", is_eager=True, callback=_list_jobs),
-    ] = False,
+    render: Render = False,
+    detach: Detach = False,
+    list_jobs: ListJobs = False,
 ) -> None:
     """Run the stages of a job that are not up to date. Resumes an interrupted run.
 

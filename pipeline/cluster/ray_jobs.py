@@ -39,8 +39,9 @@ _PHASES: dict[str, Phase] = {"PENDING": "pending", "RUNNING": "running"}
 _REFUSED = (401, 403)
 # Ray's client lets these replace the address that it is given.
 _OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+_TALKATIVE = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
 # Lines that Ray adds to the output of a driver.
-_OF_RAY = re.compile(rb"^(\S+ \S+ INFO job_manager\.py|Running entrypoint for job ).*\n?", re.M)
+_OF_RAY = re.compile(rb"^(\S+ \S+\s+INFO job_manager\.py|Running entrypoint for job ).*\n?", re.M)
 
 
 class RayJobs:
@@ -261,9 +262,9 @@ class RayJobs:
             )
         from ray.job_submission import JobSubmissionClient
 
-        # It reports each upload as a message of its own.
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+        # They report each upload as a message of its own.
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         hidden = {name: os.environ.pop(name) for name in _OTHER_ADDRESSES if name in os.environ}
         try:
             client = JobSubmissionClient(self._address, headers=self._headers())

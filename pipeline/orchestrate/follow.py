@@ -108,7 +108,7 @@ class _Follower:
 
     def _show_waiting(self, state: JobState) -> None:
         """Report why a job waits, whenever the reason changes."""
-        if state.phase != "pending":
+        if state.phase != "pending" or not (state.reason or state.expected_start):
             self._waiting_for = ""
             return
         text = f"{self._run.where} waits: {waiting_text(state)}"
