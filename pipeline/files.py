@@ -3,7 +3,7 @@
 Every write follows the same steps, so that a crash or a full disk at any moment leaves either the
 old file or the new one, never a part of it:
 
-1. write to a hidden temporary file in the same directory (``.<name>.<pid>.tmp``);
+1. write to a hidden temporary file in the same directory (``temporary_name``);
 2. give it the mode of any new file (0666 less the umask), whichever library has written it;
 3. fsync the temporary file, so that its content is on the disk before its name is;
 4. rename it to the final name (atomic within a file system);
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import IO
 import xxhash
 
 BLOCK = 1 << 20  # bytes per read when a file is digested
+_LONGEST_HOST = 32  # characters in a temporary name: a file name has at most 255 bytes
 DIGEST = "digest"  # key under which a JSON object carries its own digest
 
 
@@ -94,13 +96,11 @@ def _renamed_on_success(path: Path) -> Iterator[Path]:
     The body fills the file or puts another one in its place. If it raises, the file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process ID keeps two processes that write the same file from sharing a temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         # The mode of a new file is asked of the system and not computed: the umask can only be read
         # by changing it, for all threads, and a folder's default ACL takes its place.
-        temporary.unlink(missing_ok=True)
-        temporary.touch()
+        temporary.touch(exist_ok=False)
         mode = _mode(temporary)
         yield temporary  # step 1
         # Step 2. safetensors writes a private file (0600) and renames it to the path that it is
@@ -116,6 +116,16 @@ def _renamed_on_success(path: Path) -> Iterator[Path]:
     except BaseException:  # KeyboardInterrupt too: no temporary file stays behind
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_name(name: str) -> str:
+    """A hidden name beside ``name`` that no other process takes, whatever host it runs on.
+
+    Example: ".weights.safetensors.gpu-17-4711-9f86d081.tmp". Processes in two containers may have
+    the same ID and the same host name; hence the random part. Host and ID are for people.
+    """
+    host = os.uname().nodename.replace("/", "_")[:_LONGEST_HOST]
+    return f".{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def _mode(path: Path) -> int:

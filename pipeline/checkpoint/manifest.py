@@ -8,7 +8,7 @@ A checkpoint is a directory of safetensors files, one per rank, and ``manifest.j
         rank-00001.safetensors
         manifest.json              which range of which parameter lies in which file; digests
       step-00000400.refused/       damaged; set aside so that nobody reads it again
-      .step-00000600.4711.tmp/     unfinished, or left behind by a killed process
+      .step-00000600.gpu-17-4711-9f86d081.tmp/  unfinished, or left behind by a killed process
 
 The manifest describes ranges by parameter name and global shape, not by rank. So any number of
 ranks, at any ZeRO stage, reads any range of any checkpoint: nothing is gathered or converted.

@@ -2,14 +2,16 @@
 
 The protocol of `save`, with its guarantees:
 
-1. Rank 0 chooses a hidden directory ``.step-00000500.<its process ID>.tmp`` and tells all ranks.
+1. Rank 0 chooses a hidden directory (``files.temporary_name``) and tells all ranks.
    A process group that was replaced but is still running has another rank 0, hence another
    directory: two groups never write to the same file.
 2. Rank 0 creates that directory, empty.
 3. Each rank writes ``rank-<rank>.safetensors`` with the parameter ranges that it owns (fsync).
 4. All ranks exchange reports: contents and digest of their file, or why it could not be written.
    If any rank failed, all ranks return that failure: no rank continues with a different answer.
-5. Rank 0 checks that the ranges cover every parameter, and writes ``manifest.json``.
+5. Rank 0 checks that the ranges cover every parameter and that it sees every file itself, and
+   writes ``manifest.json``. A rank on a machine where the run directory is another folder writes
+   its file without an error, but not into this checkpoint.
 6. Rank 0 asks ``may_commit``, immediately before the rename: a group that has been replaced in the
    meantime must not commit.
 7. Rank 0 renames the directory to ``step-00000500`` and syncs the parent directory. Only now does
@@ -42,7 +44,7 @@ from pipeline.checkpoint.manifest import (
     keep_newest,
 )
 from pipeline.errors import CheckpointError, StageError
-from pipeline.files import file_digest, fsync_dir, write_json, write_with
+from pipeline.files import file_digest, fsync_dir, temporary_name, write_json, write_with
 
 # Parameter name, its global shape, offset in the flattened parameter, kind, values (1-D).
 Owned = tuple[str, tuple[int, ...], int, str, Tensor]
@@ -54,6 +56,7 @@ class _RankReport:
     """Contents of one rank's file; or, in ``failure``, why the file could not be written."""
 
     failure: str | None = None
+    host: str = ""
     shapes: dict[str, list[int]] = field(default_factory=dict)
     kinds: list[str] = field(default_factory=list)
     slices: list[TensorSlice] = field(default_factory=list)
@@ -97,6 +100,8 @@ def save(
     # so all of them enter the next collective or none does.
     reports = _write_and_exchange(temporary, owned)
     failure = next((report.failure for report in reports if report.failure is not None), None)
+    if failure is None:
+        failure = _on_rank_0(lambda: _require_files(temporary, reports))
 
     # Steps 5 to 7: the commit.
     if failure is None:
@@ -116,9 +121,9 @@ def save(
 
 def _temporary_directory(target: Path) -> Path:
     """The same hidden directory on every rank; collective."""
-    writer = [os.getpid()]
-    dist.broadcast_object_list(writer, src=0)
-    return target.with_name(f".{target.name}.{writer[0]}.tmp")
+    name = [temporary_name(target.name)]
+    dist.broadcast_object_list(name, src=0)
+    return target.with_name(name[0])
 
 
 def _on_rank_0(action: Callable[[], None]) -> str | None:
@@ -172,11 +177,34 @@ def _write_file(directory: Path, name: str, owned: Iterable[Owned]) -> _RankRepo
     path = directory / name
     write_with(path, lambda temporary: save_file(tensors, temporary))
     return _RankReport(
+        host=os.uname().nodename,
         shapes=shapes,
         kinds=list(kinds),
         slices=list(slices.values()),
         files={name: {"bytes": path.stat().st_size, "xxh3": file_digest(path)}},
     )
+
+
+def _require_files(directory: Path, reports: list[_RankReport]) -> None:
+    """Raise OSError if a file that a rank has written is not here, on rank 0's machine.
+
+    A file is opened rather than looked up: on NFS, only open() asks the server.
+    """
+    for rank, report in enumerate(reports):
+        for name, record in report.files.items():
+            try:
+                with open(directory / name, "rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+            except FileNotFoundError:
+                raise OSError(
+                    f"the file of rank {rank}, written on {report.host}, is not on "
+                    f"{os.uname().nodename}: the machines do not share {directory.parent}"
+                ) from None
+            if size != record["bytes"]:
+                raise OSError(
+                    f"the file of rank {rank}, written on {report.host}, has {size} instead of "
+                    f"{record['bytes']} bytes on {os.uname().nodename}"
+                )
 
 
 def _manifest(step: int, reports: list[_RankReport], state: LoopState) -> Manifest:

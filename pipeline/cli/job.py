@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -70,9 +71,10 @@ def run(
     to a cluster and followed; Ctrl-C leaves it running.
     """
     from pipeline.orchestrate import run_job, submit
+    from pipeline.orchestrate.joined_ray import ADDRESS
     from pipeline.runtime import environment
 
-    is_driver = bool(environment.joined_ray())
+    is_driver = bool(os.environ.get(ADDRESS))
     loaded = load(job, overrides, rehearse=rehearse, on=on, submits=not is_driver)
     directory = run_directory(run_dir, loaded)
     if dry_run:

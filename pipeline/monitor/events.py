@@ -9,6 +9,7 @@ and 4 are those of the resumed writer.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -73,6 +74,10 @@ class EventWriter:
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         # Flush to the kernel, so that a killed process loses nothing and the display keeps up.
         self._file.flush()
+        # On a network file system, other machines see the lines only after a sync. Messages are
+        # rare, and there is one with each checkpoint.
+        if kind == "message":
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

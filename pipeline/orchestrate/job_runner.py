@@ -26,7 +26,8 @@ from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.machine_pool import MachinePool
 from pipeline.orchestrate.ray_session import RaySession, ray_session
 from pipeline.orchestrate.resume_policy import Decision, Resolved
-from pipeline.orchestrate.run_state import RunState, run_lock
+from pipeline.orchestrate.run_lock import run_lock
+from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.stage_functions import placement, stage_fn
 from pipeline.orchestrate.supervisor import Watch, run_supervised

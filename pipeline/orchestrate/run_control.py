@@ -5,6 +5,7 @@ The run directory is read where this machine sees it; where it does not, the clu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from pipeline.layout import RunDir, find_run, runs_in
 from pipeline.orchestrate import sent_files
 from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, shown_run
 from pipeline.orchestrate.follow import waiting_text
-from pipeline.orchestrate.run_state import is_locked
+from pipeline.orchestrate.run_lock import is_locked, read_owner
 from pipeline.suggest import did_you_mean
 
 PARTS = ("export", "logs", "tensorboard")  # of a run, for ``fetch``
@@ -68,14 +69,16 @@ def stop(run_dir: RunDir, *, now: bool, log: Callable[[str], None]) -> None:
 
 def _signal_driver(run_dir: RunDir, *, now: bool) -> None:
     """Ask the driver on this machine to end: after a checkpoint, or at once."""
-    holder = run_dir.lock.read_text(encoding="utf-8").strip()
-    if not holder.isdigit():
+    owner = read_owner(run_dir)
+    if owner is None or not owner.is_here:
+        holder = "not known" if owner is None else owner.name
         raise ConfigError(
-            f"the driver of this run is not a process of this machine ({holder})",
+            f"the driver of this run is no process of this machine: {holder}",
             place=str(run_dir.path),
             remedy="stop it there",
         )
-    os.kill(int(holder), signal.SIGQUIT if now else signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(owner.pid, signal.SIGQUIT if now else signal.SIGTERM)
 
 
 def _wait(under_way: Callable[[], bool], run_dir: RunDir, log: Callable[[str], None]) -> None:

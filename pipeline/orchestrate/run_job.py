@@ -16,7 +16,7 @@ from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
 from pipeline.orchestrate.job_runner import open_run, run_stages
-from pipeline.orchestrate.run_state import run_lock
+from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
 from pipeline.runtime.dist_env import DistEnv

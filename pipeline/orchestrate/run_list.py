@@ -19,7 +19,8 @@ from pipeline.layout import RunDir, runs_in
 from pipeline.metric_text import metric_text
 from pipeline.monitor import tags
 from pipeline.monitor.events import read_last_events
-from pipeline.orchestrate.run_state import RunStateRecord, StageRecord, is_locked, read_run_state
+from pipeline.orchestrate.run_lock import is_locked
+from pipeline.orchestrate.run_state import RunStateRecord, StageRecord, read_run_state
 
 _PIPE_WIDTH = 160  # columns of the table where the output is no terminal
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))  # largest unit first

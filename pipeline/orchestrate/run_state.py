@@ -1,30 +1,23 @@
-"""``run.json``, the state of each stage of a run; and the lock that admits one process per run."""
+"""``run.json``, the state of each stage of a run."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
-import os
 import shlex
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.errors import ConfigError, StageError
+from pipeline.errors import StageError
 from pipeline.files import file_digest, with_digest, write_json
 from pipeline.layout import RunDir
 
 # pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
-# lock of the run, not this state, tells whether a process is working on it.
+# lock of the run (run_lock), not this state, tells whether a process is working on it.
 State = Literal["pending", "running", "done", "failed"]
-
-_LOCK_ATTEMPTS = 5
-_LOCK_PAUSE_S = 0.02
 
 
 class Artifact(BaseModel):
@@ -202,58 +195,3 @@ def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
             f"`mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}` and rerun the same "
             "command: each stage finds its results again",
         ) from None
-
-
-def is_locked(run_dir: RunDir) -> bool:
-    """True while a process works on the run."""
-    try:
-        with open(run_dir.lock) as file:
-            # A shared lock: two that look at the same time do not see each other.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def run_lock(run_dir: RunDir) -> Iterator[None]:
-    """Hold the lock of a run. The kernel releases it when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    run_dir.path.mkdir(parents=True, exist_ok=True)
-    with open(run_dir.lock, "a+") as file:
-        try:
-            _lock(file)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise ConfigError(
-                f"process {holder} is working on this run",
-                place=str(run_dir.path),
-                remedy=f"wait for process {holder} or stop it, or give this run a directory of its "
-                "own with --run-dir",
-            ) from None
-        # The process id only serves the message above. The file stays after the run: if it were
-        # removed, one process could hold the lock of the removed file, another that of a new one.
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _lock(file: IO[str]) -> None:
-    """Lock the open file, or raise BlockingIOError.
-
-    ``is_locked`` holds a shared lock for a moment, so a lock that is held gets a few more tries.
-    """
-    for _ in range(_LOCK_ATTEMPTS - 1):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(_LOCK_PAUSE_S)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -31,7 +31,8 @@ from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, how_to_ret
 from pipeline.orchestrate.follow import follow
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.judgement import Judge
-from pipeline.orchestrate.run_state import RunState, is_locked
+from pipeline.orchestrate.run_lock import is_locked, read_owner
+from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
 
@@ -163,8 +164,9 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     cluster = loaded.job.cluster
     directory = cluster_directory(loaded, run_dir)
     if is_locked(directory):
+        owner = read_owner(directory)
         raise ConfigError(
-            "a process is working on this run",
+            f"{owner.name if owner is not None else 'a process'} is working on this run",
             place=str(directory.path),
             remedy="wait for it or stop it, or give this run a directory of its own with --run-dir",
         )

@@ -168,7 +168,7 @@ def claim_generation(fence: Path) -> int:
     It is greater than that of any earlier group, of this driver or a previous one. Workers treat a
     missing fence as an error, so the file is replaced atomically and never removed.
     """
-    try:
+    try:  # read, never looked up: see train/fence.py
         generation = int(fence.read_text()) + 1
     except FileNotFoundError:
         generation = 0

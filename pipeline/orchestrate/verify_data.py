@@ -13,7 +13,7 @@ from pipeline.errors import DamageError, DataError
 from pipeline.layout import RunDir, find_run
 from pipeline.monitor.console import Display
 from pipeline.orchestrate.ray_session import ray_session
-from pipeline.orchestrate.run_state import is_locked
+from pipeline.orchestrate.run_lock import is_locked
 from pipeline.orchestrate.verify_run import Damage, VerifiedPart, rerun, verify_parts
 from pipeline.prepare.verify import describe, find_datasets, prepared_datasets, verify_dataset
 

@@ -5,16 +5,9 @@ Both libraries read them when they are imported, so they must be set before.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-
-# The address of the Ray that a driver joins instead of starting one of its own.
-JOINED_RAY = "PIPELINE_RAY_ADDRESS"
-
-
-def joined_ray() -> str:
-    """The address of the Ray that this process joins as a driver; '' on a machine of its own."""
-    return os.environ.get(JOINED_RAY, "")
 
 
 def is_requeued() -> bool:
@@ -86,3 +79,14 @@ def ray_session(token: Path) -> dict[str, str]:
 def ray_client() -> dict[str, str]:
     """Variables of a process that joins a Ray cluster, before ``import ray``."""
     return {"RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def job_id() -> str:
+    """The scheduler's ID of the job that this process belongs to; "" outside of a job."""
+    if job := os.environ.get("SLURM_JOB_ID", ""):
+        return job
+    try:  # set for the driver of a Ray job
+        config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
+        return str(config["metadata"]["job_submission_id"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from pipeline.files import fsync_dir
+from pipeline.files import fsync_dir, temporary_name
 
 Members = Iterable[tuple[str, bytes]]  # name, content
 
@@ -40,7 +40,7 @@ def join_tars(file: IO[bytes], tars: Sequence[Path]) -> None:
 
 def write_folder(path: Path, members: Members) -> None:
     """Write a folder under a temporary name, then rename it: it appears complete, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     temporary.mkdir(parents=True)
     try:
         for name, data in members:

@@ -4,6 +4,9 @@ After a failure the supervisor starts a new process group while a process of the
 be alive, for example on a host that was unreachable for a while. The supervisor writes the number
 of the new group, its generation, into a file of the run directory before the group starts. A group
 whose own number is not in the file has been replaced.
+
+The file is read through open(), never looked up: on NFS only open() asks the server, while
+exists() may answer from a cache of several seconds.
 """
 
 from __future__ import annotations
@@ -47,10 +50,14 @@ class Fence:
         Raises:
             StageError: it is missing although a supervisor started this process.
         """
-        if self.generation is not None and not self.path.exists():
+        if self.generation is None:
+            return
+        try:
+            self.path.read_text()
+        except FileNotFoundError:
             raise StageError(
                 "the generation file is missing, so this process group may not commit results",
                 place=str(self.path),
                 remedy="rerun the same command: it writes the file and resumes from the last "
                 "checkpoint; find out what deleted the file",
-            )
+            ) from None

@@ -292,8 +292,8 @@ class Trainer:
             raise CheckpointError(
                 f"the final checkpoint cannot be written: {failure}",
                 place=str(root),
-                remedy="free some disk space, then rerun the same command: it resumes from the "
-                "checkpoint before",
+                remedy="free some disk space, or mount the run directory on every machine; then "
+                "rerun the same command: it resumes from the checkpoint before",
             )
         else:
             self.log(

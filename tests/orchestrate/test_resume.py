@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from pipeline.errors import ConfigError, StageError
 from pipeline.layout import RunDir
 from pipeline.orchestrate.resume_policy import decide, keep_settings, move_aside, settings_of
-from pipeline.orchestrate.run_state import RunState, StageRecord, read_run_state, run_lock
+from pipeline.orchestrate.run_lock import run_lock
+from pipeline.orchestrate.run_state import RunState, StageRecord, read_run_state
 from pipeline.orchestrate.supervisor import claim_generation
 
 # As written by the version before, which called the metrics "figures".
@@ -120,7 +122,7 @@ def test_a_damaged_run_json_is_named(run_dir: RunDir) -> None:
 def test_a_second_process_is_refused_with_the_id_of_the_first(run_dir: RunDir) -> None:
     with (
         run_lock(run_dir),
-        pytest.raises(ConfigError, match=r"process \d+ is working on this run"),
+        pytest.raises(ConfigError, match=rf"process {os.getpid()} on \S+ is working on this run"),
         run_lock(run_dir),
     ):
         pass

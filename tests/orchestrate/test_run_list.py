@@ -12,7 +12,8 @@ from pipeline import cli
 from pipeline.layout import RunDir, find_run
 from pipeline.monitor.events import EventWriter
 from pipeline.orchestrate.run_list import age
-from pipeline.orchestrate.run_state import RunState, run_lock
+from pipeline.orchestrate.run_lock import run_lock
+from pipeline.orchestrate.run_state import RunState
 
 STAGES = ["prepare", "pretrain", "evaluate"]
 
