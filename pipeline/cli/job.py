@@ -22,6 +22,13 @@ def _list_jobs(requested: bool) -> None:
         raise typer.Exit
 
 
+Rehearse = Annotated[
+    bool, typer.Option("--rehearse", help="Run every stage of the job, shrunk to minutes.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the resolved job and what would run; run nothing."),
+]
 ListJobs = Annotated[
     bool, typer.Option("--list", help="List the shipped jobs.", is_eager=True, callback=_list_jobs)
 ]
@@ -51,14 +58,8 @@ def run(
             "Earlier results are moved aside.",
         ),
     ] = False,
-    rehearse: Annotated[
-        bool,
-        typer.Option("--rehearse", help="Run every stage of the job, shrunk to minutes."),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the resolved job and what would run; run nothing."),
-    ] = False,
+    rehearse: Rehearse = False,
+    dry_run: DryRun = False,
     run_dir: RunDirectory = None,
     on: Cluster = "",
     render: Render = False,
