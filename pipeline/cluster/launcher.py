@@ -67,6 +67,13 @@ class JobState:
         return self.phase in ("pending", "running")
 
 
+def cause_in(output: str) -> str:
+    """Why a command of the pipeline failed, from its output: its error, else its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [""])[-1]
+
+
 class Launcher(Protocol):
     """Talks to one cluster. Every call answers within seconds.
 

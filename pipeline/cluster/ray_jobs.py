@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster.code_package import JOB_FILE, code_digest, write_package
-from pipeline.cluster.launcher import JobState, Phase, Submission
+from pipeline.cluster.launcher import JobState, Phase, Submission, cause_in
 from pipeline.config.schema import ClusterConfig
 from pipeline.errors import ConfigError, StageError
 
@@ -150,11 +150,9 @@ class RayJobs:
             time.sleep(_POLL_S)
         output = self.log(job_id, Path(), 0).decode(errors="replace")
         if state.exit_code != 0:
-            last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
             raise StageError(
-                f"`{entry_point}` failed on the cluster: {last or state.reason}",
+                f"`{entry_point}` failed on the cluster: {cause_in(output) or state.reason}",
                 place=self._address,
-                remedy="look at the cluster's dashboard",
             )
         with self._client() as client, contextlib.suppress(RuntimeError):
             client.delete_job(job_id)  # the list of jobs is for runs

@@ -19,15 +19,15 @@ _RUNS = Path("runs")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterRun:
-    """A submitted run.
-
-    ``run_dir``: the directory on this machine that holds ``cluster.json``; ``here``: the run
-    directory itself, None if this machine does not see it.
-    """
+    """A submitted run. ``run_dir``: the directory on this machine that holds ``cluster.json``."""
 
     run_dir: RunDir
     record: ClusterRecord
-    here: RunDir | None
+
+    @property
+    def here(self) -> RunDir | None:
+        """The run directory itself; None while this machine does not see it."""
+        return self.record.run_dir if has_state(self.record.run_dir) else None
 
     @property
     def launcher(self) -> Launcher:
@@ -48,8 +48,7 @@ def cluster_run(run_dir: RunDir) -> ClusterRun | None:
     record = read_record(run_dir)
     if record is None:
         return None
-    here = record.run_dir if has_state(record.run_dir) else None
-    return ClusterRun(run_dir=run_dir, record=record, here=here)
+    return ClusterRun(run_dir=run_dir, record=record)
 
 
 def seen_run_dir(run_dir: RunDir) -> RunDir | None:
@@ -77,8 +76,9 @@ def exit_code(run: ClusterRun, state: JobState) -> int:
     """
     if state.exit_code is not None:
         return state.exit_code
+    here = run.here
     try:
-        record = read_run_state(run.here) if run.here is not None else None
+        record = read_run_state(here) if here is not None else None
     except StageError:
         record = None
     states = {stage.state for stage in record.stages.values()} if record is not None else set()

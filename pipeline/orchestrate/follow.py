@@ -15,7 +15,7 @@ from rich.status import Status
 
 from pipeline.cluster.launcher import JobState
 from pipeline.errors import ConfigError, Detached
-from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, exit_code, how_to_return
+from pipeline.orchestrate.cluster_run import ClusterRun, exit_code, how_to_return
 
 # Output is asked for whole by some clusters: the longer it is, the more rarely.
 _SHORTEST_POLL_S = 1.0
@@ -75,8 +75,7 @@ class _Follower:
                         break
                 pause = self._offset / _BYTES_PER_SECOND_OF_POLL
                 time.sleep(min(max(pause, _SHORTEST_POLL_S), _LONGEST_POLL_S))
-        # The run directory may have appeared since.
-        code = exit_code(cluster_run(self._run.run_dir) or self._run, state)
+        code = exit_code(self._run, state)
         if code:
             word = f": {state.reason}" if state.reason else ""
             self._print(f"{self._run.where} ended with exit code {code}{word}")

@@ -18,6 +18,7 @@ from pipeline.command import command
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
 from pipeline.layout import RunDir, find_run, runs_in
+from pipeline.monitor.serve import logs_of
 from pipeline.orchestrate import sent_files
 from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, shown_run
 from pipeline.orchestrate.follow import waiting_text
@@ -143,8 +144,9 @@ def _show_remote(run: ClusterRun, rank: int | None, keeps_following: bool) -> No
 
 
 def _log_of_rank(run_dir: RunDir, rank: int) -> Path:
-    """The newest log of a rank: that of the stage that ran last."""
-    logs = run_dir.logs.glob(run_dir.log("*", rank).name)
+    """The newest log of a rank that is not empty: of the last stage that wrote something."""
+    paths = run_dir.logs.glob(run_dir.log("*", rank).name)
+    logs = [path for path in paths if path.stat().st_size]
     newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
     if newest is None:
         raise ConfigError(
@@ -197,6 +199,22 @@ def fetch(run_dir: RunDir, part: str) -> Path:
         shutil.copytree(source, copy)
         sent_files.replace_folder(copy, target)
     return target
+
+
+def curves_of(target: str, runs: Path) -> Path:
+    """The folder that TensorBoard reads: of one run (name or directory), or of all if it is ''.
+
+    Raises:
+        ConfigError: there is no such run, or it has no curves yet.
+    """
+    run_dir = find_run(target, runs) if target else None
+    run = cluster_run(RunDir(run_dir.path.absolute())) if run_dir is not None else None
+    if run is None:
+        return logs_of(target, runs)
+    if run.here is not None:
+        return logs_of(str(run.here.path), runs)
+    # Event files are small: a copy of the present ones is served. A new call brings new ones.
+    return fetch(run.run_dir, "tensorboard")
 
 
 def part_of(run_dir: RunDir, part: str) -> Path:

@@ -113,7 +113,7 @@ def _overview(run_dir: RunDir) -> RunOverview:
     damaged = run_dir.cluster_json
     try:
         run = cluster_run(run_dir)
-        here = run_dir if run is None or run.here is None else run.here
+        here = (run.here if run is not None else None) or run_dir
         damaged = here.run_json
         record = read_run_state(here)
     except StageError:

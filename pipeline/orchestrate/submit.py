@@ -21,13 +21,19 @@ from pipeline.cluster.launcher import Submission
 from pipeline.cluster.launchers import launcher_for
 from pipeline.cluster.record import ClusterRecord, read_record, versions, write_record
 from pipeline.cluster.shared_paths import why_not_shared
+from pipeline.command import command
 from pipeline.config import job_queries, render
 from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.load import ON_CLUSTER, LoadedJob
 from pipeline.errors import ConfigError, DataError
 from pipeline.layout import RunDir, has_state
 from pipeline.monitor.console import Display
-from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, how_to_return
+from pipeline.orchestrate.cluster_run import (
+    ClusterRun,
+    cluster_run,
+    how_to_return,
+    shown_run,
+)
 from pipeline.orchestrate.follow import follow
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.judgement import Judge
@@ -93,7 +99,11 @@ def submit_run(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> in
     if options.detach:
         display.log(how_to_return(run_dir))
         return 0
-    return follow(run, console, from_start=not under_way)
+    code = follow(run, console, from_start=not under_way)
+    if run.here is None and code == 0:
+        name = shown_run(run_dir)
+        display.log(f"the results are on the cluster; to bring them here: {command('fetch', name)}")
+    return code
 
 
 def _checked(loaded: LoadedJob, run_dir: RunDir) -> LoadedJob:
@@ -190,9 +200,7 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
         code=code_digest(),
     )
     write_record(run_dir, record)
-    run = cluster_run(run_dir)
-    assert run is not None
-    return run
+    return ClusterRun(run_dir=run_dir, record=record)
 
 
 def _submission(
