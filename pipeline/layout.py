@@ -5,6 +5,7 @@ runs/quickstart/
   run.json                            state, inputs, outputs and metrics of each stage
   cluster.json                        where the run was submitted to, if it runs on a cluster
   owner.json                          the driver that works on the run, renewed while it does
+  unfit                               machines that failed the checks before the first stage
   stop                                written by the command stop: the run ends and stays ended
   stages/prepare/<dataset>/           shards, classes.json, dataset.json, quarantine/
   stages/<stage>/weights.safetensors  result of a training stage, described by weights.json
@@ -74,6 +75,16 @@ class RunDir:
     def stop_mark(self) -> Path:
         """Exists from a stop request until the run is started again."""
         return self.path / "stop"
+
+    @property
+    def unfit(self) -> Path:
+        """Host names of the machines that failed the last check, one per line; absent: none."""
+        return self.path / "unfit"
+
+    @property
+    def written_by_all(self) -> list[Path]:
+        """Folders into which the processes of every machine write."""
+        return [self.path, self.path / "stages", self.path / "checkpoints", self.logs]
 
     @property
     def export(self) -> Path:

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What `./launch.sh test --fast` leaves out: tests that start process groups, Ray, a server or
 # another program, property tests, and tests that take more than about a second.
-SLOW_FOLDERS = {"bench", "e2e", "evaluate", "export", "orchestrate", "runtime", "train"}
+SLOW_FOLDERS = {"bench", "cluster", "e2e", "evaluate", "export", "orchestrate", "runtime", "train"}
 SLOW_FIXTURES = {"session", "server", "proxy", "wheel"}
 STARTS_PROCESSES = {"subprocess", "multiprocessing"}  # names in a test's own code
 STARTS_GROUPS = {"tests.train.processes", "tests.e2e.job_runs"}  # helpers that a module imports

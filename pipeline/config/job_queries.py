@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipeline.config.schema import (
     EvaluateStage,
     ExportStage,
@@ -11,6 +13,7 @@ from pipeline.config.schema import (
     hparam_keys,
 )
 from pipeline.errors import ConfigError
+from pipeline.layout import RunDir
 
 TRAINING = ("pretrain", "finetune")
 ORDER = ("prepare", "pretrain", "finetune", "evaluate", "export")
@@ -103,7 +106,16 @@ def prepared_names(job: Job) -> list[str]:
     """The datasets that the prepare stage creates."""
     if job.stages.prepare is None:
         return []
-    return list(job.stages.prepare.data or job.data)
+    names = job.stages.prepare.data or job.data
+    return [name for name in names if name not in job.data or not job.data[name].prepared]
+
+
+def dataset_place(job: Job, run_dir: RunDir, name: str) -> Path | str:
+    """Where a prepared dataset lies: in the run directory, or the folder or URL of `prepared`."""
+    prepared = job.data[name].prepared if name in job.data else ""
+    if not prepared:
+        return run_dir.dataset(name)
+    return prepared if "://" in prepared else Path(prepared)
 
 
 def batches(train: TrainConfig, world_size: int) -> tuple[int, int]:

@@ -167,6 +167,8 @@ def _without_sources(tree: Node) -> Node:
     data = tree.get("data")
     for name in data.entries() if data is not None else ():
         tree = tree.replaced(("data", name, "root"), Node("", REHEARSE))
+        if tree.get("data", name, "prepared") is not None:
+            tree = tree.replaced(("data", name, "prepared"), Node("", REHEARSE))
     return tree
 
 
@@ -179,6 +181,7 @@ def _with_absolute_paths(tree: Node, folder: Path) -> Node:
     data = tree.get("data")
     for name, dataset in data.entries().items() if data is not None else ():
         tree = _with_path(tree, ("data", name, "root"), partial(_source, dataset))
+        tree = _with_path(tree, ("data", name, "prepared"), partial(_source, dataset))
         tree = _with_path(tree, ("data", name, "classes"), partial(_class_list, folder))
     for stage in ORDER:
         tree = _with_path(tree, ("stages", stage, "recipe"), partial(_recipe, folder))

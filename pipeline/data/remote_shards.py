@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.description import DatasetDescription
 from pipeline.data.shard_cache import RemoteFile, ShardCache
 from pipeline.data.shards import INDEX_ROWS, Index, ShardInfo, index_path
 from pipeline.errors import DataError, StageError
@@ -149,6 +150,30 @@ class RemoteShards:
                 remedy=COPY_AGAIN,
             )
         return digest
+
+
+def read_description(url: str) -> DatasetDescription:
+    """The description of the dataset behind a URL. Needs no cache.
+
+    Raises:
+        DataError: there is no prepared dataset, it is damaged or of another format.
+    """
+    storage, root = open_storage(url)
+    path = f"{root}/{DATASET_JSON}"
+    if storage.info(path) is None:
+        raise DataError(
+            f"no prepared dataset here ({DATASET_JSON} is missing)",
+            place=storage.shown(root),
+            remedy="correct the URL",
+        )
+    try:
+        return DatasetDescription.parse(storage.read(path))
+    except ValueError as error:
+        raise DataError(
+            f"is damaged or of another format: {error}",
+            place=storage.shown(path),
+            remedy=COPY_AGAIN,
+        ) from None
 
 
 def _parse_npy(content: mmap.mmap) -> Index | None:

@@ -9,8 +9,9 @@ from pipeline.checkpoint.weights import weights_path
 from pipeline.config import job_queries, machine
 from pipeline.config.render import plain_job_file
 from pipeline.config.schema import AugmentConfig, Job
-from pipeline.data.dataset import PreparedDataset, open_dataset
+from pipeline.data.dataset import PreparedDataset
 from pipeline.data.device import DeviceAugment
+from pipeline.data.job_dataset import open_job_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.errors import ConfigError
 from pipeline.evaluate.accuracy import Evaluation, validate
@@ -40,7 +41,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
         raise ConfigError("the job has no stage 'evaluate'", remedy="add it under `stages`")
     use_cuda = machine.device(job.cluster) == "cuda"
     with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
-        data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "evaluate")))
+        data = open_job_dataset(job, run_dir, "evaluate")
         split = data.description.reported_split()
         image_size, resize = preprocessing(job, run_dir, stage.initial, stage.image_size)
         network = load_network(job, run_dir, stage.initial, data).to(device)

@@ -20,10 +20,9 @@ import pipeline
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.weights import weights_path
 from pipeline.checkpoint.weights_file import write_weights_file
-from pipeline.config import job_queries
 from pipeline.config.schema import Job
-from pipeline.data.dataset import open_dataset
 from pipeline.data.device import MEAN, STD
+from pipeline.data.job_dataset import open_job_dataset
 from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing, require_same_classes
 from pipeline.evaluate.record import EvaluationRecord
@@ -62,7 +61,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     stage = job.stages.export
     if stage is None:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
-    data = open_dataset(run_dir.dataset(job_queries.dataset_name(job, "export")))
+    data = open_job_dataset(job, run_dir, "export")
     image_size, resize = preprocessing(job, run_dir, stage.initial)
     require_same_classes(run_dir, stage.initial, data)
     network = load_network(job, run_dir, stage.initial, data)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import job_queries
-from pipeline.config.job_queries import TRAINING, prepared_names
+from pipeline.config.job_queries import TRAINING, dataset_place, prepared_names
 from pipeline.config.schema import DatasetConfig, Job
 from pipeline.data.description import DatasetDescription
 from pipeline.data.local_shards import PREPARE_AGAIN
+from pipeline.data.remote_shards import read_description
 from pipeline.data.shards import index_path
 from pipeline.errors import DataError, StageError
 from pipeline.files import file_digest, json_digest
@@ -61,8 +63,9 @@ def inputs(
     expected = expected or {}
     # The fingerprint covers everything that the shards' bytes depend on. A digest of dataset.json
     # would not do: the file also records versions of libraries and limits such as max_rejected.
-    dataset = run_dir.dataset(_dataset(job, stage))
-    digests = {"dataset": expected.get(dataset) or fingerprint(dataset)}
+    dataset = dataset_place(job, run_dir, _dataset(job, stage))
+    known = expected.get(dataset) if isinstance(dataset, Path) else None
+    digests = {"dataset": known or fingerprint(dataset)}
     initial = _initial(job, stage)
     if initial:
         # `from` names a stage of this run or a file; the file may come from anywhere.
@@ -85,8 +88,15 @@ def require(job: Job, stage: str, digests: Mapping[str, str]) -> None:
     if not missing or stage == "prepare":
         return
     if "dataset" in missing:
+        name = _dataset(job, stage)
+        if name in job.data and job.data[name].prepared:
+            raise StageError(
+                f"{job.data[name].prepared} holds no prepared dataset",
+                place=f"data.{name}.prepared",
+                remedy="correct the path, or mount the file system",
+            )
         producer = "prepare"
-        cause = f"the dataset '{_dataset(job, stage)}' is not prepared"
+        cause = f"the dataset '{name}' is not prepared"
     else:
         producer = _initial(job, stage)
         cause = f"the weights of '{producer}' are missing"
@@ -168,8 +178,8 @@ def changed_inputs(
     # Version 0.1.0 recorded the digest of dataset.json. While that file is unchanged, its
     # fingerprint is known; else it is not compared here, and the checkpoint itself tells (K6).
     digest = recorded.pop("data", "")
-    dataset = run_dir.dataset(_dataset(job, stage)) if stage != "prepare" else None
-    if dataset is not None and digest and digest == _digest(dataset / DATASET_JSON):
+    dataset = dataset_place(job, run_dir, _dataset(job, stage)) if stage != "prepare" else None
+    if isinstance(dataset, Path) and digest and digest == _digest(dataset / DATASET_JSON):
         recorded["dataset"] = fingerprint(dataset)
     if not recorded:
         return []  # run.json was lost
@@ -202,12 +212,14 @@ def damaged_outputs(record: StageRecord, run_dir: RunDir, *, thorough: bool) -> 
     ]
 
 
-def fingerprint(dataset: Path) -> str:
-    """The fingerprint of a prepared dataset, ``NOT_THERE`` if there is none.
+def fingerprint(dataset: Path | str) -> str:
+    """The fingerprint of a prepared dataset (folder or URL), ``NOT_THERE`` if there is none.
 
     Raises:
         DataError: dataset.json cannot be read.
     """
+    if isinstance(dataset, str):
+        return _remote_fingerprint(dataset)
     path = dataset / DATASET_JSON
     try:
         return str(json.loads(path.read_text())["fingerprint"])
@@ -215,6 +227,11 @@ def fingerprint(dataset: Path) -> str:
         return NOT_THERE
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"is damaged: {error}", place=str(path), remedy=PREPARE_AGAIN) from None
+
+
+@functools.cache  # asked for by every stage; the ranks compare it again when they open the data
+def _remote_fingerprint(url: str) -> str:
+    return read_description(url).fingerprint
 
 
 def _source_digest(config: DatasetConfig) -> str:

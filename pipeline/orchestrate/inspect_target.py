@@ -86,9 +86,17 @@ def _of_dataset(dataset: Path, stage: str, overrides: Sequence[str]) -> InspectT
 def _of_job(job: Job, run_dir: RunDir, stage: str) -> InspectTarget:
     stage = stage or next(iter(_training_stages(job)), "")
     if not stage:
-        return InspectTarget(run_dir.dataset(next(iter(job.data))), "", DEFAULTS)
-    dataset = run_dir.dataset(job_queries.dataset_name(job, stage))
+        return InspectTarget(_local(job, run_dir, next(iter(job.data))), "", DEFAULTS)
+    dataset = _local(job, run_dir, job_queries.dataset_name(job, stage))
     return InspectTarget(dataset, stage, _settings(job, stage))
+
+
+def _local(job: Job, run_dir: RunDir, name: str) -> Path:
+    """The folder of a dataset. Raises DataError if it lies behind a URL."""
+    place = job_queries.dataset_place(job, run_dir, name)
+    if isinstance(place, Path):
+        return place
+    raise DataError("is not on this machine", place=place, remedy="copy it into a folder")
 
 
 def _training_stages(job: Job) -> list[str]:

@@ -15,6 +15,7 @@ from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.load import LoadedJob
 from pipeline.config.schema import Job
+from pipeline.data.job_dataset import require_cache_room
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.files import write_text
 from pipeline.layout import RunDir
@@ -64,6 +65,7 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
     """
     loaded = check_on_machine(loaded, run_dir)
     job = loaded.job
+    require_cache_room(job, run_dir)
     with run_lock(run_dir):
         run_dir.logs.mkdir(exist_ok=True)
         with open(run_dir.run_log, "a", encoding="utf-8") as log_file:

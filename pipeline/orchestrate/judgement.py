@@ -186,7 +186,8 @@ class Judge:
         dataset = job_queries.dataset_name(self.job, stage)
         replaced = self._replaces_dataset_of(stage)
         reasons = [str(change) for change in self._changed_settings(dataset)] if replaced else []
-        source = self.job.data[dataset].root or "synthetic"
+        config = self.job.data[dataset]
+        source = config.prepared or config.root or "synthetic"
         return f"input changed: the dataset {dataset} ({'; '.join(reasons) or source})"
 
     def _replaces_dataset_of(self, stage: str) -> bool:

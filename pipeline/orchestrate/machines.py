@@ -66,11 +66,13 @@ def call_on_each(
     *arguments: Any,
     timeout_s: float,
     check: Callable[[], None],
+    gpus: float = 0,
 ) -> dict[Machine, Result | Exception | None]:
     """Call a function in a process on each machine, on all at once.
 
     Args:
         check: called several times per second; may raise.
+        gpus: that the function needs; it waits until they are free.
 
     Returns:
         by machine what the function returned, the error that it raised or that its machine caused,
@@ -83,6 +85,7 @@ def call_on_each(
     calls = {
         task.options(
             num_cpus=0,
+            num_gpus=gpus,
             max_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(machine.id, soft=False),
         ).remote(*arguments): machine

@@ -15,8 +15,8 @@ from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import directory_of
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import Job
-from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment, DeviceBatch
+from pipeline.data.job_dataset import open_job_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.network_inputs import batch_sheet, network_inputs
 from pipeline.errors import CheckpointError, Interrupted, StageError
@@ -60,7 +60,6 @@ def train_stage(
     fence.require_file()  # now, rather than at the first checkpoint
     use_cuda = machine.device(job.cluster) == "cuda"
     with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
-        prepared = run_dir.dataset(job_queries.dataset_name(job, stage))
         context = StageContext(
             job=job,
             stage=stage,
@@ -68,7 +67,7 @@ def train_stage(
             run_dir=run_dir,
             dist_env=world,
             device=device,
-            data=open_dataset(prepared, whole=config.on_bad_sample == "stop"),
+            data=open_job_dataset(job, run_dir, stage, whole=config.on_bad_sample == "stop"),
         )
         log = StageLog(world.is_main)
         try:

@@ -63,7 +63,7 @@ DECISIONS: dict[tuple[str, ...], str] = {
         cluster.network.interface cluster.network.environment.<name> cluster.slurm.partition
         cluster.slurm.account cluster.slurm.qos cluster.slurm.constraint cluster.slurm.time
         cluster.slurm.gpu_option cluster.slurm.container cluster.slurm.setup cluster.slurm.extra
-        cluster.prefetch_mib data.<name>.root data.<name>.max_rejected
+        cluster.prefetch_mib data.<name>.root data.<name>.prepared data.<name>.max_rejected
         stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
         stages.train.eval_every_epochs stages.train.eval_resize stages.train.log_every_steps

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from pipeline.config.checks.checker import Checker
 from pipeline.config.job_queries import TRAINING, dataset_name, stage_names
 from pipeline.config.schema import DatasetConfig, SplitsConfig, SyntheticConfig
 from pipeline.config.schema.shrink import SYNTHETIC_LAYOUTS
 from pipeline.errors import ConfigError, DataError
+from pipeline.layout import DATASET_JSON
 from pipeline.sources import class_lists
 from pipeline.sources.splits import named_splits
 from pipeline.sources.survey import unknown_splits
@@ -19,12 +21,33 @@ def check_datasets(checker: Checker) -> None:
     """Report datasets without a source, and synthetic ones that cannot be generated."""
     for name, dataset in checker.job.data.items():
         key = f"data.{name}"
+        if dataset.prepared:
+            _prepared(checker, key, dataset)
+            continue
         if dataset.synthetic is not None:
             _synthetic(checker, key, dataset, dataset.synthetic)
         elif not dataset.root:
             remedy = f"--set {key}.root=DIR, or synthetic images: --set '{key}.synthetic={{}}'"
             checker.report(f"{key}.root", "no source is given", remedy)
         _splits(checker, key, dataset)
+
+
+def _prepared(checker: Checker, key: str, dataset: DatasetConfig) -> None:
+    """Report a prepared dataset that is not there, or that no cache makes readable."""
+    place = dataset.prepared
+    for other in ("root", "synthetic"):
+        if getattr(dataset, other):
+            cause = f"the dataset is prepared already ({place}), and nothing is read from {other}"
+            checker.report(f"{key}.{other}", cause, f"remove {other}, or prepared")
+    cluster = checker.job.cluster
+    if "://" in place:
+        if cluster.shard_cache is None:
+            remedy = "cluster.shard_cache: {local_folder: FOLDER, max_gib: SIZE}"
+            checker.report(f"{key}.prepared", "a dataset behind a URL needs a cache", remedy)
+    # A folder that only the cluster's machines see is looked for there.
+    elif cluster.kind == "local" and not (Path(place) / DATASET_JSON).is_file():
+        cause = f"{place} holds no prepared dataset ({DATASET_JSON} is missing)"
+        checker.report(f"{key}.prepared", cause, "correct the path")
 
 
 def _splits(checker: Checker, key: str, dataset: DatasetConfig) -> None:
@@ -73,7 +96,7 @@ def check_training_images(checker: Checker) -> None:
         except ConfigError:
             continue  # reported elsewhere
         dataset = checker.job.data.get(name)
-        if dataset is None:
+        if dataset is None or dataset.prepared:
             continue
         if isinstance(dataset.splits, SplitsConfig) and not dataset.splits.train:
             cause = f"names no training images, and the stage {stage} trains on them"
@@ -90,6 +113,9 @@ def check_prepared_names(checker: Checker) -> None:
         if name not in checker.job.data:
             remedy = did_you_mean(name, checker.job.data, "the job's datasets")
             checker.report("stages.prepare.data", f"the job has no dataset '{name}'", remedy)
+        elif checker.job.data[name].prepared:
+            cause = f"'{name}' is prepared already (data.{name}.prepared)"
+            checker.report("stages.prepare.data", cause, f"remove {name} from the list")
 
 
 def _synthetic(

@@ -74,6 +74,8 @@ def check_used_data(checker: Checker) -> None:
         if name not in job.data:
             remedy = did_you_mean(name, job.data, "the job's datasets")
             checker.report(key, f"the job has no dataset '{name}'", remedy)
+        elif job.data[name].prepared:
+            continue
         elif name not in prepared_names(job) and not checker.has_dataset(name):
             remedy = "add `prepare: {}` to the stages"
             if job.stages.prepare:

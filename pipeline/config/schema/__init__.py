@@ -4,7 +4,7 @@ This package is the only definition of what a job may contain; its classes are o
 section, hence the one import path.
 """
 
-from pipeline.config.schema.cluster import ClusterConfig
+from pipeline.config.schema.cluster import ClusterConfig, ShardCacheConfig
 from pipeline.config.schema.data import DatasetConfig, SplitsConfig, SyntheticConfig
 from pipeline.config.schema.job import EvaluateStage, ExportStage, Job, PrepareStage, Stages
 from pipeline.config.schema.model import ModelConfig
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "PrepareStage",
     "Section",
+    "ShardCacheConfig",
     "SplitsConfig",
     "Stages",
     "SyntheticConfig",

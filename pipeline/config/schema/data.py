@@ -102,6 +102,12 @@ class DatasetConfig(Section):
         description="Folder or fsspec URL of the source; with layout 'huggingface', the path of "
         "the dataset.",
     )
+    # The dataset that it names is an input of training, compared by its fingerprint.
+    prepared: Annotated[str, Rules(changes=NOTHING, rehearse_input=fixed(""))] = Field(
+        "",
+        description="Folder or fsspec URL of a dataset that was prepared before, used instead of "
+        "`root`. Shards behind a URL are read through `cluster.shard_cache`.",
+    )
     layout: Annotated[
         str,
         known_name(_LAYOUTS),

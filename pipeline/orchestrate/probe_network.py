@@ -1,0 +1,139 @@
+"""The network part of the checks before the first stage; Ray calls it on each machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+
+_LINK_TIMEOUT = timedelta(seconds=6)
+_LINK_BYTES = 8 << 20
+_LINK_REPEATS = 3
+_REACH_S = 6.0
+_CONNECT_S = 1.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkTest:
+    """An all-reduce.
+
+    Attributes:
+        machines: their IDs; the first one has rank 0.
+        meeting_point: address:port of rank 0.
+        interface: network interface of the job; empty: as the library chooses.
+        device: cpu (gloo) or cuda (NCCL).
+    """
+
+    machines: Sequence[str]
+    meeting_point: str
+    interface: str
+    device: str
+
+
+def own_id() -> str:
+    """Ray's ID of the machine that this process runs on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def measure_link(test: LinkTest) -> float:
+    """One small all-reduce between all machines.
+
+    Returns:
+        bytes per second through the network, per machine.
+    """
+    import torch
+    import torch.distributed as dist
+
+    host, _, port = test.meeting_point.rpartition(":")
+    rank = test.machines.index(own_id())
+    size = len(test.machines)
+    use_cuda = test.device == "cuda"
+    if test.interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = test.interface
+    if use_cuda:
+        torch.cuda.set_device(0)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), size, is_master=rank == 0, timeout=_LINK_TIMEOUT
+    )
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=_LINK_TIMEOUT,
+    )
+    try:
+        tensor = torch.zeros(_LINK_BYTES // 4, device=test.device)
+
+        def reduce() -> None:
+            dist.all_reduce(tensor)
+            if use_cuda:
+                torch.cuda.synchronize()
+
+        seconds = _shortest(reduce)
+    finally:
+        dist.destroy_process_group()
+    # Each machine sends and receives 2 (n - 1) / n of the tensor.
+    return 2 * (size - 1) / size * _LINK_BYTES / seconds
+
+
+def unreachable(others: Mapping[str, str]) -> list[str]:
+    """IDs of the machines to which no connection is possible; for when the all-reduce fails.
+
+    Args:
+        others: address:port at which each machine listens now, by ID; this one among them.
+    """
+    waiting = {name: point for name, point in others.items() if name != own_id()}
+    host, _, port = others[own_id()].rpartition(":")
+    with socket.create_server((host, int(port)), backlog=len(others)):
+        deadline = time.monotonic() + _REACH_S
+        while time.monotonic() < deadline:  # the others may start later
+            for name, point in list(waiting.items()):
+                if _connects(point):
+                    del waiting[name]
+            time.sleep(_POLL_S)
+    return list(waiting)
+
+
+def _connects(point: str) -> bool:
+    host, _, port = point.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _shortest(action: Callable[[], None]) -> float:
+    times = []
+    for _ in range(1 + _LINK_REPEATS):  # the first one connects
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return max(min(times[1:]), 1e-6)
+
+
+def interface_addresses(interface: str) -> list[str]:
+    """IPv4 addresses of an interface; of all, if none is named."""
+    return [
+        entry.address
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET and interface in ("", name)
+    ]
+
+
+def free_port() -> int:
+    """A port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
