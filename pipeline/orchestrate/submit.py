@@ -69,7 +69,7 @@ def render_submission(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions
     Raises:
         ConfigError: the job cannot work.
     """
-    submission = _submission(_checked(loaded, run_dir), run_dir, options, attempt=1)
+    submission = _submission(checked(loaded, run_dir), run_dir, options, attempt=1)
     return launcher_for(loaded.job.cluster).render(submission)
 
 
@@ -89,7 +89,7 @@ def submit_run(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> in
         if run is not None and under_way:
             display.log(f"already under way: {run.where}; nothing is submitted")
         else:
-            loaded = _checked(loaded, run_dir)
+            loaded = checked(loaded, run_dir)
             for note in loaded.notes:
                 display.log(note)
             if _is_done(loaded, run_dir, options, display):
@@ -106,7 +106,7 @@ def submit_run(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> in
     return code
 
 
-def _checked(loaded: LoadedJob, run_dir: RunDir) -> LoadedJob:
+def checked(loaded: LoadedJob, run_dir: RunDir) -> LoadedJob:
     """The job with the checks of one for several machines.
 
     Raises:
