@@ -30,8 +30,8 @@ data: {root: ROOT, min_side: 16}
 stages:
   prepare: {}
   pretrain:
-    {image_size: 32, epochs: 2, global_batch: 16, precision: fp32, intermediate_supervision: false,
-     augment: {mixup: 0, cutmix: 0}}
+    {image_size: 32, epochs: 2, global_batch: 16, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
+     intermediate_supervision: false, augment: {mixup: 0, cutmix: 0}}
 """
 CLUSTER = """
 kind: ray
@@ -138,7 +138,7 @@ def test_images_that_only_the_cluster_sees_are_left_to_it(folder: Path) -> None:
     text = portable_job_file(loaded)
     assert "image_size: auto" in text
     assert "root: /on/the/cluster" in text
-    with pytest.raises(ConfigError, match="no such folder"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         load_job(folder / "auto.yaml", on="cluster.yaml")  # as the driver on the cluster
 
 
