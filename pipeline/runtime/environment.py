@@ -10,6 +10,11 @@ import os
 from pathlib import Path
 
 
+def is_requeued() -> bool:
+    """True if Slurm has started this job again, after a preemption or its time limit."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def deepspeed_import(device: str) -> dict[str, str]:
     """Variables that ``import deepspeed`` reads, for a process on ``device`` (cpu or cuda)."""
     # DS_BUILD_OPS=0: build no compiled extensions; this pipeline uses none of them.
