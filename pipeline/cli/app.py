@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.cli import bench, checks, config, job, model, prepared_data, runs, tensorboard
+from pipeline.cli import (
+    bench,
+    checks,
+    config,
+    doctor,
+    job,
+    model,
+    node,
+    prepared_data,
+    runs,
+    tensorboard,
+)
 
 _LIBRARIES = ("torch", "ray", "deepspeed")  # those that a report of a bug needs
 
@@ -51,6 +62,11 @@ app.callback(options_metavar="JOB.yaml [options] |")(_options_of_the_program)
 app.command("run", epilog=job.SHIPPED_JOBS)(job.run)
 app.command("train")(job.train)
 app.command("runs")(runs.runs)
+app.command("logs")(runs.logs)
+app.command("stop")(runs.stop)
+app.command("fetch")(runs.fetch)
+app.command("send", hidden=True)(runs.send)
+app.command("doctor")(doctor.doctor)
 app.command("verify")(runs.verify)
 app.command("predict")(model.predict)
 app.command("schema")(config.schema)
@@ -59,3 +75,4 @@ app.command("tensorboard")(tensorboard.tensorboard)
 app.command("test", context_settings=checks.PASS_ON_ARGUMENTS)(checks.test)
 app.add_typer(bench.app, name="bench")
 app.add_typer(prepared_data.app, name="data")
+app.add_typer(node.app, name="node")

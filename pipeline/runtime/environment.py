@@ -10,6 +10,11 @@ import os
 from pathlib import Path
 
 
+def is_requeued() -> bool:
+    """True if Slurm has started this job again, after a preemption or its time limit."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def deepspeed_import(device: str) -> dict[str, str]:
     """Variables that ``import deepspeed`` reads, for a process on ``device`` (cpu or cuda)."""
     # DS_BUILD_OPS=0: build no compiled extensions; this pipeline uses none of them.
@@ -67,6 +72,24 @@ def ray_session(token: Path) -> dict[str, str]:
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "3",
         # With Ray's default niceness of 15, any other process on the machine starves the training.
+        "RAY_worker_niceness": "0",
+    }
+
+
+def ray_node(grace: float) -> dict[str, str]:
+    """Variables of ``ray start`` on a machine of a cluster that we start.
+
+    Args:
+        grace: longest time that a stop may take (seconds).
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(int(grace)),
+        # A machine that falls silent is lost after 15 s. Ray's own settings need more than 60 s.
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "3000",
+        "RAY_health_check_failure_threshold": "4",
         "RAY_worker_niceness": "0",
     }
 
