@@ -93,7 +93,7 @@ class MachinePool:
         wanted = self.cluster.nodes
         machines = self._wait(lambda count: count >= wanted, wanted, self.cluster.wait)
         if len(machines) < wanted:
-            if self._size(len(machines)) == 0:
+            if self.size(len(machines)) == 0:
                 raise self._too_few(machines, self.cluster.wait)
             self.log(f"continuing without {self._absent(machines, wanted)}", "warning")
         return machines
@@ -112,14 +112,14 @@ class MachinePool:
         wanted = 1 if single else self.cluster.fewest_nodes
 
         def enough(count: int) -> bool:
-            return count > 0 if single else self._size(count) > 0
+            return count > 0 if single else self.size(count) > 0
 
         machines = self._wait(enough, wanted, wait_s)
         if not enough(len(machines)):
             raise self._too_few(machines, wait_s)
         self._checkpoint = None
         self._placed = {entry.id for entry in machines}
-        count = 1 if single else self._size(len(machines))
+        count = 1 if single else self.size(len(machines))
         now = time.monotonic()
         trusted = [entry for entry in machines if self._avoided.get(entry.id, now) <= now]
         if len(trusted) >= count:
@@ -182,7 +182,7 @@ class MachinePool:
 
     def _growth(self, placement: Placement, members: Sequence[Machine]) -> MachineChange | None:
         """A larger group, right after a checkpoint: little is lost if it fails to form."""
-        if self._size(len(self.usable())) <= placement.machines:
+        if self.size(len(self.usable())) <= placement.machines:
             self._checkpoint = None
             return None
         checkpoints = list_checkpoints(placement.run_dir.checkpoints(placement.stage))
@@ -193,7 +193,7 @@ class MachinePool:
             return None
         return MachineChange(text=f"{self.idle(members)} can join", leaving=False)
 
-    def _size(self, available: int) -> int:
+    def size(self, available: int) -> int:
         """The largest number of machines whose processes share every stage's batch; 0 if none."""
         cluster = self.cluster
         trainings = [name for name in job_queries.stage_names(self.job) if name in TRAINING]

@@ -6,7 +6,6 @@ trains on the machines. ``weights`` of an undisturbed run are what the others ar
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from pipeline.monitor.events import Event, read_events
-from tests.cluster.fabric import FabricMachine, MachineProcess, environment_of_machine
+from tests.cluster.fabric import Fabric, MachineProcess, environment_of_machine
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_machines import RayMachines
 from tests.prepare.source_folders import class_tars
@@ -34,14 +32,27 @@ data: {{root: {root}, min_side: 16, shard_rows: 30}}
 stages:
   prepare: {{}}
   pretrain:
-    {{image_size: 64, epochs: 6, global_batch: {batch}, precision: fp32,
+    {{image_size: 64, epochs: 6, global_batch: 16, precision: fp32,
      base_lr: 1e-3, base_lr_batch: 16, warmup_epochs: 1,
      log_every_steps: 1, checkpoint_every_steps: 6, eval_every_epochs: 6}}
+  finetune:
+    {{from: pretrain, image_size: 32, epochs: 1, global_batch: 16, precision: fp32,
+     base_lr: 1e-3, base_lr_batch: 16, intermediate_supervision: false,
+     augment: {{mixup: 0, cutmix: 0}}}}
+  evaluate: {{from: finetune}}
+  export: {{from: finetune}}
 """
 CLUSTER = """
-cluster:
-  {{kind: ray, nodes: {nodes}, devices_per_node: {devices}, min_nodes: {min_nodes}, device: cpu,
-   threads: 1, loader_threads: 1, wait: {wait}, grace: 60, ray: {{address: "http://n1:8265"}}}}
+kind: ray
+nodes: {nodes}
+devices_per_node: {devices}
+min_nodes: {min_nodes}
+device: cpu
+threads: 1
+loader_threads: 1
+wait: {wait}
+grace: 60
+ray: {{address: "{dashboard}", token_file: {token}}}
 """
 
 
@@ -50,11 +61,10 @@ class PreparedJob:
     """A job, and a run directory in which its data is prepared."""
 
     folder: Path
-    batch: int = 16
 
     @property
-    def text(self) -> str:
-        return JOB.format(root=self.folder / "images", batch=self.batch)
+    def path(self) -> Path:
+        return self.folder / "small.yaml"
 
     @property
     def base(self) -> Path:
@@ -63,14 +73,13 @@ class PreparedJob:
     def prepare(self) -> None:
         """Make the images (112 for training), and prepare them on the host."""
         class_tars(self.folder / "images", classes=4, count=28, validation=4)
-        job = self.folder / "local.yaml"
-        job.write_text(self.text + "cluster: {processes: 1, device: cpu}\n")
+        self.path.write_text(JOB.format(root=self.folder / "images"))
         self.local(self.base, "--stage", "prepare")
 
     def local(self, run_dir: Path, *arguments: str) -> None:
-        """Run the job on the host, without a cluster."""
-        job = self.folder / "local.yaml"
-        command = [sys.executable, "-m", "pipeline", str(job), "--run-dir", str(run_dir)]
+        """Run the job on the host in two processes, without a cluster."""
+        command = ["nice", "-n", "19", sys.executable, "-m", "pipeline", "run", str(self.path)]
+        command += ["--run-dir", str(run_dir), "--set", "cluster={processes: 2, device: cpu}"]
         subprocess.run(
             [*command, *arguments], check=True, env=environment_of_machine(), cwd=self.folder
         )
@@ -80,14 +89,52 @@ class PreparedJob:
         shutil.copytree(self.base, self.folder / name)
         return RunDir(self.folder / name)
 
-    def on_cluster(
-        self, *, nodes: int = 2, devices: int = 1, min_nodes: int = 0, wait: int = 60
+    def cluster(
+        self,
+        ray: RayMachines,
+        *,
+        nodes: int = 2,
+        devices: int = 1,
+        min_nodes: int | None = None,
+        wait: int = 60,
     ) -> Path:
-        """A job file for a cluster of that size."""
+        """A cluster file of that size."""
         path = self.folder / f"ray-{nodes}-{devices}-{min_nodes}-{wait}.yaml"
-        text = CLUSTER.format(nodes=nodes, devices=devices, min_nodes=min_nodes or nodes, wait=wait)
-        path.write_text(self.text + text)
+        text = CLUSTER.format(
+            nodes=nodes,
+            devices=devices,
+            min_nodes=min_nodes or nodes,
+            wait=wait,
+            dashboard=ray.dashboard,
+            token=ray.token,
+        )
+        path.write_text(text)
         return path
+
+
+class RaySite:
+    """Three machines with Ray, n1 to n3, and a job whose data is prepared. n1 is the head."""
+
+    def __init__(self, fabric: Fabric, folder: Path) -> None:
+        self.fabric = fabric
+        self.ray = RayMachines(folder=folder)
+        self.job = PreparedJob(folder)
+
+    def repair(self, *without: str) -> None:
+        """Bring back every machine that a scenario has taken away, and take away ``without``."""
+        machines = self.fabric.machines
+        for name, node in self.ray.nodes.items():
+            if name in machines and node.poll() is not None:
+                machines[name].kill()
+        if "n1" not in machines:
+            for machine in list(machines.values()):
+                machine.kill()
+            self.ray.head(self.fabric.up("n1"), "--cpus", "2")
+        for name in ("n2", "n3"):
+            if name in without and name in machines:
+                machines[name].kill()
+            elif name not in without and name not in machines:
+                self.ray.join(self.fabric.up(name), "--cpus", "2")
 
 
 @dataclass(kw_only=True)
@@ -101,19 +148,23 @@ class ClusterRun:
     @classmethod
     def start(
         cls,
-        machine: FabricMachine,
-        cluster: RayMachines,
-        job: Path,
+        site: RaySite,
         run_dir: RunDir,
-        *arguments: str,
+        *arguments: str | Path,
+        job: Path | None = None,
+        checks: bool = False,
+        **size: int,
     ) -> ClusterRun:
-        output = run_dir.path.with_suffix(".out")
-        with open(output, "a") as file:
-            process = machine.popen(
-                *["nice", "-n", "19", "python", "-m", "pipeline", "run", job],
-                *["--run-dir", run_dir.path, *arguments],
-                environment={**cluster.environment, "PIPELINE_RAY_ADDRESS": cluster.gcs},
-                output=file,
+        """Start the driver as a job of Ray would, on the head's machine."""
+        cluster = site.job.cluster(site.ray, **size)
+        variables = {**site.ray.environment, "PIPELINE_RAY_ADDRESS": site.ray.gcs}
+        if not checks:  # they take some seconds
+            variables |= {"PIPELINE_NO_MACHINE_CHECKS": "1"}
+        command = ["nice", "-n", "19", "python", "-m", "pipeline", "run"]
+        command += [str(job or site.job.path), "--on", str(cluster)]
+        with open(run_dir.path.with_suffix(".out"), "a") as file:
+            process = site.fabric["n1"].popen(
+                *command, "--run-dir", run_dir.path, *arguments, environment=variables, output=file
             )
         return cls(run_dir=run_dir, process=process)
 
@@ -162,14 +213,25 @@ class ClusterRun:
         assert self.process.wait(END_S) == code, self.output
         return self.output
 
-    def weights(self) -> str:
-        return file_digest(self.run_dir.weights("pretrain"))
+    def losses(self, group: int) -> dict[int, float]:
+        """Loss by step in one of the groups of processes, counted from 0."""
+        losses: dict[int, float] = {}
+        number = -1
+        for event in self.events:
+            number += event.kind == "start"
+            if event.kind == "step" and number == group:
+                losses[event.step] = event.scalars["loss/total"]
+        return losses
 
-    def losses(self) -> dict[int, float]:
-        return {
-            event.step: event.scalars["loss/total"] for event in self.events if event.kind == "step"
-        }
+    @property
+    def machines(self) -> list[str]:
+        """The machines of the newest group, by rank."""
+        line = re.findall(r"^ranks? 0.* on .*$", self.output, re.MULTILINE)[-1]
+        return re.findall(r"on (n\d) ", line.partition("; idle")[0])
 
-    def state(self) -> dict[str, object]:
-        record: dict[str, object] = json.loads(self.run_dir.run_json.read_text())["stages"]
-        return record
+    @property
+    def lost_steps(self) -> int:
+        """Steps that the second group repeated."""
+        events = self.events
+        second = [number for number, event in enumerate(events) if event.kind == "start"][1]
+        return max(event.step for event in events[:second]) - events[second].step
