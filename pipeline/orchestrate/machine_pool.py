@@ -25,7 +25,8 @@ from pipeline.reporting import Log
 EXPECTED = "PIPELINE_MACHINES"  # host names that a scheduler has assigned, separated by spaces
 _POLL_S = 0.5
 _LOOK_S = 1.0  # between looks for machines that have come
-_AVOID_S = 60.0
+_NOTICE_S = 60.0  # after which Ray surely knows that a machine is lost
+_AVOID_S = _NOTICE_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class MachinePool:
         """
         # Slurm gives a job no further machine; the next attempt of the job gets all of them.
         wait_s = 0 if self.cluster.kind == "slurm" else self.cluster.wait
-        single = placement.processes == 1
+        single = placement.single
         wanted = 1 if single else self.cluster.fewest_nodes
 
         def enough(count: int) -> bool:
@@ -129,7 +130,7 @@ class MachinePool:
             machines=count,
             processes=1 if single else count * self.cluster.devices_per_node,
             candidates=tuple(machines),
-            wait_s=float(self.cluster.wait),
+            wait_s=max(self.cluster.wait, _NOTICE_S),
         )
 
     def avoid(self, lost: Machine) -> None:
@@ -172,7 +173,7 @@ class MachinePool:
             return MachineChange(text=text, leaving=True, ends_run=True)
         if names:
             return MachineChange(text=f"{names} is leaving", leaving=True)
-        if placement.processes > 1 and placement.machines < self.cluster.nodes and self._is_time():
+        if not placement.single and placement.machines < self.cluster.nodes and self._is_time():
             return self._growth(placement, members)
         return None
 
