@@ -22,7 +22,7 @@ from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, preflight, resume_policy
-from pipeline.orchestrate.joined_ray import ADDRESS, joined_ray
+from pipeline.orchestrate.joined_ray import ADDRESS, JoinedRay, joined_ray
 from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.machine_pool import MachinePool
 from pipeline.orchestrate.ray_session import RaySession, ray_session
@@ -230,7 +230,10 @@ def _headline(metrics: dict[str, float]) -> str:
 def _prepare(run: JobRunner, ray: RaySession) -> dict[str, float]:
     # Finished pieces are on disk already, so a stop request ends preparation at once.
     with run.stop.at_once():
-        return prepare_stage(run.job, run.run_dir, ray.map_tasks, run.display.progress, run.log)
+        metrics = prepare_stage(run.job, run.run_dir, ray.map_tasks, run.display.progress, run.log)
+    if run.pool is not None and isinstance(ray, JoinedRay):
+        run.log(f"tasks by machine: {run.pool.with_names(ray.shares)}")
+    return metrics
 
 
 def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:

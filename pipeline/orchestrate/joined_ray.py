@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.errors import ConfigError, StageError
@@ -32,6 +33,7 @@ class JoinedRay(RaySession):
     def __init__(self, address: str) -> None:
         self.address = address
         self.left_out: list[Machine] = []  # they get no tasks
+        self.shares: Counter[str] = Counter()  # tasks by address of the machine
         self._heard = self._knocked = time.monotonic()
 
     def map_tasks(
@@ -42,7 +44,7 @@ class JoinedRay(RaySession):
         if self.left_out:
             ids = ",".join(machine.id for machine in self.left_out)
             options["label_selector"] = {ID_LABEL: f"!in({ids})"}
-        return map_tasks(function, items, self.check, spread=options)
+        return map_tasks(function, items, self.check, options=options, shares=self.shares)
 
     @property
     def head(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,13 +29,16 @@ def map_tasks(
     items: Sequence[Item],
     check: Callable[[], None],
     *,
-    spread: Mapping[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
+    shares: Counter[str] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Apply ``function`` to every item in the running Ray session.
 
     Args:
         check: called several times per second; may raise: the session's own check.
-        spread: on a cluster, options of the tasks that make Ray share them among the machines.
+        options: further ones of the tasks.
+        shares: counts the tasks by the address of the machine that ran them; for a cluster. Errors
+            then name the machine.
 
     Yields (item, result) in the order in which the tasks finish. When a worker dies, Ray runs its
     task again, up to ``RETRIES`` times.
@@ -48,11 +52,11 @@ def map_tasks(
     # Send the function with each task. As an object of its own in Ray's store it would be lost with
     # its node, upon which Ray ends the driver without a message.
     task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
-    if spread is not None:
-        task = task.options(**spread)
+    if options:
+        task = task.options(**options)
     limit = _TaskLimit()
     waiting = iter(items)
-    submitted: dict[ObjectRef[Result], Item] = {}
+    submitted: dict[ObjectRef[tuple[str, Result]], Item] = {}
     try:
         while True:
             while len(submitted) < limit() and (item := next(waiting, None)) is not None:
@@ -64,18 +68,26 @@ def map_tasks(
             check()
             for ref in ready:
                 item = submitted.pop(ref)
-                yield item, _result(ref, item, on_cluster=spread is not None)
+                address, result = _result(ref, item, on_cluster=shares is not None)
+                if shares is not None:
+                    shares[address] += 1
+                yield item, result
     finally:
         # Reached with tasks left after an error, a stop request, or a consumer that stopped early.
         for ref in submitted:
             ray.cancel(ref, force=True)
 
 
-def _apply(function: Callable[[Item], Result], item: Item) -> Result:
-    return function(item)
+def _apply(function: Callable[[Item], Result], item: Item) -> tuple[str, Result]:
+    """Run a task; returns the address of its machine, too."""
+    import ray
+
+    return ray.util.get_node_ip_address(), function(item)
 
 
-def _result(ref: ObjectRef[Result], item: object, *, on_cluster: bool) -> Result:
+def _result(
+    ref: ObjectRef[tuple[str, Result]], item: object, *, on_cluster: bool
+) -> tuple[str, Result]:
     import ray
 
     try:
