@@ -126,7 +126,7 @@ class RayJobs:
         if now and driver.get("pid"):
             # The Jobs API has no signal that ends a driver before the grace is over. It starts all
             # drivers on the head, so another one can send it.
-            self._run_to_end(f"kill -QUIT {int(driver['pid'])}")
+            self._run_to_end(f"kill -QUIT {int(driver['pid'])} || true")  # it may have ended
 
     def log(self, job_id: str, run_dir: Path, offset: int) -> bytes:
         """The output of the driver beyond ``offset`` bytes, without lines that Ray adds."""

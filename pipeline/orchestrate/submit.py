@@ -185,6 +185,10 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     submission = _submission(loaded, run_dir, options, attempt)
     launcher = launcher_for(cluster)
     launcher.check(submission)
+    # Slurm appends to the log of earlier jobs. Ray has a log for each.
+    log_start = 0
+    if earlier is not None and earlier.kind == cluster.kind == "slurm":
+        log_start = len(launcher.log(earlier.id, directory.path, 0))
     # An attempt begins: the mark of an earlier stop would end it.
     directory.stop_mark.unlink(missing_ok=True)
     record = ClusterRecord(
@@ -193,6 +197,7 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
         address=cluster.ray.address if cluster.kind == "ray" else "",
         directory=str(directory.path),
         attempt=attempt,
+        log_start=log_start,
         # Its variables are for the training processes; nobody needs them here.
         cluster=cluster.model_dump(mode="json", exclude={"network"}),
         submitted=time.time(),
