@@ -67,11 +67,13 @@ class _Follower:
                         self._show_output(status)
                     answered = time.monotonic()
                 except ConfigError:
+                    # A network that fails for a moment must not end what follows for days.
                     if time.monotonic() - answered > _PATIENCE_S:
                         raise
                 else:
                     self._show_waiting(state)
                     if not state.under_way:
+                        # The driver may have written between the two questions.
                         self._show_output(status, last=True)
                         break
                 # An answer may be as large as the output, or take a step of a batch job.
@@ -84,6 +86,7 @@ class _Follower:
         return code
 
     def _show_last_lines(self) -> None:
+        # Who comes back wants to know where the run is, not how it came there.
         output = self._read()
         lines = output.splitlines(keepends=True)
         self._rest = b""

@@ -60,6 +60,7 @@ def stop(run_dir: RunDir, *, now: bool, log: Callable[[str], None]) -> None:
         here = run.here or (run.record.run_dir if run.record.run_dir.path.is_dir() else None)
         if here is not None:
             write_text(here.stop_mark, f"{time.time():.0f}\n")
+        # Also where the mark was written: it alone stops nobody.
         run.launcher.stop(run.record.id, now=now)
         _wait(lambda: run.state().under_way, run_dir, log)
     elif is_locked(run_dir):
@@ -194,6 +195,7 @@ def fetch(run_dir: RunDir, part: str) -> Path:
             f"the run has no {part} yet", place=str(source), remedy=f"see {command('runs')}"
         )
     if source != target:
+        # Copied under another name first: an interrupted copy must not look like a result.
         copy = target.with_name(f".{target.name}.fetched")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(source, copy)
