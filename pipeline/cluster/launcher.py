@@ -1,6 +1,6 @@
 """What every way to start a run on a cluster offers: the interface of ``ray_jobs`` and ``slurm``.
 
-A submission starts one driver on the cluster: ``python -m pipeline VERB JOB_FILE OPTIONS``. The
+A submission starts one driver on the cluster: the command of ``verb``, with a job file. The
 driver does what the same command does on this machine, with the cluster's machines.
 """
 
@@ -114,7 +114,7 @@ class Launcher(Protocol):
         """
 
     def call(self, cluster: ClusterConfig, arguments: Sequence[str]) -> str:
-        """Run ``python -m pipeline ARGUMENTS`` on one machine of the cluster; returns its output.
+        """Run a command of the pipeline on one machine of the cluster; returns its output.
 
         For questions about files that this machine does not see: seconds, text only.
 

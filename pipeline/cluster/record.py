@@ -33,6 +33,7 @@ class ClusterRecord(BaseModel):
     cluster: dict[str, Any] = Field(
         default_factory=dict, description="The job's cluster section, as plain values."
     )
+    log_start: int = Field(0, description="Bytes of the log before this submission.")
     submitted: float = Field(0.0, description="Time of the submission (seconds since 1970).")
     versions: dict[str, str] = Field(
         default_factory=dict, description="Of Python and the libraries that submitted it."
