@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,13 @@ min_nodes: {min_nodes}
 device: cpu
 threads: 1
 loader_threads: 1
-wait: 60
+wait: {wait}
 grace: 30
 runs: {runs}
 slurm:
   partition: {partition}
-  time: "{time}"
-  setup: ["renice -n 19 $$ > /dev/null"]
+  time: "01:00:00"
+  setup: {setup}
 """
 
 
@@ -78,12 +77,6 @@ class SlurmRun:
         """The steps at which groups of processes began."""
         return [event.step for event in self.events if event.kind == "start"]
 
-    @property
-    def lost_steps(self) -> int:
-        """Steps that were computed twice."""
-        steps = [event.step for event in self.events if event.kind == "step"]
-        return len(steps) - len(set(steps))
-
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: self.step >= step, f"step {step}")
 
@@ -124,7 +117,8 @@ class Submitter:
         nodes: int = 2,
         min_nodes: int = 0,
         partition: str = "normal",
-        time_limit: str = "01:00:00",
+        setup: Sequence[str] = (),
+        wait: int = 60,
     ) -> SlurmRun:
         """Submit a run, and return at once."""
         cluster = self.job.folder / f"{name}-cluster.yaml"
@@ -133,7 +127,8 @@ class Submitter:
                 nodes=nodes,
                 min_nodes=min_nodes or nodes,
                 partition=partition,
-                time=time_limit,
+                wait=wait,
+                setup=json.dumps(["renice -n 19 $$ > /dev/null", *setup]),
                 runs=self.job.folder,
             )
         )
@@ -141,6 +136,11 @@ class Submitter:
         job.write_text(self.job.text)
         run_dir = self.job.start_copy(name)
         return self.submit(job, run_dir, "--on", str(cluster), *overrides)
+
+    def again(self, run: SlurmRun) -> SlurmRun:
+        """Submit a run that was stopped again, with the same command."""
+        cluster = self.job.folder / f"{run.run_dir.path.name}-cluster.yaml"
+        return self.submit(self.job.folder / "job.yaml", run.run_dir, "--on", str(cluster))
 
     def submit(self, job: Path, run_dir: RunDir, *options: str) -> SlurmRun:
         """``pipeline run JOB --on CLUSTER -d``, as a user types it."""
@@ -176,7 +176,3 @@ def wait_for_nothing_left(slurm: SlurmMachines, seconds: float = 60) -> None:
         wait_until(lambda: not left_behind(slurm), "clean machines", seconds, 0.5)
     except TimeoutError:
         raise AssertionError(left_behind(slurm)) from None
-
-
-def seconds_since(moment: float) -> float:
-    return time.monotonic() - moment
