@@ -64,11 +64,14 @@ class JobState:
     @property
     def under_way(self) -> bool:
         """True while the job may still work on its run."""
+        # A job that is not known counts as ended: whatever it was, it writes nothing any more. The
+        # lock of the run guards against a driver that lives all the same.
         return self.phase in ("pending", "running")
 
 
 def cause_in(output: str) -> str:
     """Why a command of the pipeline failed, from its output: its error, else its last line."""
+    # The remedy stands below the error, and a traceback of the cluster's own may follow both.
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]

@@ -32,6 +32,7 @@ from pipeline.errors import ConfigError, StageError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+_INSTALL = 'run "./launch.sh install ray" in a checkout, else pip install "revcol-pipeline[ray]"'
 _ANSWER_S = 2.0  # for an answer of the dashboard; Ray's own client waits for 20 s
 _CALL_S = 120.0  # longest time of a short command on the cluster
 _POLL_S = 0.3
@@ -262,7 +263,7 @@ class RayJobs:
             raise ConfigError(
                 "the package aiohttp is missing, which Ray's client of its Jobs API needs",
                 place="cluster.kind: ray",
-                remedy="pip install aiohttp",
+                remedy=_INSTALL,
             )
         from ray.job_submission import JobSubmissionClient
 

@@ -136,6 +136,9 @@ def parse_state(text: str) -> JobState:
     start = _seconds(values.get("StartTime", ""))
     end = _seconds(values.get("EndTime", ""))
     code, _, signal_number = values.get("ExitCode", "0:0").partition(":")
+    # A job that was cancelled before it started has the code 0, too.
+    cancelled = word == "CANCELLED" and code == "0"
+    has_own_code = phase == "ended" and signal_number == "0" and not cancelled
     return JobState(
         phase=phase,
         reason=word if phase == "ended" else "" if reason == "None" else reason,
@@ -143,7 +146,7 @@ def parse_state(text: str) -> JobState:
         started=None if phase == "pending" else start,
         ended=end if phase == "ended" else None,
         ends_by=end if phase == "running" else None,
-        exit_code=int(code) if phase == "ended" and signal_number == "0" else None,
+        exit_code=int(code) if has_own_code else None,
         attempts=int(values.get("Restarts", "0")) + 1,
     )
 

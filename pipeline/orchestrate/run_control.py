@@ -88,6 +88,7 @@ def _signal_driver(run_dir: RunDir, *, now: bool) -> None:
 
 def _wait(under_way: Callable[[], bool], run_dir: RunDir, log: Callable[[str], None]) -> None:
     log("asked to stop; waiting for the end (Ctrl-C: do not wait)")
+    # The driver ends within the grace, or is killed. Later than that, something else is wrong.
     deadline = time.monotonic() + _grace(run_dir) + _MARGIN_S
     while under_way():
         if time.monotonic() > deadline:
@@ -117,6 +118,8 @@ def show_output(run_dir: RunDir, *, rank: int | None, keeps_following: bool) -> 
         assert run is not None
         _show_remote(run, rank, keeps_following)
         return
+    # The messages of all attempts. What the driver of a batch job wrote beside them is in its own
+    # log, which `run` shows.
     path = here.run_log if rank is None else _log_of_rank(here, rank)
     offset = _print_from(path, 0)
     while keeps_following:
@@ -189,6 +192,7 @@ def fetch(run_dir: RunDir, part: str) -> Path:
         sent_files.unpack(text, target)
         return target
     assert here is not None
+    # Of a run of this machine, source and target are the same: then the path is all to report.
     source = part_of(here, part)
     if not source.is_dir():
         raise ConfigError(

@@ -131,14 +131,40 @@ def test_a_detached_run_can_be_ended_at_once(site: Site) -> None:
     assert line_of(site, "detached").split()[1] != "running"
 
 
+on_slurm = pytest.mark.parametrize("site", ["slurm"], indirect=True)
+
+
+@on_slurm
 @pytest.mark.parametrize(("key", "value"), [("partition", "nowhere"), ("constraint", "unheard-of")])
 def test_what_slurm_does_not_know_is_refused_before_submission(
     site: Site, key: str, value: str
 ) -> None:
-    if site.kind != "slurm":
-        return
     code, output = site.run("--set", "name=refused", "--set", f"cluster.slurm.{key}={value}")
     assert code == 2, output
     assert f"cluster.slurm.{key}" in output
     assert "\n  -> " in output
     assert line_of(site, "refused") == ""
+
+
+@on_slurm
+def test_a_job_that_waits_shows_why_and_until_when(site: Site) -> None:
+    later = ("--set", "name=later", "--set", "cluster.slurm.extra=[--begin=now+1hour]")
+    code, output = site.run(*later, "-d")
+    assert code == 0, output
+    line = line_of(site, "later")
+    assert re.match(r"later pending: BeginTime, expected start 20[\d-]+ [\d:]+ ", line), line
+    attached = site.start("run", "job.yaml", *site.options, *later)
+    attached.wait_for("waits: BeginTime, expected start")
+    attached.interrupt()
+    assert attached.end() == Detached.exit_code
+    code, output = site.call("stop", "later")
+    assert code == 0, output
+    assert line_of(site, "later").startswith("later interrupted")
+
+
+def test_doctor_names_every_check(site: Site) -> None:
+    code, output = site.call("doctor", "job.yaml", *site.options)
+    assert code == 0, output
+    checks = re.findall(r"^check ([a-z ]+):", output, re.MULTILINE)
+    assert {"run directory", "data", "space", "versions", "code", "clock", "limits"} <= set(checks)
+    assert "1 machines checked in" in output
