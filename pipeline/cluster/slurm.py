@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.cluster import slurm_script
+from pipeline.cluster import allocation, slurm_script
+from pipeline.cluster.allocation import Allocation
 from pipeline.cluster.launcher import JobState, Phase, Submission, cause_in
 from pipeline.config.schema import ClusterConfig
 from pipeline.errors import ConfigError, StageError
@@ -43,6 +44,7 @@ class Slurm:
 
     def __init__(self, cluster: ClusterConfig) -> None:
         self._cluster = cluster
+        self._allocation = Allocation()
 
     def check(self, submission: Submission) -> None:
         """Ask Slurm whether it would accept the script.
@@ -50,6 +52,9 @@ class Slurm:
         Raises:
             ConfigError: no sbatch here, or an unknown partition, account, constraint or option.
         """
+        if allocation.job_at_hand():
+            allocation.check(submission)
+            return
         done = _command(["sbatch", "--test-only"], script=slurm_script.render(submission))
         # The answer is on standard error, also if the job is accepted: "Job 7 to start at ...".
         if done.returncode != 0 and not any(word in done.stderr for word in _LATER):
@@ -60,7 +65,14 @@ class Slurm:
         return slurm_script.render(submission)
 
     def submit(self, submission: Submission) -> str:
-        """Submit the batch script; machines that failed the last checks are left out."""
+        """Submit the batch script; machines that failed the last checks are left out.
+
+        Inside of an allocation, run it there.
+        """
+        if allocation.job_at_hand():
+            nodes = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+            first = _command(nodes).stdout.split()[0]
+            return self._allocation.start(slurm_script.render(submission), first)
         run = RunDir(submission.run_dir)
         if not submission.cluster.runs:
             # Slurm opens the log before the script runs, and creates no folder.
@@ -70,11 +82,13 @@ class Slurm:
             options.append(f"--exclude={','.join(unfit)}")
         done = _command(["sbatch", *options], script=slurm_script.render(submission))
         if done.returncode != 0:
-            raise _refused(done.stderr)
+            raise _without_unfit(run, unfit) if unfit else _refused(done.stderr)
         return done.stdout.strip().partition(";")[0]  # "12;cluster" with several clusters
 
     def state(self, job_id: str) -> JobState:
         """What Slurm knows of a job. It forgets a job some minutes after its end."""
+        if allocation.is_inside(job_id):
+            return self._allocation.state(job_id)
         done = _command(["scontrol", "show", "job", "--oneliner", job_id])
         if done.returncode != 0:
             if "Invalid job id" not in done.stderr:
@@ -87,6 +101,9 @@ class Slurm:
 
         After ``now`` the driver has Slurm's KillWait (30 s) to save.
         """
+        if allocation.is_inside(job_id):
+            self._allocation.stop(job_id, now=now)
+            return
         if now or self.state(job_id).phase == "pending":
             _command(["scancel", job_id])
             return
@@ -104,7 +121,8 @@ class Slurm:
         if not self._cluster.runs:
             return b""
         inside = self.state(job_id).phase == "running"
-        where = [f"--jobid={job_id}", "--overlap"] if inside else _placement(self._cluster)
+        job = job_id.partition("+")[0]
+        where = [f"--jobid={job}", "--overlap"] if inside else _placement(self._cluster)
         command = ["tail", "-c", f"+{offset + 1}", str(path)]
         return _on_a_machine([*where, *command]).stdout.encode()
 
@@ -126,10 +144,10 @@ def parse_state(text: str) -> JobState:
 
     Example: "JobId=7 JobName=a b JobState=PENDING Reason=Resources Restarts=1 ..." -> pending.
     """
-    # A name may contain anything, also "JobState=": of each key, the last one counts, except for
-    # those that follow the name's own fields. Slurm writes JobState once, after UserId.
+    # The name may contain anything, also "JobState=". UserId follows it. A comment, which may
+    # contain anything too, comes last: of each key, the first one counts.
     after_name = text[text.rfind(" UserId=") + 1 :]
-    values = dict(re.findall(r"(\w+)=(\S*)", after_name))
+    values = dict(reversed(re.findall(r"(\w+)=(\S*)", after_name)))
     word = values.get("JobState", "")
     phase: Phase = "pending" if word in _PENDING else "ended" if word in _ENDED else "running"
     reason = values.get("Reason", "")
@@ -207,6 +225,15 @@ def _refused(message: str) -> ConfigError:
         f"Slurm refuses the job: {cause}",
         place=f"cluster.slurm.{key}" if key else "cluster.slurm",
         remedy=asked,
+    )
+
+
+def _without_unfit(run: RunDir, unfit: Sequence[str]) -> ConfigError:
+    """Slurm accepts the job, as ``check`` has shown, but not without these machines."""
+    return ConfigError(
+        f"too few machines are left without those that failed the last checks: {', '.join(unfit)}",
+        place=str(run.unfit),
+        remedy="have them repaired, then delete this file",
     )
 
 

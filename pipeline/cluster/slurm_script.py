@@ -213,7 +213,8 @@ clean_up() {
 
 # True if the next attempt may get further than this one and the user has not ended the job.
 may_requeue() {
-    [[ ! -e $stop_mark ]] || return 1
+    # A step inside of the user's own allocation has an ID.
+    [[ -z ${SLURM_STEP_ID:-} && ! -e $stop_mark ]] || return 1
     # COMPLETING: Slurm ends the job itself. It requeues a preempted one, and must not be made to
     # requeue one that the user has cancelled.
     [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || return 1

@@ -199,18 +199,17 @@ def test_a_machine_less_is_enough(
 
 
 def test_a_failing_job_ends_with_its_cause(submitter: Submitter) -> None:
-    run = submitter.start(
-        "failing",
-        "--set",
-        "stages.pretrain.base_lr=1e30",
-        "--set",
-        "stages.pretrain.on_mismatch=stop",
-    )
+    run = submitter.start("failing")
+    # The first checkpoint, at step 6, cannot be written.
+    run.run_dir.checkpoints("pretrain").parent.mkdir(exist_ok=True)
+    run.run_dir.checkpoints("pretrain").write_text("a file, not a folder")
     run.finish("FAILED")
     assert run.info["ExitCode"] == "3:0"
     assert run.attempts == 1
-    end = run.log.splitlines()[-10:]
-    assert any("pretrain" in line and "error" in line for line in end), run.log
+    end = "\n".join(run.log.splitlines()[-10:])
+    assert "error: " in end
+    assert "the final checkpoint cannot be written" in end
+    assert "(rank 0 on n1" in end
 
 
 def test_without_progress_it_is_not_requeued_for_ever(
@@ -243,6 +242,31 @@ def test_names_stay_what_they_are(submitter: Submitter, slurm: SlurmMachines, na
     assert run.state == "CANCELLED"
 
 
+def test_machines_that_failed_the_checks_are_excluded(
+    submitter: Submitter, slurm: SlurmMachines
+) -> None:
+    run_dir = submitter.job.start_copy("excluding")
+    cluster = submitter.job.folder / "excluding-cluster.yaml"
+    cluster.write_text(
+        f"kind: slurm\nnodes: 2\ndevice: cpu\nruns: {submitter.job.folder}\n"
+        'slurm: {extra: ["--hold"]}\n'
+    )
+    job = submitter.job.folder / "excluding.yaml"
+    job.write_text(submitter.job.text)
+    run_dir.unfit.write_text("n2\n")
+    run = submitter.submit(job, run_dir, "--on", str(cluster))
+    assert run.info["ExcNodeList"] == "n2"
+    slurm.run("scancel", run.job_id)
+    run_dir.unfit.write_text("n2\nn3\n")
+    refused = slurm.login.run(
+        *("python", "-m", "pipeline", "run", job, "--run-dir", run_dir.path, "--on", cluster),
+        environment=slurm.environment,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert f"{run_dir.unfit}: too few machines are left" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "key", "cause"),
     [
@@ -269,3 +293,26 @@ def test_what_slurm_refuses_is_not_submitted(
     assert f"cluster.slurm{'.' if key else ''}{key}" in done.stderr
     assert "sinfo" in done.stderr
     assert not slurm.run("squeue", "--noheader").strip()
+
+
+def test_inside_an_allocation_it_runs_there(
+    slurm: SlurmMachines, submitter: Submitter, weights: str
+) -> None:
+    run_dir = submitter.job.start_copy("inside")
+    cluster = submitter.job.folder / "inside-cluster.yaml"
+    cluster.write_text(
+        f"kind: slurm\nnodes: 2\ndevice: cpu\nthreads: 1\nloader_threads: 1\ngrace: 30\nwait: 60\n"
+        f"runs: {submitter.job.folder}\n"
+    )
+    job = submitter.job.folder / "job.yaml"
+    job.write_text(submitter.job.text)
+    done = slurm.login.run(
+        *("salloc", "--nodes=2", "--ntasks-per-node=1", "python", "-m", "pipeline", "run", job),
+        *("--run-dir", run_dir.path, "--on", cluster),
+        environment=slurm.environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "checkpoint at step 42 written" in done.stdout
+    assert file_digest(run_dir.weights("pretrain")) == weights
