@@ -122,6 +122,7 @@ class Slurm:
             return b""
         inside = self.state(job_id).phase == "running"
         job = job_id.partition("+")[0]
+        # A step inside of the job needs no free machine.
         where = [f"--jobid={job}", "--overlap"] if inside else _placement(self._cluster)
         command = ["tail", "-c", f"+{offset + 1}", str(path)]
         return _on_a_machine([*where, *command]).stdout.encode()
@@ -177,6 +178,7 @@ def _placement(cluster: ClusterConfig) -> list[str]:
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
+        # Minutes. A short limit lets the scheduler fit it in between jobs.
         "time": "5",
     }
     return [f"--{name}={value}" for name, value in options.items() if value]
@@ -210,6 +212,7 @@ def _command(
             text=True,
             check=False,
             timeout=timeout,
+            # A user's own format could not be read back.
             env=os.environ | {"SLURM_TIME_FORMAT": "standard"},
         )
     except subprocess.TimeoutExpired:
@@ -218,6 +221,7 @@ def _command(
 
 def _refused(message: str) -> ConfigError:
     """Slurm's refusal of a job; names the key of the job that it is about."""
+    # Example: "allocation failure: Invalid partition name specified".
     cause = cause_in(message.replace("sbatch: error: ", "").replace("allocation failure: ", ""))
     key = next((key for word, key in _KEYS.items() if word in cause.lower()), "")
     asked = "`sinfo` lists partitions and features, `sacctmgr show assoc user=$USER` accounts"

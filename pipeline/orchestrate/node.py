@@ -133,6 +133,7 @@ class _Node:
                 leaving = self._leave()
                 if not self._options.gcs:  # without drivers, nobody needs the head
                     needed.append(leaving)
+            # Checked before the head: of a machine that leaves, the raylet ends first.
             if not all(map(is_alive, needed)):
                 if deadline is None:
                     raise self._lost()
@@ -149,6 +150,7 @@ class _Node:
         temporary.mkdir()
         # Training and preparation leave files in TMPDIR: they are removed with the directory.
         variables = environment.ray_node(self._options.grace) | {"TMPDIR": str(temporary)}
+        # -P: a ray.py in the working directory is not Ray.
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *self._arguments()]
         with open(self._output, "wb") as output:
             process = subprocess.Popen(
@@ -269,6 +271,7 @@ def _node_id(servers: list[psutil.Process]) -> str:
 
 def _own_address() -> str:
     """The IP of this machine's name, unless that is a loopback address: then Ray chooses."""
+    # Ray would ask the route to the internet, which a machine of a cluster may not have.
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:

@@ -126,7 +126,7 @@ class SlurmMachines:
         """Wait until so many machines have nothing to do."""
 
         def idle() -> bool:
-            states = self.run("sinfo", "-h", "-N", "-p", "normal", "-o", "%T").split()
+            states = self.run(*["sinfo", "-h", "-N"], *["-p", "normal", "-o", "%T"]).split()
             return states.count("idle") == count
 
         wait_until(idle, f"{count} idle machines", timeout_s, poll_s=0.2)

@@ -66,7 +66,7 @@ def test_the_same_job_gives_the_same_text_and_bash_reads_it() -> None:
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     script = rendered(HOSTILE, f"/runs/{HOSTILE}")
     # Everything before the constant part, which would start Ray.
-    assignments = script[: script.index("\nwork=")]
+    assignments = script[: script.index("# shellcheck")]
     done = subprocess.run(
         ["bash", "-c", f'{assignments}\nprintf "%s\\n" "$run" "${{options[@]}}"; write_job'],
         cwd=tmp_path,
