@@ -9,6 +9,7 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "pipeline": ["py.typed"],
+        "pipeline.cluster": ["*.sh"],
         "pipeline.configs": ["**/*.yaml", "**/*.txt", "**/*.md"],
         "pipeline.jobs": ["*.yaml"],
     },

@@ -39,6 +39,7 @@ def reap() -> None:
 
 def kill_descendants() -> None:
     """Kill every process below this one; returns when none is left."""
+    # Again and again: a process that has not been killed yet may start another one.
     while processes := descendants():
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
