@@ -80,3 +80,9 @@ class Interrupted(PipelineError):
     """A stop request ended the run; the same command resumes it."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: a later attempt may succeed
+
+
+class Detached(Interrupted):
+    """The command no longer follows a run, which continues on its cluster."""
+
+    exit_code = 130  # as after Ctrl-C

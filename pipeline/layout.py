@@ -67,6 +67,11 @@ class RunDir:
         return self.path / "owner.json"
 
     @property
+    def submit_lock(self) -> Path:
+        """Locked while a command decides whether to submit the run."""
+        return self.path / ".submit.lock"
+
+    @property
     def stop_mark(self) -> Path:
         """Exists from a stop request until the run is started again."""
         return self.path / "stop"
@@ -142,6 +147,11 @@ class RunDir:
 
 
 def is_run(run_dir: RunDir) -> bool:
+    """True if the directory holds a run, or the record of one that only a cluster sees."""
+    return has_state(run_dir) or run_dir.cluster_json.is_file()
+
+
+def has_state(run_dir: RunDir) -> bool:
     """True if the directory holds a run, perhaps one that has not begun its first stage."""
     return run_dir.run_json.is_file() or run_dir.run_yaml.is_file()
 

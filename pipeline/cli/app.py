@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.cli import bench, checks, config, job, model, prepared_data, runs, tensorboard
+from pipeline.cli import bench, checks, config, doctor, job, model, prepared_data, runs, tensorboard
 
 _LIBRARIES = ("torch", "ray", "deepspeed")  # those that a report of a bug needs
 
@@ -51,6 +51,11 @@ app.callback(options_metavar="JOB.yaml [options] |")(_options_of_the_program)
 app.command("run", epilog=job.SHIPPED_JOBS)(job.run)
 app.command("train")(job.train)
 app.command("runs")(runs.runs)
+app.command("logs")(runs.logs)
+app.command("stop")(runs.stop)
+app.command("fetch")(runs.fetch)
+app.command("send", hidden=True)(runs.send)
+app.command("doctor")(doctor.doctor)
 app.command("verify")(runs.verify)
 app.command("predict")(model.predict)
 app.command("schema")(config.schema)

@@ -34,18 +34,37 @@ RunDirectory = Annotated[
         show_default=False,
     ),
 ]
+Cluster = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        metavar="NAME",
+        help="Run on this cluster: a file in configs/cluster (ray, slurm), or a file of your own.",
+        show_default=False,
+    ),
+]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name or directory of a run.", show_default=False)
+]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="Also write the metrics to this file.", show_default=False),
 ]
 
 
-def load(job: str, overrides: list[str] | None, *, rehearse: bool = False) -> LoadedJob:
-    """Load the job that an argument names."""
+def load(
+    job: str,
+    overrides: list[str] | None,
+    *,
+    rehearse: bool = False,
+    on: str = "",
+    submits: bool = False,
+) -> LoadedJob:
+    """Load the job that an argument names; see ``load_job`` for the others."""
     from pipeline.config.load import load_job
     from pipeline.orchestrate.job_files import find_job_file
 
-    return load_job(find_job_file(job), overrides or [], rehearse=rehearse)
+    return load_job(find_job_file(job), overrides or [], rehearse=rehearse, on=on, submits=submits)
 
 
 def run_directory(given: Path | None, loaded: LoadedJob) -> RunDir:

@@ -20,7 +20,11 @@ def tensorboard(
         typer.Option(help="Address to serve at. Any other than loopback is open to the network."),
     ] = "127.0.0.1",
 ) -> None:
-    """Serve TensorBoard for one run or for all runs."""
-    from pipeline.monitor.serve import logs_of, serve
+    """Serve TensorBoard for one run or for all runs.
 
-    serve(logs_of(run, RUNS), host, port)
+    Of a run whose directory only a cluster sees, its present files are brought here first.
+    """
+    from pipeline.monitor.serve import serve
+    from pipeline.orchestrate.run_control import curves_of
+
+    serve(curves_of(run, RUNS), host, port)

@@ -33,11 +33,12 @@ STEM_STRIDE = ("model", "stem_stride")
 FEW_PER_CLASS = 50  # images; with fewer, more are held out
 
 
-def choose(tree: Node, *, inspect_sources: bool) -> tuple[Node, list[str]]:
+def choose(tree: Node, *, placeholders: str = "") -> tuple[Node, list[str]]:
     """Replace every 'auto' in a job's tree by a chosen value.
 
     Args:
-        inspect_sources: False for a rehearsal, which needs no source: take placeholders.
+        placeholders: where no source is at hand, in a rehearsal and for images that only a
+            cluster sees: the origin of the values that stand for the chosen ones.
 
     Returns:
         the tree, and notes for the user.
@@ -52,8 +53,8 @@ def choose(tree: Node, *, inspect_sources: bool) -> tuple[Node, list[str]]:
         for key in KEYS
         if _is_auto(tree.get("stages", stage, *key.split(".")))
     ]
-    if not inspect_sources:
-        return _with_placeholders(tree, datasets, stage_keys), []
+    if placeholders:
+        return _with_placeholders(tree, datasets, stage_keys, placeholders), []
     # 1. Inspect each source once, although several keys may need it.
     names = dict.fromkeys([*datasets, *(_dataset_of(tree, stage) for stage, _ in stage_keys)])
     sources = {name: _inspect(tree, name) for name in names}
@@ -83,15 +84,26 @@ def _is_auto(node: Node | None) -> bool:
     return node is not None and node.value == AUTO
 
 
-def _with_placeholders(tree: Node, datasets: list[str], stage_keys: list[tuple[str, str]]) -> Node:
+def _with_placeholders(
+    tree: Node, datasets: list[str], stage_keys: list[tuple[str, str]], origin: str
+) -> Node:
     for stage, key in stage_keys:
         path = ("stages", stage, *key.split("."))
-        tree = tree.replaced(path, Node.of(PLACEHOLDERS[key], "rehearse"))
+        value = _shared_batch(tree) if key == "global_batch" else PLACEHOLDERS[key]
+        tree = tree.replaced(path, Node.of(value, origin))
     for name in datasets:
-        tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, "rehearse"))
+        tree = tree.replaced(("data", name, "validation_fraction"), Node(0.1, origin))
     if _is_auto(tree.get(*STEM_STRIDE)):
-        tree = tree.replaced(STEM_STRIDE, Node(auto_rules.SMALL_STEM_STRIDE, "rehearse"))
+        tree = tree.replaced(STEM_STRIDE, Node(auto_rules.SMALL_STEM_STRIDE, origin))
     return tree
+
+
+def _shared_batch(tree: Node) -> int:
+    """The placeholder of the global batch, rounded up to one that the processes can share."""
+    batch = PLACEHOLDERS["global_batch"]
+    assert isinstance(batch, int)
+    world = world_size(_cluster(tree))
+    return -(-batch // world) * world
 
 
 def _with_choice(tree: Node, path: tuple[str, ...], choice: Choice, notes: list[str]) -> Node:
@@ -179,7 +191,7 @@ def _cluster(tree: Node) -> ClusterConfig:
     """The keys of the cluster section that decide device and number of processes."""
     written = {
         key: node.data()
-        for key in ("device", "processes")
+        for key in ("kind", "device", "processes", "nodes", "devices_per_node")
         if (node := tree.get("cluster", key)) is not None
     }
     try:

@@ -32,6 +32,9 @@ from pipeline.shipped import CONFIGS
 from pipeline.sources import class_lists
 
 DEFAULT = "default"
+ON = "--on"  # origin of the cluster that the command line names
+ON_CLUSTER = "chosen on the cluster"  # origin of a value that only stands for the chosen one
+NOTHING_WRITTEN = Node({}, DEFAULT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +42,15 @@ class LoadedJob:
     """A job, the origin of each of its values, and notes for the user.
 
     ``origins``: dotted key (of values and of written sections) -> "file:line", "--set", "default",
-    "rehearse" or "chosen: <reason>".
+    "rehearse" or "chosen: <reason>". ``written``: the job without references and variables, before
+    the choice of values left to 'auto': what a cluster gets, whose machines choose them.
     """
 
     job: Job
     origins: dict[str, str]
     path: Path
     notes: list[str] = field(default_factory=list)
+    written: Node = NOTHING_WRITTEN
 
     def resolved(self) -> dict[str, Any]:
         """The job as plain values, with the keys of the job file.
@@ -65,7 +70,13 @@ def plain_values(job: Job) -> dict[str, Any]:
 
 
 def load_job(
-    path: Path, overrides: Sequence[str] = (), *, rehearse: bool = False, migrate: bool = False
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    rehearse: bool = False,
+    migrate: bool = False,
+    on: str = "",
+    submits: bool = False,
 ) -> LoadedJob:
     """Read a job file.
 
@@ -74,6 +85,8 @@ def load_job(
         rehearse: shrink the job to fit a laptop (see ``smoke_test``).
         migrate: accept names of earlier releases. For ``run.yaml`` of a run directory, which this
             pipeline wrote; in a user's file an old name is an error.
+        on: name or file of a cluster that replaces the job's; the overrides apply to it.
+        submits: a job for a cluster only leaves this machine: its sources may be on the cluster.
 
     Raises:
         ConfigError: with file:line, every problem that the schema or a reference reveals
@@ -85,6 +98,8 @@ def load_job(
     # Old names are replaced before files are merged: an old name in run.yaml must override the new
     # one in a recipe.
     tree = replace_old_names(tree, describe.root(), fragments.old_names)
+    if on:
+        tree = tree.replaced(("cluster",), Node(on, ON))
     tree = references.expand(apply(tree, overrides), fragments)
     if not migrate:
         raise_problems(fragments.old_names)
@@ -92,7 +107,12 @@ def load_job(
     if rehearse:
         tree = _without_sources(tree)
     tree = references.substitute(tree)
-    tree, notes = auto_values.choose(tree, inspect_sources=not rehearse)
+    written = job_name.with_folder(_with_absolute_paths(tree, folder))
+    missing = _missing_source(tree) if submits else ""
+    placeholders = REHEARSE if rehearse else ON_CLUSTER if missing else ""
+    tree, notes = auto_values.choose(tree, placeholders=placeholders)
+    if missing:
+        notes.append(f"{missing} is not on this machine: values left to 'auto' are {ON_CLUSTER}")
     tree = job_name.with_folder(_with_absolute_paths(tree, folder))
     if rehearse and tree.get("model") is None:
         cause = "nothing to rehearse: the job evaluates a network that was trained elsewhere"
@@ -102,7 +122,7 @@ def load_job(
     job = validate(tree)
     origins = _origins(job.model_dump(by_alias=True), tree)
     if not rehearse:
-        return LoadedJob(job=job, origins=origins, path=path, notes=notes)
+        return LoadedJob(job=job, origins=origins, path=path, notes=notes, written=written)
     # Only now: the rehearsal checks the real job first, and needs its validated values for that.
     small = make_rehearsal(job, origins)
     origins = _origins(small.job.model_dump(by_alias=True), tree)
@@ -124,6 +144,22 @@ def _origins(
         if isinstance(value, dict):
             origins |= _origins(value, tree, path)
     return origins
+
+
+def _missing_source(tree: Node) -> str:
+    """The first source of a job for a cluster that is not on this machine, or ''."""
+    kind = tree.get("cluster", "kind")
+    data = tree.get("data")
+    if kind is None or kind.value == "local" or data is None:
+        return ""
+    for dataset in data.entries().values():
+        root = dataset.get("root")
+        if root is None or not isinstance(root.value, str) or not root.value:
+            continue
+        source = _source(dataset, root.value)
+        if os.path.isabs(source) and not os.path.exists(source):
+            return source
+    return ""
 
 
 def _without_sources(tree: Node) -> Node:

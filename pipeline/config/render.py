@@ -35,6 +35,19 @@ def job_file(loaded: LoadedJob) -> str:
     return "\n".join(_yaml(loaded.resolved(), loaded.origins)) + "\n"
 
 
+def portable_job_file(loaded: LoadedJob) -> str:
+    """The job as a file that needs no other file of this machine, for a cluster.
+
+    Values left to 'auto' are still 'auto': the cluster's machines see the images.
+    """
+    values = loaded.written.data()
+    for section in values.get("stages", {}).values():
+        # The recipe's keys stand in the stage. The file itself stays here if it is the user's own.
+        if isinstance(section, dict) and "/" in str(section.get("recipe", "")):
+            del section["recipe"]
+    return "\n".join(_yaml(values)) + "\n"
+
+
 def plain_job_file(job: Job) -> str:
     """The resolved job as a job file, without the origins of its values."""
     return "\n".join(_yaml(plain_values(job))) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,16 @@ from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.orchestrate import artifacts, resume_policy
+from pipeline.orchestrate.joined_ray import ADDRESS, joined_ray
 from pipeline.orchestrate.judgement import Judge
+from pipeline.orchestrate.machine_pool import MachinePool
 from pipeline.orchestrate.ray_session import RaySession, ray_session
 from pipeline.orchestrate.resume_policy import Decision, Resolved
 from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.stage_functions import placement, stage_fn
-from pipeline.orchestrate.supervisor import run_supervised
+from pipeline.orchestrate.supervisor import Watch, run_supervised
 from pipeline.prepare.stage import prepare_stage
 
 
@@ -43,6 +46,7 @@ class JobRunner:
     stop: StopRequest
     ran: list[str] = field(default_factory=list)  # stages that were not skipped
     ray: RaySession | None = None  # started by the first stage that needs it
+    pool: MachinePool | None = None  # of a cluster; None: this machine only
 
     @property
     def job(self) -> Job:
@@ -172,12 +176,27 @@ def _mark_outdated(run: JobRunner) -> None:
         run.run_state.set_outdated(stage, changed)
 
 
-def _ray(run: JobRunner) -> contextlib.AbstractContextManager[RaySession]:
+@contextlib.contextmanager
+def _ray(run: JobRunner) -> Iterator[RaySession]:
+    """Ray for the stages: our own on this machine, or the cluster that this process is part of."""
+    address = os.environ.get(ADDRESS, "")
     cluster = run.job.cluster
+    if address and cluster.kind != "local":
+        with joined_ray(address, run.stop.check) as joined:
+
+            def check() -> None:
+                joined.check()
+                run.stop.check()
+
+            run.pool = MachinePool(job=run.job, head=joined.head, check=check, log=run.log)
+            run.pool.wait_for_all()
+            yield joined
+        return
     gpus = machine.gpus() if machine.device(cluster) == "cuda" else 0
     # Each training process takes one CPU of Ray, also on a machine with fewer cores than processes.
     cpus = max(machine.cores(), machine.world_size(cluster))
-    return ray_session(cpus, gpus, check=run.stop.check)
+    with ray_session(cpus, gpus, check=run.stop.check) as session:
+        yield session
 
 
 def _run_stage(run: JobRunner, stage: str, ray: RaySession) -> None:
@@ -224,13 +243,9 @@ def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
 
     saves_first = run.stop.after_step() if stage in TRAINING else contextlib.nullcontext()
     with saves_first:
+        watch = Watch(stop=run.stop, poll=poll, check=ray.check, log=run.log, pool=run.pool)
         metrics = run_supervised(
-            stage_fn(run.job, stage, run.run_dir),
-            placement(run.job, stage, run.run_dir),
-            stop=run.stop,
-            poll=poll,
-            check=ray.check,
-            log=run.log,
+            stage_fn(run.job, stage, run.run_dir), placement(run.job, stage, run.run_dir), watch
         )
     # Show the events that the stage wrote after the supervisor's last poll.
     poll()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import secrets
 import select
@@ -18,12 +17,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import Interrupted, StageError
+from pipeline.orchestrate.ray_connection import ray_connection
 from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment
@@ -42,7 +41,41 @@ class RayLost(StageError):
 
 
 class RaySession:
-    """A running Ray: the keeper of its processes, and the reports of the keeper."""
+    """A running Ray that this process is connected with."""
+
+    @property
+    def spreads(self) -> bool:
+        """True if it has several machines, which share tasks evenly."""
+        return False
+
+    def check(self) -> None:
+        """Call it several times per second; raises RayLost if Ray cannot be used any more."""
+        raise NotImplementedError
+
+    def map_tasks(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """``ray_tasks.map_tasks`` in this session."""
+        return map_tasks(function, items, self.check, spread=self.spreads)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Replace an error that a lost server of Ray caused by a RayLost.
+
+        Calls to Ray may fail before the loss is known here.
+        """
+        try:
+            yield
+        except (Interrupted, RayLost):
+            raise
+        except Exception:
+            time.sleep(_SETTLE_S)
+            self.check()
+            raise
+
+
+class PrivateRay(RaySession):
+    """A Ray of our own on this machine: the keeper of its processes, and its reports."""
 
     def __init__(self, keeper: subprocess.Popen[bytes], errors: Path) -> None:
         self._keeper = keeper
@@ -64,27 +97,6 @@ class RaySession:
             self._lost = RayLost("the process that watches Ray (ray_keeper) died", remedy=RERUN)
         if self._lost is not None:
             raise self._lost
-
-    def map_tasks(
-        self, function: Callable[[Item], Result], items: Sequence[Item]
-    ) -> Iterator[tuple[Item, Result]]:
-        """``ray_tasks.map_tasks`` in this session."""
-        return map_tasks(function, items, self.check)
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Replace an error that a lost server of Ray caused by a RayLost.
-
-        Calls to Ray may fail before the keeper's report is here.
-        """
-        try:
-            yield
-        except (Interrupted, RayLost):
-            raise
-        except Exception:
-            time.sleep(_SETTLE_S)
-            self.check()
-            raise
 
     def address(self, check: Callable[[], None]) -> str:
         """Wait until Ray has started; returns the address of its control process.
@@ -126,7 +138,7 @@ class RaySession:
 @contextlib.contextmanager
 def ray_session(
     cpus: int, gpus: int, check: Callable[[], None] = lambda: None
-) -> Iterator[RaySession]:
+) -> Iterator[PrivateRay]:
     """Run Ray while the context is open. Afterwards no process and no file of it is left.
 
     Signal handlers stay as they are, and no signal to this process or its group reaches Ray.
@@ -147,72 +159,14 @@ def ray_session(
         session = _start_keeper(directory, cpus, gpus)
         try:
             address = session.address(check)
-            import ray
-
-            connection = _Connection(address)
-            try:
-                with _kept_sigterm_handler():
-                    connection.start()
-                    while connection.is_alive():
-                        connection.join(_POLL_S)
-                        session.check()
-                connection.raise_error()
+            with ray_connection(address, session.check, _not_started):
                 check()
                 yield session
-            finally:
-                connection.join(_END_S)  # a stop request may arrive while it connects
-                ray.shutdown()
         finally:
             session.end()
 
 
-class _Connection(threading.Thread):
-    """Connects this process with Ray at ``address``."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__(name="ray-connection", daemon=True)
-        self._address = address
-        self._error: Exception | None = None
-
-    def run(self) -> None:
-        import ray
-
-        try:
-            # The output of workers goes to their log files, not to the driver's.
-            ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
-            # Ray would print the log of a lost raylet, in colour. RayLost says what matters.
-            ray._private.worker.print_to_stdstream = _discard
-        except Exception as error:
-            self._error = error
-
-    def raise_error(self) -> None:
-        """Raise a StageError if the connection failed."""
-        if self._error is not None:
-            raise _not_started(str(self._error)) from self._error
-
-
-def _discard(*arguments: object, **options: object) -> None:
-    """Print nothing."""
-
-
-@contextlib.contextmanager
-def _kept_sigterm_handler() -> Iterator[None]:
-    """Put back the handler of SIGTERM: Ray's C++ code installs one that ends the process.
-
-    A SIGTERM in between waits until the handler is back, so this thread and those that it starts
-    block the signal meanwhile.
-    """
-    handler = signal.getsignal(signal.SIGTERM)
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _start_keeper(directory: Path, cpus: int, gpus: int) -> RaySession:
+def _start_keeper(directory: Path, cpus: int, gpus: int) -> PrivateRay:
     errors = directory / "keeper.err"
     # As a file, not as a module: it needs no package of ours. -P: a ray.py in the working directory
     # is not Ray.
@@ -226,7 +180,7 @@ def _start_keeper(directory: Path, cpus: int, gpus: int) -> RaySession:
             bufsize=0,
             start_new_session=True,
         )
-    return RaySession(keeper, errors)
+    return PrivateRay(keeper, errors)
 
 
 def _not_started(cause: str) -> StageError:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.errors import StageError
+from pipeline.errors import PipelineError, StageError
+from pipeline.orchestrate.machines import alive_machines
 from pipeline.orchestrate.user_errors import RERUN, user_error
 
 if TYPE_CHECKING:
@@ -13,17 +16,25 @@ if TYPE_CHECKING:
 
 RETRIES = 5  # of a task whose worker died
 TASKS_PER_CORE = 2  # submitted at a time, so that a worker finds its next task waiting
+_COUNT_S = 2.0  # between counts of the cores: machines come and go
+_LONGEST_ITEM = 120  # characters of an item in an error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def map_tasks(
-    function: Callable[[Item], Result], items: Sequence[Item], check: Callable[[], None]
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    check: Callable[[], None],
+    *,
+    spread: bool = False,
 ) -> Iterator[tuple[Item, Result]]:
     """Apply ``function`` to every item in the running Ray session.
 
-    ``check`` is called several times per second and may raise: the session's own check.
+    Args:
+        check: called several times per second; may raise: the session's own check.
+        spread: give every machine its share, rather than fill this one first.
 
     Yields (item, result) in the order in which the tasks finish. When a worker dies, Ray runs its
     task again, up to ``RETRIES`` times.
@@ -37,12 +48,14 @@ def map_tasks(
     # Send the function with each task. As an object of its own in Ray's store it would be lost with
     # its node, upon which Ray ends the driver without a message.
     task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
-    limit = TASKS_PER_CORE * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    if spread:
+        task = task.options(scheduling_strategy="SPREAD")
+    limit = _TaskLimit()
     waiting = iter(items)
     submitted: dict[ObjectRef[Result], Item] = {}
     try:
         while True:
-            while len(submitted) < limit and (item := next(waiting, None)) is not None:
+            while len(submitted) < limit() and (item := next(waiting, None)) is not None:
                 submitted[task.remote(function, item)] = item
             if not submitted:
                 return
@@ -50,7 +63,8 @@ def map_tasks(
             ready, _ = ray.wait(list(submitted), timeout=0.5)
             check()
             for ref in ready:
-                yield submitted.pop(ref), _result(ref)
+                item = submitted.pop(ref)
+                yield item, _result(ref, item, spread)
     finally:
         # Reached with tasks left after an error, a stop request, or a consumer that stopped early.
         for ref in submitted:
@@ -61,15 +75,51 @@ def _apply(function: Callable[[Item], Result], item: Item) -> Result:
     return function(item)
 
 
-def _result(ref: ObjectRef[Result]) -> Result:
+def _result(ref: ObjectRef[Result], item: object, on_cluster: bool) -> Result:
     import ray
 
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        raise user_error(error.cause) or StageError(str(error)) from None
+        known = user_error(error.cause)
+        if not on_cluster:
+            raise known or StageError(str(error)) from None
+        raise _with_machine(known or StageError(str(error), place=_name(item)), error) from None
     except ray.exceptions.RayError as error:
         raise StageError(
             f"the worker of a task died {RETRIES + 1} times: {error}",
+            place=_name(item),
             remedy=f"free memory or lower the number of workers, then {RERUN}",
         ) from None
+
+
+class _TaskLimit:
+    """How many tasks may be submitted at a time: as many as keep every core of Ray busy."""
+
+    def __init__(self) -> None:
+        self._limit = 0
+        self._counted = 0.0
+
+    def __call__(self) -> int:
+        import ray
+
+        if not self._limit or time.monotonic() - self._counted > _COUNT_S:
+            cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            self._limit = TASKS_PER_CORE * cores
+            self._counted = time.monotonic()
+        return self._limit
+
+
+def _name(item: object) -> str:
+    """An item in an error: its own name if it has one."""
+    return str(getattr(item, "name", item))[:_LONGEST_ITEM]
+
+
+def _with_machine(error: PipelineError, raised: Exception) -> PipelineError:
+    """The error of a task with the machine that it ran on, which Ray's text names by address."""
+    address = re.search(r"\bip=([0-9a-f.:]+)", str(raised))
+    names = {machine.address: machine.name for machine in alive_machines()}
+    if address is None:
+        return error
+    cause = f"{error.cause} (on {names.get(address[1], address[1])})"
+    return type(error)(cause, place=error.place, remedy=error.remedy)

@@ -1,11 +1,19 @@
-"""Lists the runs of a folder with their state: the work behind the command runs."""
+"""Lists the runs of a folder with their state: the work behind the command runs.
+
+The state of a run on a cluster is the scheduler's until its driver works; stages and metrics come
+from the run directory where this machine sees it, else from the last lines of the driver's output.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -13,17 +21,24 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.command import command
+from pipeline.config import machine
 from pipeline.config.job_queries import TRAINING
-from pipeline.errors import StageError
+from pipeline.config.schema import ClusterConfig
+from pipeline.errors import ConfigError, Interrupted, StageError
 from pipeline.layout import RunDir, runs_in
 from pipeline.metric_text import metric_text
 from pipeline.monitor import tags
-from pipeline.monitor.events import read_last_events
+from pipeline.monitor.events import Event, read_last_events
+from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, exit_code
+from pipeline.orchestrate.follow import waiting_text
 from pipeline.orchestrate.run_lock import is_locked
 from pipeline.orchestrate.run_state import RunStateRecord, StageRecord, read_run_state
 
 _PIPE_WIDTH = 160  # columns of the table where the output is no terminal
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))  # largest unit first
+_CONCURRENT = 8  # runs that are looked at together
+# A line of progress in the output of a driver: "pretrain 120/400  epoch 2  0:01:30 left".
+_PROGRESS = re.compile(r"(?P<stage>\w+)(: .*)? (?P<step>\d+/\d+)(  .*?((?P<left>[\d:]+) left)?)?")
 _COLOURS = {"done": "green", "running": "cyan", "failed": "red", "unreadable": "red"}
 
 
@@ -32,10 +47,15 @@ class RunOverview:
     """One run. ``stage``: the one that is running or is next; of a finished run, the last one."""
 
     name: str
-    state: str  # running, interrupted, failed, done, not started or unreadable
+    # running, interrupted, failed, done, not started or unreadable; of a job that waits, why
+    state: str
     stage: str
     metric: str  # the last figure, in words
     changed: float  # when a file of the run changed last (seconds since 1970)
+    left: str = ""  # time to the end of a training stage under way
+    gpu_hours: float = 0.0
+    where: str = ""  # kind of the cluster; empty: this machine
+    job: str = ""  # ID of the cluster's job
 
 
 # Title of a column -> its text. The columns of the table, in this order.
@@ -44,8 +64,14 @@ COLUMNS: dict[str, Callable[[RunOverview], Text]] = {
     "state": lambda run: Text(run.state, _COLOURS.get(run.state, "yellow")),
     "stage": lambda run: Text(run.stage),
     "last": lambda run: Text(run.metric),
+    "left": lambda run: Text(run.left),
+    "GPU-hours": lambda run: Text(f"{run.gpu_hours:,.1f}" if run.gpu_hours else ""),
+    "where": lambda run: Text(run.where),
+    "job": lambda run: Text(run.job),
     "age": lambda run: Text(age(time.time() - run.changed)),
 }
+
+_OPTIONAL = ("left", "GPU-hours", "where", "job")
 
 
 def print_runs(folder: Path) -> None:
@@ -55,28 +81,23 @@ def print_runs(folder: Path) -> None:
         print(f"no runs in {folder}; a first one: {command('run', 'quickstart')}", file=sys.stderr)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in COLUMNS:
+    cells = {title: [text(run) for run in runs] for title, text in COLUMNS.items()}
+    # Without a run on a GPU or a cluster, their columns would only take space.
+    cells = {
+        title: column for title, column in cells.items() if any(column) or title not in _OPTIONAL
+    }
+    for title in cells:
         table.add_column(title, overflow="fold")
-    for run in runs:
-        table.add_row(*(text(run) for text in COLUMNS.values()))
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
     Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
 
 
-def overviews(folder: Path) -> Iterator[RunOverview]:
+def overviews(folder: Path) -> list[RunOverview]:
     """Every run of a folder, in the order of the names. A damaged one does not hide the others."""
-    for run_dir in runs_in(folder):
-        try:
-            record = read_run_state(run_dir)
-        except StageError:
-            yield RunOverview(
-                name=run_dir.path.name,
-                state="unreadable",
-                stage="",
-                metric=f"{run_dir.run_json.name} is damaged",
-                changed=_changed(run_dir, ""),
-            )
-        else:
-            yield _overview(run_dir, record)
+    # Each cluster answers in its own time.
+    with ThreadPoolExecutor(_CONCURRENT) as pool:
+        return list(pool.map(_overview, runs_in(folder)))
 
 
 def age(seconds: float) -> str:
@@ -87,7 +108,31 @@ def age(seconds: float) -> str:
     return "0 s"
 
 
-def _overview(run_dir: RunDir, record: RunStateRecord | None) -> RunOverview:
+def _overview(run_dir: RunDir) -> RunOverview:
+    name = run_dir.path.name
+    damaged = run_dir.cluster_json
+    try:
+        run = cluster_run(run_dir)
+        here = (run.here if run is not None else None) or run_dir
+        damaged = here.run_json
+        record = read_run_state(here)
+    except StageError:
+        return RunOverview(
+            name=name,
+            state="unreadable",
+            stage="",
+            metric=f"{damaged.name} is damaged",
+            changed=_changed(run_dir, ""),
+        )
+    overview = _from_files(name, here, record)
+    if run is None:
+        return overview
+    overview = replace(overview, where=run.record.kind, job=run.record.id)
+    # Of a finished run, the cluster may have forgotten the job.
+    return overview if overview.state == "done" else _with_state_of_job(overview, run)
+
+
+def _from_files(name: str, run_dir: RunDir, record: RunStateRecord | None) -> RunOverview:
     stages = record.stages if record is not None else {}
     stage = next((name for name, state in stages.items() if state.state != "done"), "")
     # The lock decides whether a process works on the run: run.json of a killed one still says
@@ -100,12 +145,69 @@ def _overview(run_dir: RunDir, record: RunStateRecord | None) -> RunOverview:
     else:
         state = _state_at_rest(stages, stage)
     return RunOverview(
-        name=run_dir.path.name,
+        name=name,
         state=state,
         stage=stage,
         metric=_metric(run_dir, stages, stage),
         changed=_changed(run_dir, stage),
+        left=_time_left(run_dir, stage) if state == "running" else "",
+        gpu_hours=_gpu_hours(run_dir, stages),
     )
+
+
+def _with_state_of_job(overview: RunOverview, run: ClusterRun) -> RunOverview:
+    """The overview of a run that is not finished, with what the cluster knows of its job."""
+    try:
+        job = run.state()
+        output = _last_output(run) if run.here is None and job.phase != "pending" else ""
+    except ConfigError as error:
+        return replace(overview, state=f"not known: {error.cause}")
+    if job.phase == "pending":
+        return replace(overview, state=f"pending: {waiting_text(job)}")
+    if run.here is not None:
+        return replace(overview, state="running") if job.phase == "running" else overview
+    progress = [match for line in output.splitlines() if (match := _PROGRESS.fullmatch(line))]
+    if progress:
+        stage, step, left = progress[-1]["stage"], progress[-1]["step"], progress[-1]["left"] or ""
+        overview = replace(overview, stage=stage, metric=f"step {step}", left=left)
+    ended = {0: "done", Interrupted.exit_code: "interrupted"}.get(exit_code(run, job), "failed")
+    changed = job.ended or time.time()
+    return replace(overview, state="running" if job.under_way else ended, changed=changed)
+
+
+def _last_output(run: ClusterRun) -> str:
+    return run.launcher.log(run.record.id, run.record.run_dir.path, 0).decode(errors="replace")
+
+
+def _gpu_hours(run_dir: RunDir, stages: dict[str, StageRecord]) -> float:
+    """GPUs x hours of all stages and attempts, as far as they have ended."""
+    hours = 0.0
+    for name, record in stages.items():
+        if name == "prepare" or not record.seconds:
+            continue
+        try:
+            started_with = json.loads(run_dir.started_with(name).read_text(encoding="utf-8"))
+            cluster = ClusterConfig.model_validate(started_with["cluster"])
+        except (OSError, ValueError, KeyError):
+            continue
+        if machine.device(cluster) == "cuda":
+            hours += record.seconds / 3600 * machine.world_size(cluster)
+    return hours
+
+
+def _time_left(run_dir: RunDir, stage: str) -> str:
+    """The time that the rest of a training stage takes at its present speed; '' if not known."""
+    steps: list[Event] = []
+    for event in read_last_events(run_dir.events(stage)):
+        if event.kind == "start":
+            steps = []
+        elif event.kind == "step":
+            steps.append(event)
+    if len(steps) < 2 or steps[-1].step <= steps[0].step:
+        return ""
+    first, last = steps[0], steps[-1]
+    pace = (last.time - first.time) / (last.step - first.step)
+    return str(timedelta(seconds=round(pace * max(0, last.total - last.step))))
 
 
 def _state_at_rest(stages: dict[str, StageRecord], next_stage: str) -> str:

@@ -12,13 +12,9 @@ from pipeline.config import machine
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.schema import Job
 from pipeline.layout import RunDir
+from pipeline.orchestrate.placement import Placement
 from pipeline.orchestrate.worker import StageFn
-from pipeline.orchestrate.worker_group import Placement
 from pipeline.runtime.dist_env import DistEnv
-
-# Long enough for a step and its checkpoint on slow storage. If a scheduler kills the run earlier,
-# only the steps since the last checkpoint are lost.
-CHECKPOINT_GRACE_S = 600.0
 
 
 def stage_fn(job: Job, stage: str, run_dir: RunDir) -> StageFn:
@@ -37,15 +33,16 @@ def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
     """
     # Export writes a few files and compares two forward passes: more processes would not help.
     single = stage == "export"
+    cluster = job.cluster
     return Placement(
         stage=stage,
-        processes=1 if single else machine.world_size(job.cluster),
-        threads=machine.cores()
-        if single
-        else machine.threads(job.cluster, machine.world_size(job.cluster)),
-        device="cpu" if single else machine.device(job.cluster),
+        processes=1 if single else machine.world_size(cluster),
+        threads=None if single or cluster.threads == "auto" else cluster.threads,
+        device="cpu" if single else machine.device(cluster),
         run_dir=run_dir,
-        stop_grace_s=CHECKPOINT_GRACE_S if stage in TRAINING else 0.0,
+        stop_grace_s=float(cluster.grace) if stage in TRAINING else 0.0,
+        interface=cluster.network.interface,
+        variables=cluster.network.environment,
     )
 
 

@@ -3,30 +3,28 @@
 The peers of a failed rank hang in their collective operation, so the first error ends the whole
 group. A new group, with a new generation number and a new rendezvous, resumes from the last
 checkpoint.
+
+On a cluster, a machine that is about to leave ends the group too, but after a checkpoint of the
+present step: nothing is lost, and it does not count as a failure.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import Interrupted, StageError
+from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.files import write_text
+from pipeline.orchestrate.group_outcomes import collect, first_error, is_failure
+from pipeline.orchestrate.machine_pool import MachineChange, MachinePool
+from pipeline.orchestrate.placement import GroupDied, MachinesChanged, Placement
 from pipeline.orchestrate.signals import interrupted
+from pipeline.orchestrate.user_errors import RERUN
 from pipeline.orchestrate.worker import Outcome, StageFn
-from pipeline.orchestrate.worker_group import (
-    SETTLE_S,
-    GroupDied,
-    Placement,
-    WorkerHandle,
-    collect,
-    first_error,
-    is_failure,
-    start,
-    worker_group,
-)
+from pipeline.orchestrate.worker_group import SETTLE_S, WorkerGroup, start, worker_group
 from pipeline.reporting import Log
 
 if TYPE_CHECKING:
@@ -36,39 +34,58 @@ RESTARTS = 3  # of a group without progress in between
 _POLL_S = 0.2
 
 
-def run_supervised(
-    stage_fn: StageFn,
-    placement: Placement,
-    *,
-    stop: Callable[[], bool],
-    poll: Callable[[], int],
-    check: Callable[[], None],
-    log: Log,
-) -> dict[str, float]:
-    """Run ``stage_fn`` on all ranks, restart the group when it fails; return rank 0's metrics.
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What the supervisor asks and calls while a group runs.
 
     Args:
         stop: true after a stop request. The supervisor passes the request on to the ranks.
         poll: called several times per second; returns the highest step reached so far.
         check: called as often; raises if Ray is lost, which no restart of the group can mend.
         log: logs a message for the user.
+        pool: the machines of a cluster; None: this machine, with our own Ray.
+    """
+
+    stop: Callable[[], bool]
+    poll: Callable[[], int]
+    check: Callable[[], None]
+    log: Log
+    pool: MachinePool | None = None
+
+    def check_start(self) -> None:
+        """Call it while a group starts: no step was done yet, so nothing is lost by ending."""
+        self.check()
+        if self.stop():
+            raise interrupted()
+
+    def change(self, group: WorkerGroup) -> MachineChange | None:
+        """Why the group must be formed again, if it must."""
+        return None if self.pool is None else self.pool.change(group.placement, group.machines)
+
+
+def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str, float]:
+    """Run ``stage_fn`` on all ranks, restart the group when it fails; return rank 0's metrics.
 
     Raises:
-        Interrupted: the stage stopped on request.
+        Interrupted: the stage stopped on request, or too few machines are left.
         StageError: the group failed ``RESTARTS`` times more without progress, or raised an
             exception before any progress.
-        RayLost: raised by ``check``.
+        RayLost: raised by ``watch.check``.
         PipelineError: the error of the first rank that raised one.
     """
-    reached = poll()
+    reached = watch.poll()
     failures = 0
     while True:
-        if stop():
+        if watch.stop():
             raise interrupted()
+        if watch.pool is not None:
+            placement = watch.pool.place(placement)
         try:
-            return run_group(stage_fn, placement, stop=stop, poll=poll, check=check)
+            return run_group(stage_fn, placement, watch)
+        except MachinesChanged as change:
+            watch.log(f"{change}; forming the group of processes again", "warning")
         except GroupDied as error:
-            highest = poll()
+            highest = watch.poll()
             progress = highest > reached
             reached = highest
             failures = 0 if progress else failures + 1
@@ -82,54 +99,67 @@ def run_supervised(
                 raise StageError(
                     error.cause + count, place=error.place, remedy=error.remedy
                 ) from None
-            if stop():
+            if watch.stop():
                 raise interrupted() from None
-            log(error.message, "error")
-            log(
+            watch.log(error.message, "error")
+            watch.log(
                 "restarting the processes from the last checkpoint "
                 f"(restart {failures or 1} of {RESTARTS})",
                 "warning",
             )
 
 
-def run_group(
-    stage_fn: StageFn,
-    placement: Placement,
-    *,
-    stop: Callable[[], bool],
-    poll: Callable[[], int],
-    check: Callable[[], None],
-) -> dict[str, float]:
-    """Run one group until its last process ends. Raises as ``run_supervised``, and GroupDied."""
+def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str, float]:
+    """Run one group until its last process ends.
+
+    Raises as ``run_supervised``, and GroupDied and MachinesChanged.
+    """
     # Claim the generation before any process of the group exists. A process of an earlier group may
     # still be alive, on a host that lost its connection; from now on it must not commit results.
-    generation = claim_generation(placement.run_dir.fence(placement.stage))
+    generation = claim_generation(placement.fence)
     outcomes: dict[int, Outcome] = {}
 
-    def check_start() -> None:
-        check()
-        if stop():  # no step was done yet: nothing is lost by ending at once
-            raise interrupted()
+    def check_room() -> None:
+        watch.check_start()
+        if watch.pool is not None:
+            watch.pool.require_same(placement)
 
-    with worker_group(placement, check) as workers:
-        rank_of = start(workers, stage_fn, placement, generation, check_start)
+    with worker_group(placement, watch.check, check_room) as group:
+        rank_of = start(group, stage_fn, generation, watch.check_start)
+        _log_group(group, watch)
         waiting = list(rank_of)
-        stopping = _Stopping(workers, placement)
+        stopping = _Stopping(group)
         while waiting:
             ended, waiting = _wait(waiting, _POLL_S)
-            check()
-            poll()
-            new = collect(ended, rank_of, placement)
+            watch.check()
+            watch.poll()
+            new = collect(ended, rank_of, group)
             if any(map(is_failure, new)):
                 late, _ = _wait(waiting, SETTLE_S)
-                raise first_error(new + collect(late, rank_of, placement), placement)
+                stopping.fail(first_error(new + collect(late, rank_of, group), group))
             outcomes |= {outcome.rank: outcome for outcome in new}
-            if waiting and stop():
-                stopping.check()
+            if waiting and watch.stop():
+                stopping.check(None)
+            elif waiting and (change := stopping.change or watch.change(group)):
+                stopping.check(change)
     for outcome in outcomes.values():
         if outcome.error is not None:  # failures were raised above: this one is a stop on request
-            raise outcome.error
+            raise outcome.error if stopping.change is None else ended_by(stopping.change)
     return outcomes[0].metrics
+
+
+def _log_group(group: WorkerGroup, watch: Watch) -> None:
+    """On a cluster, log where the ranks are, and which machines are idle."""
+    if watch.pool is not None:
+        idle = watch.pool.idle(group.machines)
+        watch.log(group.describe() + (f"; idle: {idle}" if idle else ""))
+
+
+def ended_by(change: MachineChange) -> Exception:
+    """The exception that ends a group whose ranks have saved because of a change."""
+    if change.ends_run:
+        return Interrupted(change.text, remedy=f"when it is back, {RERUN}")
+    return MachinesChanged(change.text)
 
 
 def claim_generation(fence: Path) -> int:
@@ -147,31 +177,47 @@ def claim_generation(fence: Path) -> int:
 
 
 class _Stopping:
-    """Passes a stop request on to the workers and limits the time that they take to end."""
+    """Asks the ranks to stop and limits the time that they take to end.
 
-    def __init__(self, workers: Sequence[WorkerHandle], placement: Placement) -> None:
-        self._workers = workers
-        self._grace_s = placement.stop_grace_s
+    ``change``: why, if it is because of the machines; None after a stop request of the user.
+    """
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+        self._grace_s = group.placement.stop_grace_s
         self._deadline: float | None = None  # None: the workers do not know of the request yet
+        self.change: MachineChange | None = None
 
-    def check(self) -> None:
+    def check(self, change: MachineChange | None) -> None:
         """Call repeatedly after a stop request.
 
         Raises:
-            Interrupted: the workers have nothing to save, or their time is over. Leaving the worker
-                group kills them.
+            Interrupted, MachinesChanged: the workers have nothing to save, or their time is over.
+                Leaving the worker group kills them.
         """
+        self.change = change
         if self._grace_s == 0:
-            raise interrupted()
+            raise interrupted() if change is None else ended_by(change)
         if self._deadline is None:
             self._deadline = time.monotonic() + self._grace_s
-            for worker in self._workers:
-                worker.request_stop.remote()
+            for member in self._group.members:
+                member.worker.request_stop.remote()
         elif time.monotonic() > self._deadline:
+            cause = f"no checkpoint was written within {self._grace_s:.0f} s"
+            if change is not None and not change.ends_run:
+                raise MachinesChanged(f"{change.text}; {cause}")
             raise Interrupted(
-                f"stop requested, but no checkpoint was written within {self._grace_s:.0f} s",
+                f"{'stop requested' if change is None else change.text}, but {cause}",
                 remedy="rerun the same command to resume from the previous checkpoint",
             )
+
+    def fail(self, error: PipelineError) -> None:
+        """Raise the error of the group. It is no failure if a machine left before all had saved."""
+        change = self.change
+        if change is not None and change.leaving and isinstance(error, GroupDied):
+            text = f"{error.cause}\n{change.text}, and was gone before all ranks had saved"
+            raise ended_by(replace(change, text=text))
+        raise error
 
 
 def _wait(

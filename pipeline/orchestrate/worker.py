@@ -1,14 +1,16 @@
 """The Ray actor that runs one rank of a stage, and the outcome that it reports.
 
-This module does not import Ray: ``worker_group`` turns the class into an actor. The function of a
-stage sees a plain process with the environment that torchrun would give it.
+``worker_group`` turns the class into an actor. The function of a stage sees a plain process with
+the environment that torchrun would give it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -16,12 +18,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.config import machine
 from pipeline.errors import PipelineError
 from pipeline.runtime.dist_env import DistEnv
 
 # Runs one rank. Arguments: its coordinates, and a function that is true after a stop request.
 # Returns the metrics of the stage.
 StageFn = Callable[[DistEnv, Callable[[], bool]], dict[str, float]]
+
+_PARENT_POLL_S = 0.5
+_FENCE_POLL_S = 5.0  # a read of a shared file system
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlace:
+    """Where Ray has put a worker.
+
+    ``machine`` is the ID of Ray's node. ``device`` is the index of the GPU among those that the
+    process sees, None on a CPU. ``cores`` are those of the machine.
+    """
+
+    machine: str
+    device: int | None
+    cores: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,45 +62,57 @@ class Outcome:
 
 
 class Worker:
-    """Runs one rank of a stage in this process.
+    """Runs one rank of a stage in this process. Its rank follows from its place, so it comes last:
 
-    Args:
-        log: file that receives standard output and standard error of this process from now on.
-        environment: variables to set before torch and DeepSpeed are imported.
+    1. ``place``: where is this process?
+    2. ``free_port``: asked of rank 0.
+    3. ``run``
     """
 
-    def __init__(self, log: Path, environment: dict[str, str]) -> None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        # Replace the file descriptors, not sys.stdout: C++ code (NCCL, gloo) writes to them
-        # directly.
-        with open(log, "ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        # A crash in C++ code leaves a stack trace in the log.
-        faulthandler.enable()
-        os.environ.update(environment)
+    def __init__(self) -> None:
         self._stop = threading.Event()
-        threading.Thread(
-            target=_exit_with_parent, args=(os.getppid(),), name="watchdog", daemon=True
-        ).start()
+        parent = os.getppid()
+        threading.Thread(target=_exit_with, args=(parent,), name="watchdog", daemon=True).start()
 
-    def free_port(self) -> int:
-        """Return a port for the rendezvous that is free on this host now."""
+    def place(self) -> WorkerPlace:
+        """Return where this process is."""
+        import ray
+
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        return WorkerPlace(
+            machine=context.get_node_id(),
+            device=_device_index(gpus[0]) if gpus else None,
+            cores=machine.cores(),
+        )
+
+    def free_port(self, address: str) -> int:
+        """Return a port for the rendezvous that is free on this address of the machine now."""
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((address, 0))
             port: int = probe.getsockname()[1]
             return port
 
-    def run(self, stage_fn: StageFn, environment: dict[str, str]) -> Outcome:
+    def run(
+        self, stage_fn: StageFn, log: Path, fence: Path, environment: dict[str, str]
+    ) -> Outcome:
         """Run the stage to its end.
 
         An exception is returned as a value: Ray would wrap it, and the text of its own would be
         cut.
+
+        Args:
+            log: file that receives standard output and standard error of this process from now on.
+            fence: file of the newest generation. This process ends when it has been replaced.
+            environment: variables to set before torch and DeepSpeed are imported.
         """
         os.environ.update(environment)
         dist_env = DistEnv.from_environment()
         rank = dist_env.rank
         try:
+            _redirect_output(log)
+            arguments = (fence, dist_env.generation)
+            threading.Thread(target=_exit_if_replaced, args=arguments, daemon=True).start()
             return Outcome(rank=rank, metrics=stage_fn(dist_env, self._stop.is_set))
         except PipelineError as error:
             return Outcome(rank=rank, error=error, traceback=traceback.format_exc())
@@ -94,9 +125,44 @@ class Worker:
         self._stop.set()
 
 
-def _exit_with_parent(parent: int) -> None:
+def _device_index(gpu: str) -> int:
+    """The index of a GPU among those that this process sees.
+
+    Ray names a GPU as CUDA_VISIBLE_DEVICES of its node does, and usually hides all others: "3" is
+    then index 0.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return int(gpu) if visible is None else visible.split(",").index(gpu)
+
+
+def _redirect_output(log: Path) -> None:
+    # Not with its parents: on a machine that does not see the run directory, a second one would
+    # come into being.
+    log.parent.mkdir(exist_ok=True)
+    # Replace the file descriptors, not sys.stdout: C++ code (NCCL, gloo) writes to them directly.
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # A crash in C++ code leaves a stack trace in the log.
+    faulthandler.enable()
+
+
+def _exit_with(parent: int) -> None:
     # A process whose raylet was killed would continue training: nobody is left to end it. Its
     # parent process is the raylet; after its death the kernel reports another one.
     while os.getppid() == parent:
-        time.sleep(0.5)
+        time.sleep(_PARENT_POLL_S)
     os._exit(1)
+
+
+def _exit_if_replaced(fence: Path, generation: int | None) -> None:
+    # A process on a machine that is cut off from the others keeps its raylet. It learns from the
+    # file that the others continue without it. NFS may answer from a cache, except to open.
+    while True:
+        time.sleep(_FENCE_POLL_S)
+        with contextlib.suppress(OSError, ValueError), open(fence) as file:
+            newest = int(file.read())
+            if generation is not None and newest > generation:
+                text = f"process group {generation} was replaced by {newest}: this process ends"
+                print(text, file=sys.stderr, flush=True)
+                os._exit(1)

@@ -1,7 +1,9 @@
-"""The processes of a stage as one group of Ray actors: placement, start, outcomes, errors.
+"""The processes of a stage as one group of Ray actors: placement, ranks, start.
 
-Example: a stage on 4 GPUs is a placement group of 4 bundles {CPU: 1, GPU: 1} with one ``Worker``
-actor each. The workers meet at a port of rank 0.
+Example: a stage on 2 machines with 4 GPUs each is a placement group of 2 bundles {CPU: 4, GPU: 4}
+on different machines, with four ``Worker`` actors in each. Ray promises no order, so every worker
+says where it is, and the ranks are numbered afterwards: 0 to 3 on one machine, 4 to 7 on the other,
+each machine in the order of its devices. The workers meet at a port of rank 0.
 """
 
 from __future__ import annotations
@@ -13,57 +15,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from pipeline import command
-from pipeline.errors import Interrupted, PipelineError, StageError
-from pipeline.layout import RunDir
-from pipeline.orchestrate.worker import Outcome, StageFn, Worker
-from pipeline.runtime import environment
+from pipeline.errors import Interrupted, StageError
+from pipeline.orchestrate.machines import Machine
+from pipeline.orchestrate.placement import GroupDied, Placement
+from pipeline.orchestrate.user_errors import RERUN
+from pipeline.orchestrate.worker import Outcome, StageFn, Worker, WorkerPlace
+from pipeline.runtime import dist_env, environment
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from ray import ObjectRef
     from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
 Value = TypeVar("Value")
 
-_PLACEMENT_TIMEOUT_S = 60
+_LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 120
 _POLL_S = 0.2
 # After an error, wait so long for further ones: the death of a process often becomes known after
 # the connection errors that it causes in its peers, and it is the death that must be reported.
 SETTLE_S = 1.5
-_LOG_TAIL = 15  # lines of a dead process's log in the error message
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where and how the processes of a stage run.
-
-    ``stop_grace_s``: seconds that the processes get after a stop request, to finish the current
-    step and write a checkpoint. 0: the stage has nothing to save, so its processes are killed at
-    once.
-    """
-
-    stage: str
-    processes: int
-    threads: int  # compute threads of each process
-    device: str  # cpu or cuda
-    run_dir: RunDir
-    stop_grace_s: float = 600.0
-
-    def log(self, rank: int) -> Path:
-        """Output of one process."""
-        return self.run_dir.log(self.stage, rank)
-
-
-class GroupDied(StageError):
-    """The group failed in a way that a restart may cure."""
-
-    def __init__(
-        self, cause: str, *, place: str = "", remedy: str = "", lost: bool = False
-    ) -> None:
-        super().__init__(cause, place=place, remedy=remedy)
-        self.lost = lost  # True: a process died. False: a process raised an exception.
 
 
 class RemoteMethod(Protocol[Value]):
@@ -75,50 +46,96 @@ class RemoteMethod(Protocol[Value]):
 class WorkerHandle(Protocol):
     """The driver's handle of a ``Worker`` actor."""
 
+    place: RemoteMethod[WorkerPlace]
     free_port: RemoteMethod[int]
     run: RemoteMethod[Outcome]
     request_stop: RemoteMethod[None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankedWorker:
+    """One rank of a group: its worker and where it is. ``machine`` is None in our own Ray."""
+
+    worker: WorkerHandle
+    place: WorkerPlace
+    machine: Machine | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerGroup:
+    """The workers of a stage, in the order of their ranks."""
+
+    placement: Placement
+    members: list[RankedWorker]
+
+    @property
+    def machines(self) -> list[Machine]:
+        """The machines of the group, in the order of their ranks; [] in our own Ray."""
+        return list(dict.fromkeys(m.machine for m in self.members if m.machine is not None))
+
+    def name(self, rank: int) -> str:
+        """For messages: "rank 3 on gpu-17 (10.0.0.17)"; in our own Ray "rank 3"."""
+        machine = self.members[rank].machine
+        return f"rank {rank}" if machine is None else f"rank {rank} on {machine.name}"
+
+    def describe(self) -> str:
+        """For messages: "ranks 0-3 on n1 (10.77.0.1), ranks 4-7 on n2 (10.77.0.2)"."""
+        texts = []
+        for machine in self.machines:
+            ranks = [r for r, member in enumerate(self.members) if member.machine == machine]
+            first, last = ranks[0], ranks[-1]
+            span = f"rank {first}" if first == last else f"ranks {first}-{last}"
+            texts.append(f"{span} on {machine.name}")
+        return ", ".join(texts)
+
+    def environment(self, rank: int) -> dict[str, str]:
+        """Variables of one rank that follow from its place."""
+        placement = self.placement
+        place = self.members[rank].place
+        neighbours = [
+            other for other, m in enumerate(self.members) if m.place.machine == place.machine
+        ]
+        local_size = len(neighbours)
+        threads = placement.threads or max(1, place.cores // local_size)
+        variables = environment.training_process(placement.device, threads)
+        variables |= environment.rank_of_group(
+            rank, len(self.members), neighbours.index(rank), local_size
+        )
+        # Remedies in errors of a worker name the command that the user typed at the driver.
+        variables |= {command.VARIABLE: command.program()}
+        if self.members[rank].machine is None:
+            # All processes are on this machine: no library listens on an outward address.
+            return variables | environment.collectives("lo")
+        if place.device is not None:
+            variables |= {dist_env.DEVICE: str(place.device)}
+        return variables | environment.collectives(placement.interface) | {**placement.variables}
+
+
 @contextlib.contextmanager
-def worker_group(placement: Placement, check: Callable[[], None]) -> Iterator[list[WorkerHandle]]:
-    """Create the workers of a group, by rank. On exit they are killed, whatever they are doing.
+def worker_group(
+    placement: Placement, check: Callable[[], None], check_start: Callable[[], None]
+) -> Iterator[WorkerGroup]:
+    """Create the workers of a group. On exit they are killed, whatever they are doing.
 
     Args:
-        check: called several times per second, and on exit; raises RayLost if Ray is lost.
+        check: called on exit; raises RayLost if Ray is lost.
+        check_start: called several times per second; may raise to cancel the start.
 
     Raises:
         StageError: the machine has too few GPUs or CPU cores.
+        Interrupted: the machines of a cluster have no room within the time.
+        GroupDied: a process died before it could say where it is.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.placement_group import remove_placement_group
 
-    # One bundle per process; PACK puts as many as possible on the same node.
-    gpus = 1 if placement.device == "cuda" else 0
-    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
-    group = placement_group([bundle] * placement.processes, strategy="PACK")
     workers: list[WorkerHandle] = []
+    group = _reserve(placement)
     try:
-        if not _wait_for(lambda: group.wait(_POLL_S), _PLACEMENT_TIMEOUT_S, check):
-            raise StageError(
-                f"not enough {'GPUs' if gpus else 'CPU cores'} for {placement.processes} processes",
-                place=placement.stage,
-                remedy="lower cluster.processes",
-            )
-        for rank in range(placement.processes):
-            # One thread runs the stage, another one receives the stop request meanwhile.
-            actor = ray.remote(Worker).options(
-                num_cpus=1,
-                num_gpus=gpus,
-                max_concurrency=4,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=rank
-                ),
-            )
-            handle = actor.remote(placement.log(rank), _environment(placement))
-            workers.append(cast(WorkerHandle, handle))
-        yield workers
+        if not _wait_for(lambda: group.wait(_POLL_S), placement.wait_s, check_start):
+            raise _no_room(placement)
+        workers += _create(placement, group)
+        yield WorkerGroup(placement=placement, members=_ranked(placement, workers, check_start))
     finally:
         # A lost Ray raises here: no worker is left, and the calls below would never return.
         check()
@@ -128,12 +145,96 @@ def worker_group(placement: Placement, check: Callable[[], None]) -> Iterator[li
         remove_placement_group(group)
 
 
+def _reserve(placement: Placement) -> PlacementGroup:
+    """Ask Ray for room: one bundle per machine, on different machines."""
+    from ray.util.placement_group import placement_group
+
+    share = float(placement.processes // placement.machines)
+    bundle = {"CPU": share, "GPU": share} if placement.device == "cuda" else {"CPU": share}
+    selector = None
+    if placement.candidates is not None:
+        ids = ",".join(machine.id for machine in placement.candidates)
+        selector = [{"ray.io/node-id": f"in({ids})"}] * placement.machines
+    group: PlacementGroup = placement_group(
+        [bundle] * placement.machines, strategy="STRICT_SPREAD", bundle_label_selector=selector
+    )
+    return group
+
+
+def _no_room(placement: Placement) -> StageError | Interrupted:
+    resource = "GPUs" if placement.device == "cuda" else "CPU cores"
+    if placement.candidates is None:
+        return StageError(
+            f"not enough {resource} for {placement.processes} processes",
+            place=placement.stage,
+            remedy="lower cluster.processes",
+        )
+    names = ", ".join(machine.name for machine in placement.candidates)
+    return Interrupted(
+        f"no free {resource} for {placement.processes} processes on {placement.machines} of these "
+        f"machines within {placement.wait_s:g} s (cluster.wait): {names}",
+        place=placement.stage,
+        remedy=f"when they are free, {RERUN}",
+    )
+
+
+def _create(placement: Placement, group: PlacementGroup) -> list[WorkerHandle]:
+    """Create the workers, machine by machine."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    share = placement.processes // placement.machines
+    workers = []
+    for index in range(placement.processes):
+        # One thread runs the stage, another one receives the stop request meanwhile.
+        actor = ray.remote(Worker).options(
+            num_cpus=1,
+            num_gpus=1 if placement.device == "cuda" else 0,
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=index // share
+            ),
+        )
+        workers.append(cast(WorkerHandle, actor.remote()))
+    return workers
+
+
+def _ranked(
+    placement: Placement, workers: Sequence[WorkerHandle], check: Callable[[], None]
+) -> list[RankedWorker]:
+    """Ask the workers where they are, and put them in the order of their ranks."""
+    import ray
+
+    answers = [worker.place.remote() for worker in workers]
+    waiting = list(answers)
+
+    def all_answered() -> bool:
+        nonlocal waiting
+        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
+        return not waiting
+
+    _wait_for(all_answered, _START_TIMEOUT_S, check)
+    known = {machine.id: machine for machine in placement.candidates or ()}
+    members = []
+    for index, (worker, answer) in enumerate(zip(workers, answers, strict=True)):
+        try:
+            place = ray.get(answer, timeout=0)
+        except ray.exceptions.RayError as error:
+            raise died_at_start(placement, f"process {index + 1}", error) from None
+        members.append(RankedWorker(worker=worker, place=place, machine=known.get(place.machine)))
+    order = [machine.id for machine in placement.candidates or ()]
+    # Stable: on a CPU, the processes of a machine stay in the order of their creation. In our own
+    # Ray LOCAL_RANK chooses the device.
+    return sorted(
+        members,
+        key=lambda member: (
+            (order.index(member.place.machine), member.place.device or 0) if order else ()
+        ),
+    )
+
+
 def start(
-    workers: Sequence[WorkerHandle],
-    stage_fn: StageFn,
-    placement: Placement,
-    generation: int,
-    check: Callable[[], None],
+    group: WorkerGroup, stage_fn: StageFn, generation: int, check: Callable[[], None]
 ) -> dict[ObjectRef[Outcome], int]:
     """Start the stage on every worker; returns the rank of each future outcome.
 
@@ -145,25 +246,43 @@ def start(
     """
     import ray
 
-    answer = workers[0].free_port.remote()
+    placement = group.placement
+    first = group.members[0]
+    address = _LOOPBACK if first.machine is None else first.machine.address
+    answer = first.worker.free_port.remote(address)
     _wait_for(lambda: bool(ray.wait([answer], timeout=_POLL_S)[0]), _START_TIMEOUT_S, check)
     try:
         port = ray.get(answer, timeout=0)
     except ray.exceptions.RayError as error:
         time.sleep(SETTLE_S)
-        raise _lost_process(placement, 0, error) from None
+        raise died_at_start(placement, group.name(0), error) from None
     rendezvous = {
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "PIPELINE_GENERATION": str(generation),
+        dist_env.GENERATION: str(generation),
     }
-    size = len(workers)
     return {
-        worker.run.remote(
-            stage_fn, rendezvous | environment.rank_of_group(rank, size, rank, size)
+        member.worker.run.remote(
+            stage_fn, placement.log(rank), placement.fence, rendezvous | group.environment(rank)
         ): rank
-        for rank, worker in enumerate(workers)
+        for rank, member in enumerate(group.members)
     }
+
+
+def died_at_start(placement: Placement, process: str, error: Exception) -> GroupDied:
+    """The error of a process that died before it had a log."""
+    return GroupDied(
+        f"{process} of {placement.processes} died at its start: {exit_line(error)}",
+        place=placement.stage,
+        remedy=f"if the memory of its machine is full, free some, then {RERUN}",
+        lost=True,
+    )
+
+
+def exit_line(error: Exception) -> str:
+    """Of Ray's long text, the line about the exit: "Worker exit type: SYSTEM_ERROR ..."."""
+    lines = str(error).strip().splitlines()
+    return next((line.strip() for line in lines if "exit" in line.lower()), type(error).__name__)
 
 
 def _wait_for(ready: Callable[[], bool], timeout_s: float, check: Callable[[], None]) -> bool:
@@ -174,71 +293,3 @@ def _wait_for(ready: Callable[[], bool], timeout_s: float, check: Callable[[], N
         if time.monotonic() > deadline:
             return False
     return True
-
-
-def collect(
-    refs: Sequence[ObjectRef[Outcome]], rank_of: dict[ObjectRef[Outcome], int], placement: Placement
-) -> list[Outcome]:
-    """Fetch the outcomes of ranks that have ended."""
-    import ray
-
-    outcomes = []
-    for ref in refs:
-        rank = rank_of[ref]
-        try:
-            outcomes.append(ray.get(ref))
-        except ray.exceptions.RayError as error:
-            # Peers of a dead process raise connection errors, often before Ray reports its death.
-            # The time 0 makes the death the earliest failure, and so the one that is reported.
-            lost = _lost_process(placement, rank, error)
-            outcomes.append(Outcome(rank=rank, error=lost, traceback=lost.message, ended_at=0.0))
-    return outcomes
-
-
-def is_failure(outcome: Outcome) -> bool:
-    """True if the rank failed, rather than finished or stopped on request."""
-    return outcome.failed and not isinstance(outcome.error, Interrupted)
-
-
-def first_error(outcomes: Sequence[Outcome], placement: Placement) -> PipelineError:
-    """The error of the rank that failed first.
-
-    An error that is meant for the user is returned as it is. Any other becomes a GroupDied with the
-    traceback of the first rank in full and one line per other rank.
-    """
-    failures = sorted(filter(is_failure, outcomes), key=lambda outcome: outcome.ended_at)
-    first = failures[0]
-    if first.error is not None:
-        return first.error
-    others = "".join(
-        f"also rank {outcome.rank}: {outcome.traceback.strip().splitlines()[-1]}\n"
-        for outcome in failures[1:]
-    )
-    return GroupDied(
-        f"rank {first.rank} failed\n{others}{first.traceback.rstrip()}",
-        place=placement.stage,
-        remedy=f"its whole output: {placement.log(first.rank)}",
-    )
-
-
-def _lost_process(placement: Placement, rank: int, error: Exception) -> GroupDied:
-    log = placement.log(rank)
-    tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL:] if log.exists() else []
-    output = "".join(f"\n  | {line}" for line in tail)
-    # Of Ray's long text only the line about the exit ("Worker exit type: SYSTEM_ERROR ...")
-    # matters.
-    lines = str(error).strip().splitlines()
-    reason = next((line.strip() for line in lines if "exit" in line.lower()), type(error).__name__)
-    return GroupDied(
-        f"the process of rank {rank} died: {reason}{output}",
-        place=placement.stage,
-        remedy=f"its whole output: {log}",
-        lost=True,
-    )
-
-
-def _environment(placement: Placement) -> dict[str, str]:
-    """Variables that are the same for every rank."""
-    variables = environment.training_process(placement.device, placement.threads)
-    # Remedies in errors of a worker name the command that the user typed at the driver.
-    return variables | {command.VARIABLE: command.program()}

@@ -10,6 +10,11 @@ import os
 from pathlib import Path
 
 
+def is_requeued() -> bool:
+    """True if Slurm has started this job again, after a preemption or its time limit."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def deepspeed_import(device: str) -> dict[str, str]:
     """Variables that ``import deepspeed`` reads, for a process on ``device`` (cpu or cuda)."""
     # DS_BUILD_OPS=0: build no compiled extensions; this pipeline uses none of them.
@@ -21,15 +26,20 @@ def deepspeed_import(device: str) -> dict[str, str]:
 
 def training_process(device: str, threads: int) -> dict[str, str]:
     """Variables of a process that trains or evaluates on ``device`` with ``threads`` threads."""
-    # All processes of a group are on this machine: no library listens on an outward address. Under
-    # CUDA, gloo reduces stop requests, and NCCL's processes meet over a socket.
     return deepspeed_import(device) | {
         "OMP_NUM_THREADS": str(threads),
         "PYTHONUNBUFFERED": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
     }
+
+
+def collectives(interface: str) -> dict[str, str]:
+    """Variables of the libraries that connect the processes of a group; '' leaves them alone.
+
+    Under CUDA, gloo reduces stop requests, and NCCL's processes meet over a socket.
+    """
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return dict.fromkeys(names, interface) if interface else {}
 
 
 def rank_of_group(
@@ -54,10 +64,9 @@ def ray_session(token: Path) -> dict[str, str]:
     Args:
         token: file of the access token.
     """
-    return {
+    return ray_client() | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         # LOCAL_RANK chooses the device, as under torchrun: Ray must not hide the other GPUs.
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
@@ -65,6 +74,11 @@ def ray_session(token: Path) -> dict[str, str]:
         # With Ray's default niceness of 15, any other process on the machine starves the training.
         "RAY_worker_niceness": "0",
     }
+
+
+def ray_client() -> dict[str, str]:
+    """Variables of a process that joins a Ray cluster, before ``import ray``."""
+    return {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def job_id() -> str:

@@ -27,7 +27,7 @@ def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[t
         threads: compute threads of a process on the CPU. Such a process also keeps freed memory.
     """
     # 1. The device.
-    device = torch.device("cuda", dist_env.local_rank) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", dist_env.device_index) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     else:

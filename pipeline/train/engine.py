@@ -50,10 +50,14 @@ def _import_deepspeed(dist_env: DistEnv, device: torch.device) -> ModuleType:
     """Import DeepSpeed and let it use the process group that exists already."""
     # 1. The environment, before the import. What the launcher has set stays.
     defaults = environment.deepspeed_import(device.type) | environment.rank_of_group(
-        dist_env.rank, dist_env.size, dist_env.local_rank, dist_env.size
+        dist_env.rank, dist_env.size, dist_env.local_rank, dist_env.local_size
     )
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if dist_env.device is not None:
+        # DeepSpeed takes LOCAL_RANK for the index of its device. It is 0 for every process of a
+        # machine where Ray shows each its own GPU only.
+        os.environ["LOCAL_RANK"] = str(dist_env.device_index)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

@@ -154,15 +154,15 @@ def test_a_signal_while_ray_starts_ends_with_75(folder: Path, number: signal.Sig
 
 CONNECT = """
 import os, signal
-from pipeline.orchestrate import ray_session
+from pipeline.orchestrate import ray_connection, ray_session
 
-connect = ray_session._Connection.run
+connect = ray_connection._Connection.run
 
 def connect_and_signal(self):
     connect(self)
     os.kill(os.getpid(), signal.SIGTERM)
 
-ray_session._Connection.run = connect_and_signal
+ray_connection._Connection.run = connect_and_signal
 signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
 with ray_session.ray_session(cpus=1, gpus=0):
     pass

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.layout import RunDir
-from pipeline.orchestrate.supervisor import run_supervised
+from pipeline.orchestrate.placement import Placement
+from pipeline.orchestrate.supervisor import Watch, run_supervised
 from pipeline.orchestrate.worker import StageFn
-from pipeline.orchestrate.worker_group import Placement
 
 
 def never() -> bool:
@@ -36,14 +36,13 @@ class SupervisedRun:
         stop: Callable[[], bool] = never,
         highest_step: Callable[[], int] = lambda: 0,
     ) -> dict[str, float]:
-        return run_supervised(
-            stage_fn,
-            self.placement,
+        watch = Watch(
             stop=stop,
             poll=highest_step,
             check=lambda: None,
             log=lambda text, level="info": self.messages.append(text),
         )
+        return run_supervised(stage_fn, self.placement, watch)
 
 
 def alive(pids: list[int]) -> list[int]:

@@ -36,7 +36,7 @@ def shown(folder: Path) -> dict[str, str]:
     )
     assert result.exit_code == 0
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert lines[0] == "run state stage last age"
+    assert lines[0] in ("run state stage last age", "run state stage last left age")
     return {line.split()[0]: line for line in lines[1:]}
 
 
@@ -63,10 +63,15 @@ def test_the_lock_tells_a_running_stage_from_a_killed_one(tmp_path: Path) -> Non
     writer.write("step", 20, total=400, epoch=1, scalars={"loss/total": 4.0})
     assert "mine interrupted pretrain step 20/400 loss 4.0000" in shown(tmp_path)["mine"]
     writer.write("evaluation", 30, scalars={"accuracy/top1": 0.45})
+    writer.write("start", 1030)
+    # Rates are those of the present attempt: 3 s for each of the 2,960 steps that remain.
+    clock = iter((1000.0, 1030.0))
+    writer = EventWriter(run_dir.events("pretrain"), clock=lambda: next(clock))
+    writer.write("step", 1030, total=4000, epoch=2, scalars={"loss/total": 3.0})
     writer.write("step", 1040, total=4000, epoch=2, scalars={"loss/total": 3.0})
     with run_lock(run_dir):
         line = shown(tmp_path)["mine"]
-    assert "mine running pretrain step 1,040/4,000 top-1 45.0%" in line
+    assert "mine running pretrain step 1,040/4,000 top-1 45.0% 2:28:00" in line
 
 
 def test_a_look_at_the_runs_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:

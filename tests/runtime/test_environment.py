@@ -36,11 +36,22 @@ def test_only_a_process_on_the_cpu_selects_the_cpu_accelerator() -> None:
     assert environment.deepspeed_import("cuda") == {"DS_BUILD_OPS": "0"}
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_local_group_listens_on_the_loopback_interface_only(device: str) -> None:
-    variables = environment.training_process(device, 2)
-    assert variables["GLOO_SOCKET_IFNAME"] == "lo"
-    assert variables["NCCL_SOCKET_IFNAME"] == "lo"
+def test_the_interface_of_collectives_is_only_set_if_one_is_named() -> None:
+    assert environment.collectives("ib0") == {
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "NCCL_SOCKET_IFNAME": "ib0",
+    }
+    assert environment.collectives("") == {}
+
+
+def test_a_device_that_ray_has_chosen_comes_before_the_local_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("PIPELINE_DEVICE", raising=False)
+    assert DistEnv.from_environment().device_index == 3
+    monkeypatch.setenv("PIPELINE_DEVICE", "0")
+    assert DistEnv.from_environment().device_index == 0
 
 
 def test_out_of_memory_names_the_setting_and_other_errors_pass() -> None:

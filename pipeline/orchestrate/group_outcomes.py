@@ -1,0 +1,77 @@
+"""The outcomes of the ranks of a group, and the error that a failed group reports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.errors import Interrupted, PipelineError
+from pipeline.orchestrate.placement import GroupDied
+from pipeline.orchestrate.worker import Outcome
+from pipeline.orchestrate.worker_group import WorkerGroup, exit_line
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+_LOG_TAIL = 15  # lines of a dead process's log in the error message
+
+
+def collect(
+    refs: Sequence[ObjectRef[Outcome]], rank_of: dict[ObjectRef[Outcome], int], group: WorkerGroup
+) -> list[Outcome]:
+    """Fetch the outcomes of ranks that have ended."""
+    import ray
+
+    outcomes = []
+    for ref in refs:
+        rank = rank_of[ref]
+        try:
+            outcomes.append(ray.get(ref))
+        except ray.exceptions.RayError as error:
+            # Peers of a dead process raise connection errors, often before Ray reports its death.
+            # The time 0 makes the death the earliest failure, and so the one that is reported.
+            lost = _lost_process(group, rank, error)
+            outcomes.append(Outcome(rank=rank, error=lost, traceback=lost.message, ended_at=0.0))
+    return outcomes
+
+
+def is_failure(outcome: Outcome) -> bool:
+    """True if the rank failed, rather than finished or stopped on request."""
+    return outcome.failed and not isinstance(outcome.error, Interrupted)
+
+
+def first_error(outcomes: Sequence[Outcome], group: WorkerGroup) -> PipelineError:
+    """The error of the rank that failed first.
+
+    An error that is meant for the user is returned as it is; on a cluster it also names the machine
+    and the rank. Any other becomes a GroupDied with the traceback of the first rank in full and one
+    line per other rank.
+    """
+    failures = sorted(filter(is_failure, outcomes), key=lambda outcome: outcome.ended_at)
+    first = failures[0]
+    if isinstance(first.error, GroupDied) or (first.error is not None and not group.machines):
+        return first.error
+    if first.error is not None:
+        cause = f"{first.error.cause} ({group.name(first.rank)})"
+        return type(first.error)(cause, place=first.error.place, remedy=first.error.remedy)
+    others = "".join(
+        f"also {group.name(outcome.rank)}: {outcome.traceback.strip().splitlines()[-1]}\n"
+        for outcome in failures[1:]
+    )
+    return GroupDied(
+        f"{group.name(first.rank)} failed\n{others}{first.traceback.rstrip()}",
+        place=group.placement.stage,
+        remedy=f"its whole output: {group.placement.log(first.rank)}",
+    )
+
+
+def _lost_process(group: WorkerGroup, rank: int, error: Exception) -> GroupDied:
+    log = group.placement.log(rank)
+    tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL:] if log.exists() else []
+    output = "".join(f"\n  | {line}" for line in tail)
+    return GroupDied(
+        f"the process of {group.name(rank)} died: {exit_line(error)}{output}",
+        place=group.placement.stage,
+        remedy=f"its whole output: {log}",
+        lost=True,
+    )

@@ -1,0 +1,128 @@
+"""The commands about runs do the same on this machine, on a Ray cluster and under Slurm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import Detached, Interrupted, StageError
+from tests.cluster.processes import wait_until
+from tests.cluster.sites import END_S, Site, local_site, ray_site
+
+KINDS = ("local", "ray")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "local":
+        yield local_site(folder)
+    else:
+        with ray_site(folder) as made:
+            yield made
+
+
+def line_of(site: Site, name: str) -> str:
+    """The line of a run in the list of runs, with single spaces."""
+    code, output = site.call("runs")
+    assert code == 0, output
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    return next((line for line in lines if line.startswith(f"{name} ")), "")
+
+
+def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
+    # 1. A run under way: its command follows it, the list knows it, its messages can be followed.
+    first = site.start("run", "job.yaml", *site.options)
+    first.wait_for("checkpoint at step 15 written")
+    followed = site.start("logs", "small", "-f")
+    followed.wait_for("checkpoint at step 15 written")
+    line = line_of(site, "small")
+    assert re.match(r"small running pretrain step \d+/225 ", line), line
+    if site.kind != "local":
+        assert f" {site.kind} " in line
+    _try_a_second_time(site)
+    # 2. It stops after a checkpoint, and everything that follows it ends.
+    code, output = site.call("stop", "small")
+    assert code == 0, output
+    assert first.end() == Interrupted.exit_code, first.output
+    assert followed.end() == 0
+    assert line_of(site, "small").startswith("small interrupted pretrain ")
+    code, output = site.call("stop", "small")
+    assert code == 2
+    assert "the run is not under way" in output
+    # 3. The first command resumes it.
+    code, output = site.run()
+    assert code == 0, output
+    assert "pretrain 225/225" in output
+    assert re.search(r"^pretrain +done", output, re.MULTILINE), output
+    stopped_at = max(map(int, re.findall(r"checkpoint at step (\d+)", first.output)))
+    resumed = re.search(r"resum\w+ .*?step (\d+)", output)
+    assert resumed is not None, output
+    assert int(resumed[1]) == stopped_at
+    # 4. It is done: nothing is left to do, and its results are here.
+    code, output = site.run()
+    assert code == 0
+    assert "nothing to do: every stage is up to date" in output
+    assert line_of(site, "small").startswith("small done ")
+    code, output = site.call("fetch", "small", "export")
+    assert code == 0, output
+    export = Path(output.splitlines()[-1])
+    assert export == site.folder / "runs" / "small" / "export"
+    assert (export / "model.safetensors").stat().st_size > 1000
+    code, output = site.call("logs", "small", "--rank", "1")
+    assert code == 0, output
+    code, output = site.call("logs", "small", "--rank", "7")
+    assert code != 0
+    assert "rank 7 has written nothing" in output
+
+
+def _try_a_second_time(site: Site) -> None:
+    """The same command while the run is under way: never two jobs on one run."""
+    if site.kind == "local":
+        code, output = site.run()
+        assert code == 2
+        assert "is working on this run" in output
+        return
+    attached = site.start("run", "job.yaml", *site.options)
+    attached.wait_for("already under way: job small-1-")
+    attached.wait_for("checkpoint at step")
+    attached.interrupt()
+    assert attached.end() == Detached.exit_code
+    assert "which continues" in attached.output
+    assert "pipeline logs small -f; to stop it: pipeline stop small" in attached.output
+    code, output = site.run("-d")
+    assert code == 0
+    assert "already under way" in output
+
+
+def test_a_job_that_fails_has_its_own_exit_code(site: Site) -> None:
+    # Of the data: one image of ten is unusable.
+    code, output = site.run("--set", "name=data", "--set", "data.synthetic.corrupt_fraction=0.1")
+    assert code == 2, output
+    assert "images are unusable" in output
+    assert line_of(site, "data").startswith("data failed prepare ")
+    # Of a stage: the loss is not finite.
+    code, output = site.run("--set", "name=stage", "--set", "stages.pretrain.base_lr=1e30")
+    assert code == StageError.exit_code, output
+    assert line_of(site, "stage").startswith("stage failed pretrain ")
+
+
+def test_a_detached_run_can_be_ended_at_once(site: Site) -> None:
+    name = ("--set", "name=detached", "--set", "stages.pretrain.epochs=1000")
+    if site.kind == "local":
+        command = site.start("run", "job.yaml", *name)
+    else:
+        code, output = site.run(*name, "-d")
+        assert code == 0, output
+        assert "submitted: job detached-1-" in output
+    wait_until(
+        lambda: " step " in line_of(site, "detached"), "the first step", END_S, poll_s=1.0
+    )
+    code, output = site.call("stop", "detached", "--now")
+    assert code == 0, output
+    if site.kind == "local":
+        assert command.end() == Detached.exit_code  # as after a second Ctrl-C
+    assert line_of(site, "detached").split()[1] != "running"
