@@ -13,11 +13,15 @@ from types import FrameType
 
 _STOPPED = 75  # exit code of pipeline.errors.Interrupted, which is not imported yet
 _ENDED_AT_ONCE = 130
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def main() -> None:
     """Run the command of ``sys.argv``."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    # Ray's processes on a cluster have these blocked (orchestrate/node.py), and a driver that Ray
+    # starts as a job inherits that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOP_SIGNALS, signal.SIGINT))
+    for number in _STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:  # not ignored, as SIGHUP is under nohup
             signal.signal(number, _stop)
     try:

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from pipeline import __version__
-from pipeline.cli import bench, checks, config, doctor, job, model, prepared_data, runs, tensorboard
+from pipeline.cli import (
+    bench,
+    checks,
+    config,
+    doctor,
+    job,
+    model,
+    node,
+    prepared_data,
+    runs,
+    tensorboard,
+)
 
 _LIBRARIES = ("torch", "ray", "deepspeed")  # those that a report of a bug needs
 
@@ -64,3 +75,4 @@ app.command("tensorboard")(tensorboard.tensorboard)
 app.command("test", context_settings=checks.PASS_ON_ARGUMENTS)(checks.test)
 app.add_typer(bench.app, name="bench")
 app.add_typer(prepared_data.app, name="data")
+app.add_typer(node.app, name="node")

@@ -40,6 +40,11 @@ def is_failure(outcome: Outcome) -> bool:
     return outcome.failed and not isinstance(outcome.error, Interrupted)
 
 
+def is_death(outcome: Outcome) -> bool:
+    """True if the process of the rank was lost."""
+    return isinstance(outcome.error, GroupDied) and outcome.error.lost
+
+
 def first_error(outcomes: Sequence[Outcome], group: WorkerGroup) -> PipelineError:
     """The error of the rank that failed first.
 

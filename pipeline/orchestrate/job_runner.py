@@ -21,7 +21,7 @@ from pipeline.files import write_text
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
-from pipeline.orchestrate import artifacts, resume_policy
+from pipeline.orchestrate import artifacts, preflight, resume_policy
 from pipeline.orchestrate.joined_ray import ADDRESS, joined_ray
 from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.machine_pool import MachinePool
@@ -189,7 +189,10 @@ def _ray(run: JobRunner) -> Iterator[RaySession]:
                 run.stop.check()
 
             run.pool = MachinePool(job=run.job, head=joined.head, check=check, log=run.log)
-            run.pool.wait_for_all()
+            machines = run.pool.wait_for_all()
+            unfit = preflight.require(run.job, run.run_dir, machines, check, run.log)
+            run.pool.left_out = unfit
+            joined.left_out = unfit
             yield joined
         return
     gpus = machine.gpus() if machine.device(cluster) == "cuda" else 0

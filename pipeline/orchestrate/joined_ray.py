@@ -10,11 +10,13 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.errors import ConfigError, StageError
+from pipeline.orchestrate.machines import ID_LABEL, Machine
 from pipeline.orchestrate.ray_connection import ray_connection
 from pipeline.orchestrate.ray_session import RayLost, RaySession
+from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment
 
@@ -29,11 +31,18 @@ class JoinedRay(RaySession):
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.left_out: list[Machine] = []  # they get no tasks
         self._heard = self._knocked = time.monotonic()
 
-    @property
-    def spreads(self) -> bool:
-        return True
+    def map_tasks(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """``ray_tasks.map_tasks`` on all machines."""
+        options: dict[str, object] = {"scheduling_strategy": "SPREAD"}
+        if self.left_out:
+            ids = ",".join(machine.id for machine in self.left_out)
+            options["label_selector"] = {ID_LABEL: f"!in({ids})"}
+        return map_tasks(function, items, self.check, spread=options)
 
     @property
     def head(self) -> str:

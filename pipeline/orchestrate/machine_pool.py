@@ -46,14 +46,14 @@ class MachinePool:
     Args:
         head: address of the machine with Ray's control process. Nothing survives its loss.
         check: called several times per second while machines are awaited; may raise.
-        left_out: names of machines that must not be used.
+        left_out: machines that must not be used.
     """
 
     job: Job
     head: str
     check: Callable[[], None]
     log: Log
-    left_out: set[str] = field(default_factory=set)
+    left_out: list[Machine] = field(default_factory=list)
     _seen: dict[str, Machine] = field(default_factory=dict)  # by name; also those that are gone
     _looked: float = 0.0
     _checkpoint: int | None = None  # the newest one when a larger group became possible
@@ -65,21 +65,24 @@ class MachinePool:
     def usable(self) -> list[Machine]:
         """The machines that can hold their share of the processes, in the order of addresses."""
         leaving = leaving_machines()
+        left_out = {entry.name for entry in self.left_out}
         share = self.cluster.devices_per_node
         gpus = share if machine.device(self.cluster) == "cuda" else 0
         machines = [
             candidate
             for candidate in alive_machines()
             if candidate.id not in leaving
-            and candidate.name not in self.left_out
+            and candidate.name not in left_out
             and candidate.cpus >= share
             and candidate.gpus >= gpus
         ]
         self._seen |= {candidate.name: candidate for candidate in machines}
         return machines
 
-    def wait_for_all(self) -> None:
+    def wait_for_all(self) -> list[Machine]:
         """Wait until the machines of the job are here; after ``cluster.wait``, for no more.
+
+        Returns all machines that are usable, of which there may be more than the job needs.
 
         Raises:
             Interrupted: fewer than ``min_nodes`` are here.
@@ -90,6 +93,7 @@ class MachinePool:
             if self._size(len(machines)) == 0:
                 raise self._too_few(machines, self.cluster.wait)
             self.log(f"continuing without {self._absent(machines, wanted)}", "warning")
+        return machines
 
     def place(self, placement: Placement) -> Placement:
         """The placement of the processes of a stage on the machines that are here now.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+ID_LABEL = "ray.io/node-id"  # Ray's own label: selects machines for tasks and groups
 _POLL_S = 0.1
 
 

@@ -43,11 +43,6 @@ class RayLost(StageError):
 class RaySession:
     """A running Ray that this process is connected with."""
 
-    @property
-    def spreads(self) -> bool:
-        """True if it has several machines, which share tasks evenly."""
-        return False
-
     def check(self) -> None:
         """Call it several times per second; raises RayLost if Ray cannot be used any more."""
         raise NotImplementedError
@@ -56,7 +51,7 @@ class RaySession:
         self, function: Callable[[Item], Result], items: Sequence[Item]
     ) -> Iterator[tuple[Item, Result]]:
         """``ray_tasks.map_tasks`` in this session."""
-        return map_tasks(function, items, self.check, spread=self.spreads)
+        return map_tasks(function, items, self.check)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

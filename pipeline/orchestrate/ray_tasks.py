@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import PipelineError, StageError
@@ -28,13 +28,13 @@ def map_tasks(
     items: Sequence[Item],
     check: Callable[[], None],
     *,
-    spread: bool = False,
+    spread: Mapping[str, object] | None = None,
 ) -> Iterator[tuple[Item, Result]]:
     """Apply ``function`` to every item in the running Ray session.
 
     Args:
         check: called several times per second; may raise: the session's own check.
-        spread: give every machine its share, rather than fill this one first.
+        spread: on a cluster, options of the tasks that make Ray share them among the machines.
 
     Yields (item, result) in the order in which the tasks finish. When a worker dies, Ray runs its
     task again, up to ``RETRIES`` times.
@@ -48,8 +48,8 @@ def map_tasks(
     # Send the function with each task. As an object of its own in Ray's store it would be lost with
     # its node, upon which Ray ends the driver without a message.
     task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
-    if spread:
-        task = task.options(scheduling_strategy="SPREAD")
+    if spread is not None:
+        task = task.options(**spread)
     limit = _TaskLimit()
     waiting = iter(items)
     submitted: dict[ObjectRef[Result], Item] = {}
@@ -64,7 +64,7 @@ def map_tasks(
             check()
             for ref in ready:
                 item = submitted.pop(ref)
-                yield item, _result(ref, item, spread)
+                yield item, _result(ref, item, on_cluster=spread is not None)
     finally:
         # Reached with tasks left after an error, a stop request, or a consumer that stopped early.
         for ref in submitted:
@@ -75,7 +75,7 @@ def _apply(function: Callable[[Item], Result], item: Item) -> Result:
     return function(item)
 
 
-def _result(ref: ObjectRef[Result], item: object, on_cluster: bool) -> Result:
+def _result(ref: ObjectRef[Result], item: object, *, on_cluster: bool) -> Result:
     import ray
 
     try:

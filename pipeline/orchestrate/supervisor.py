@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.files import write_text
-from pipeline.orchestrate.group_outcomes import collect, first_error, is_failure
+from pipeline.orchestrate.group_outcomes import collect, first_error, is_death, is_failure
 from pipeline.orchestrate.machine_pool import MachineChange, MachinePool
 from pipeline.orchestrate.placement import GroupDied, MachinesChanged, Placement
 from pipeline.orchestrate.signals import interrupted
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 RESTARTS = 3  # of a group without progress in between
 _POLL_S = 0.2
+SETTLE_ON_CLUSTER_S = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,17 +136,37 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
             watch.poll()
             new = collect(ended, rank_of, group)
             if any(map(is_failure, new)):
-                late, _ = _wait(waiting, SETTLE_S)
-                stopping.fail(first_error(new + collect(late, rank_of, group), group))
+                new += _late_outcomes(waiting, rank_of, group)
+                stopping.fail(first_error(new, group))
             outcomes |= {outcome.rank: outcome for outcome in new}
             if waiting and watch.stop():
                 stopping.check(None)
             elif waiting and (change := stopping.change or watch.change(group)):
+                if stopping.change is None:
+                    watch.log(f"{change.text}: asking all ranks to stop", "warning")
                 stopping.check(change)
     for outcome in outcomes.values():
         if outcome.error is not None:  # failures were raised above: this one is a stop on request
             raise outcome.error if stopping.change is None else ended_by(stopping.change)
     return outcomes[0].metrics
+
+
+def _late_outcomes(
+    waiting: Sequence[ObjectRef[Outcome]],
+    rank_of: dict[ObjectRef[Outcome], int],
+    group: WorkerGroup,
+) -> list[Outcome]:
+    """After the first failure, wait for the outcomes that may tell its cause.
+
+    The death of a process often becomes known after the connection errors that it causes in its
+    peers, and it is the death that must be reported: at once on this machine, later for a machine.
+    """
+    late: list[Outcome] = []
+    deadline = time.monotonic() + (SETTLE_ON_CLUSTER_S if group.machines else SETTLE_S)
+    while waiting and not any(map(is_death, late)) and time.monotonic() < deadline:
+        ended, waiting = _wait(waiting, _POLL_S)
+        late += collect(ended, rank_of, group)
+    return late
 
 
 def _log_group(group: WorkerGroup, watch: Watch) -> None:

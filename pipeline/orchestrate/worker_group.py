@@ -9,6 +9,7 @@ each machine in the order of its devices. The workers meet at a port of rank 0.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from pipeline import command
 from pipeline.errors import Interrupted, StageError
-from pipeline.orchestrate.machines import Machine
+from pipeline.orchestrate.machines import ID_LABEL, Machine
 from pipeline.orchestrate.placement import GroupDied, Placement
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.orchestrate.worker import Outcome, StageFn, Worker, WorkerPlace
@@ -32,9 +33,7 @@ Value = TypeVar("Value")
 _LOOPBACK = "127.0.0.1"
 _START_TIMEOUT_S = 120
 _POLL_S = 0.2
-# After an error, wait so long for further ones: the death of a process often becomes known after
-# the connection errors that it causes in its peers, and it is the death that must be reported.
-SETTLE_S = 1.5
+SETTLE_S = 1.5  # between a first error and those that may tell its cause
 
 
 class RemoteMethod(Protocol[Value]):
@@ -154,7 +153,7 @@ def _reserve(placement: Placement) -> PlacementGroup:
     selector = None
     if placement.candidates is not None:
         ids = ",".join(machine.id for machine in placement.candidates)
-        selector = [{"ray.io/node-id": f"in({ids})"}] * placement.machines
+        selector = [{ID_LABEL: f"in({ids})"}] * placement.machines
     group: PlacementGroup = placement_group(
         [bundle] * placement.machines, strategy="STRICT_SPREAD", bundle_label_selector=selector
     )
@@ -281,8 +280,12 @@ def died_at_start(placement: Placement, process: str, error: Exception) -> Group
 
 def exit_line(error: Exception) -> str:
     """Of Ray's long text, the line about the exit: "Worker exit type: SYSTEM_ERROR ..."."""
-    lines = str(error).strip().splitlines()
-    return next((line.strip() for line in lines if "exit" in line.lower()), type(error).__name__)
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    for word in ("exit", "node was terminated", "unavailable"):
+        if line := next((line for line in lines if word in line.lower()), ""):
+            # "The actor 58ab... is unavailable: ...: Socket closed rpc_code: 14. The task may ..."
+            return re.sub(r"^The actor \w+ is unavailable: |\. The task may .*", "", line)
+    return type(error).__name__
 
 
 def _wait_for(ready: Callable[[], bool], timeout_s: float, check: Callable[[], None]) -> bool:

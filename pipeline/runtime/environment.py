@@ -76,6 +76,24 @@ def ray_session(token: Path) -> dict[str, str]:
     }
 
 
+def ray_node(grace: float) -> dict[str, str]:
+    """Variables of ``ray start`` on a machine of a cluster that we start.
+
+    Args:
+        grace: longest time that a stop may take (seconds).
+    """
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(int(grace)),
+        # A machine that falls silent is lost after 15 s. Ray's own settings need more than 60 s.
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "3000",
+        "RAY_health_check_failure_threshold": "4",
+        "RAY_worker_niceness": "0",
+    }
+
+
 def ray_client() -> dict[str, str]:
     """Variables of a process that joins a Ray cluster, before ``import ray``."""
     return {"RAY_USAGE_STATS_ENABLED": "0"}

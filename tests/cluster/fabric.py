@@ -136,6 +136,11 @@ class FabricMachine:
         """End every process of the machine at once. The kernel still resets its connections."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.first, signal.SIGKILL)
+        # nsenter stops together with its command. The machine ends when each has been collected.
+        for pid in all_pids():
+            if command_line(pid).startswith(f"nsenter -t {self.first} "):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
         self.unshare.wait()  # until the kernel has ended all the others
         self.fabric.forget(self)
 

@@ -27,8 +27,8 @@ data:
 stages:
   prepare: {}
   pretrain:
-    {image_size: 32, epochs: 25, global_batch: 8, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
-     eval_every_epochs: 25, log_every_steps: 1, checkpoint_every_steps: 15,
+    {image_size: 64, epochs: 30, global_batch: 8, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
+     eval_every_epochs: 30, log_every_steps: 1, checkpoint_every_steps: 15,
      intermediate_supervision: false, augment: {mixup: 0, cutmix: 0}}
   export: {from: pretrain}
 """
@@ -107,9 +107,7 @@ class Site:
                     env=environment_of_machine(self.environment),
                     start_new_session=True,
                 )
-        return Command(
-            process=process, output_file=output, on_machine=self.machine is not None
-        )
+        return Command(process=process, output_file=output, on_machine=self.machine is not None)
 
     def call(self, *arguments: str) -> tuple[int, str]:
         """(exit code, output) of a command."""

@@ -1,0 +1,175 @@
+"""A small job on machines of the tests, and what a disturbance costs it.
+
+The data is prepared once, on the host. Every scenario starts from a copy of that run directory and
+trains on the machines. ``weights`` of an undisturbed run are what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.files import file_digest
+from pipeline.layout import RunDir
+from pipeline.monitor.events import Event, read_events
+from tests.cluster.fabric import FabricMachine, MachineProcess, environment_of_machine
+from tests.cluster.processes import wait_until
+from tests.cluster.ray_machines import RayMachines
+from tests.prepare.source_folders import class_tars
+
+STEPS = 42
+CHECKPOINT_STEPS = 6
+END_S = 240.0
+JOB = """
+name: small
+model: {{channels: [8, 16, 24, 32], depths: [1, 1, 2, 1], columns: 4, drop_path: 0.1}}
+data: {{root: {root}, min_side: 16, shard_rows: 30}}
+stages:
+  prepare: {{}}
+  pretrain:
+    {{image_size: 64, epochs: 6, global_batch: {batch}, precision: fp32,
+     base_lr: 1e-3, base_lr_batch: 16, warmup_epochs: 1,
+     log_every_steps: 1, checkpoint_every_steps: 6, eval_every_epochs: 6}}
+"""
+CLUSTER = """
+cluster:
+  {{kind: ray, nodes: {nodes}, devices_per_node: {devices}, min_nodes: {min_nodes}, device: cpu,
+   threads: 1, loader_threads: 1, wait: {wait}, grace: 60, ray: {{address: "http://n1:8265"}}}}
+"""
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job, and a run directory in which its data is prepared."""
+
+    folder: Path
+    batch: int = 16
+
+    @property
+    def text(self) -> str:
+        return JOB.format(root=self.folder / "images", batch=self.batch)
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+    def prepare(self) -> None:
+        """Make the images (112 for training), and prepare them on the host."""
+        class_tars(self.folder / "images", classes=4, count=28, validation=4)
+        job = self.folder / "local.yaml"
+        job.write_text(self.text + "cluster: {processes: 1, device: cpu}\n")
+        self.local(self.base, "--stage", "prepare")
+
+    def local(self, run_dir: Path, *arguments: str) -> None:
+        """Run the job on the host, without a cluster."""
+        job = self.folder / "local.yaml"
+        command = [sys.executable, "-m", "pipeline", str(job), "--run-dir", str(run_dir)]
+        subprocess.run(
+            [*command, *arguments], check=True, env=environment_of_machine(), cwd=self.folder
+        )
+
+    def start_copy(self, name: str) -> RunDir:
+        """A new run directory with the prepared data."""
+        shutil.copytree(self.base, self.folder / name)
+        return RunDir(self.folder / name)
+
+    def on_cluster(
+        self, *, nodes: int = 2, devices: int = 1, min_nodes: int = 0, wait: int = 60
+    ) -> Path:
+        """A job file for a cluster of that size."""
+        path = self.folder / f"ray-{nodes}-{devices}-{min_nodes}-{wait}.yaml"
+        text = CLUSTER.format(nodes=nodes, devices=devices, min_nodes=min_nodes or nodes, wait=wait)
+        path.write_text(self.text + text)
+        return path
+
+
+@dataclass(kw_only=True)
+class ClusterRun:
+    """The driver of a job, on a machine of a Ray cluster."""
+
+    run_dir: RunDir
+    process: MachineProcess
+    started: float = field(default_factory=time.time)
+
+    @classmethod
+    def start(
+        cls,
+        machine: FabricMachine,
+        cluster: RayMachines,
+        job: Path,
+        run_dir: RunDir,
+        *arguments: str,
+    ) -> ClusterRun:
+        output = run_dir.path.with_suffix(".out")
+        with open(output, "a") as file:
+            process = machine.popen(
+                *["nice", "-n", "19", "python", "-m", "pipeline", "run", job],
+                *["--run-dir", run_dir.path, *arguments],
+                environment={**cluster.environment, "PIPELINE_RAY_ADDRESS": cluster.gcs},
+                output=file,
+            )
+        return cls(run_dir=run_dir, process=process)
+
+    @property
+    def output(self) -> str:
+        return self.run_dir.path.with_suffix(".out").read_text()
+
+    @property
+    def events(self) -> Sequence[Event]:
+        path = self.run_dir.events("pretrain")
+        return read_events(path) if path.exists() else []
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged since the start of this driver."""
+        steps = [event.step for event in self.events if event.time > self.started]
+        return max(steps, default=0)
+
+    @property
+    def starts(self) -> list[int]:
+        """The steps at which groups of processes began."""
+        return [event.step for event in self.events if event.kind == "start"]
+
+    def wait_for_step(self, step: int) -> None:
+        self._wait(lambda: self.step >= step, f"step {step}")
+
+    def wait_for_output(self, pattern: str, seconds: float = END_S) -> float:
+        """Wait for a message; returns the seconds that it took."""
+        began = time.monotonic()
+        self._wait(lambda: re.search(pattern, self.output) is not None, pattern, seconds)
+        return time.monotonic() - began
+
+    def _wait(self, condition: object, aim: str, seconds: float = END_S) -> None:
+        assert callable(condition)
+
+        def met() -> bool:
+            if condition():
+                return True
+            assert self.process.poll() is None, f"ended before {aim}:\n{self.output}"
+            return False
+
+        wait_until(met, aim, seconds, poll_s=0.05)
+
+    def finish(self, code: int = 0) -> str:
+        """Wait for the end; returns the output."""
+        assert self.process.wait(END_S) == code, self.output
+        return self.output
+
+    def weights(self) -> str:
+        return file_digest(self.run_dir.weights("pretrain"))
+
+    def losses(self) -> dict[int, float]:
+        return {
+            event.step: event.scalars["loss/total"] for event in self.events if event.kind == "step"
+        }
+
+    def state(self) -> dict[str, object]:
+        record: dict[str, object] = json.loads(self.run_dir.run_json.read_text())["stages"]
+        return record
