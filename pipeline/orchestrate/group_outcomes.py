@@ -79,4 +79,5 @@ def _lost_process(group: WorkerGroup, rank: int, error: Exception) -> GroupDied:
         place=group.placement.stage,
         remedy=f"its whole output: {log}",
         lost=True,
+        machine=group.members[rank].machine,
     )

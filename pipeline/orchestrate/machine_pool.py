@@ -25,6 +25,7 @@ from pipeline.reporting import Log
 EXPECTED = "PIPELINE_MACHINES"  # host names that a scheduler has assigned, separated by spaces
 _POLL_S = 0.5
 _LOOK_S = 1.0  # between looks for machines that have come
+_AVOID_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,8 @@ class MachinePool:
     log: Log
     left_out: list[Machine] = field(default_factory=list)
     _seen: dict[str, Machine] = field(default_factory=dict)  # by name; also those that are gone
+    _avoided: dict[str, float] = field(default_factory=dict)  # by ID, until when
+    _placed: set[str] = field(default_factory=set)  # IDs of what was usable at the last placement
     _looked: float = 0.0
     _checkpoint: int | None = None  # the newest one when a larger group became possible
 
@@ -115,7 +118,12 @@ class MachinePool:
         if not enough(len(machines)):
             raise self._too_few(machines, wait_s)
         self._checkpoint = None
+        self._placed = {entry.id for entry in machines}
         count = 1 if single else self._size(len(machines))
+        now = time.monotonic()
+        trusted = [entry for entry in machines if self._avoided.get(entry.id, now) <= now]
+        if len(trusted) >= count:
+            machines = trusted
         return replace(
             placement,
             machines=count,
@@ -124,16 +132,21 @@ class MachinePool:
             wait_s=float(self.cluster.wait),
         )
 
-    def require_same(self, placement: Placement) -> None:
-        """Check that the candidates of a placement are still the machines that are here.
+    def avoid(self, lost: Machine) -> None:
+        """Prefer other machines for a while: a process died there, perhaps with its machine.
+
+        Ray learns of a lost machine later than the processes of the others do.
+        """
+        self._avoided[lost.id] = time.monotonic() + _AVOID_S
+
+    def require_same(self) -> None:
+        """Check that the machines of the last placement are still those that are here.
 
         Raises:
             MachinesChanged: they are not, so Ray might look for room in vain.
         """
-        if self._is_time() and placement.candidates is not None:
-            here = {candidate.id for candidate in self.usable()}
-            if here != {candidate.id for candidate in placement.candidates}:
-                raise MachinesChanged("the machines changed before the processes started")
+        if self._is_time() and self._placed != {entry.id for entry in self.usable()}:
+            raise MachinesChanged("the machines changed before the processes started")
 
     def idle(self, members: Sequence[Machine]) -> str:
         """Names of the usable machines that are not in the group; "" if there are none."""

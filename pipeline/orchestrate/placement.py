@@ -48,10 +48,17 @@ class GroupDied(StageError):
     """The group failed in a way that a restart may cure."""
 
     def __init__(
-        self, cause: str, *, place: str = "", remedy: str = "", lost: bool = False
+        self,
+        cause: str,
+        *,
+        place: str = "",
+        remedy: str = "",
+        lost: bool = False,
+        machine: Machine | None = None,
     ) -> None:
         super().__init__(cause, place=place, remedy=remedy)
         self.lost = lost  # True: a process died. False: a process raised an exception.
+        self.machine = machine  # of the process that died, on a cluster
 
 
 class MachinesChanged(Exception):

@@ -86,6 +86,8 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
         except MachinesChanged as change:
             watch.log(f"{change}; forming the group of processes again", "warning")
         except GroupDied as error:
+            if watch.pool is not None and error.machine is not None:
+                watch.pool.avoid(error.machine)
             highest = watch.poll()
             progress = highest > reached
             reached = highest
@@ -123,7 +125,7 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
     def check_room() -> None:
         watch.check_start()
         if watch.pool is not None:
-            watch.pool.require_same(placement)
+            watch.pool.require_same()
 
     with worker_group(placement, watch.check, check_room) as group:
         rank_of = start(group, stage_fn, generation, watch.check_start)
