@@ -71,6 +71,7 @@ def _require_room(
             place=f"stages.{stage}.order",
             remedy=f"order: windowed, or {remedy}",
         )
+    # Which shards form a window differs from epoch to epoch: assume the largest ones.
     sizes = sorted((shard.bytes for shard in description.splits["train"].shards), reverse=True)
     windows = sum(sizes[: 2 * config.window_shards])
     if windows > room:

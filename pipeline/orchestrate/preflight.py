@@ -133,6 +133,7 @@ def check_machines(
         plan: folders that do not exist yet are created by the driver.
         check: called several times per second; may raise.
     """
+    # The machines answer in three rounds: what one has written, the others read in the next one.
     with _nonce_folders(plan) as plan:
         answers = call_on_each(machines, probe.collect_facts, plan, timeout_s=ANSWER_S, check=check)
         facts = {

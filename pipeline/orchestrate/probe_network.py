@@ -82,6 +82,7 @@ def measure_link(test: LinkTest) -> float:
 
         seconds = _shortest(reduce)
     finally:
+        # Ray keeps this process for the next call, which may form another group.
         dist.destroy_process_group()
     # Each machine sends and receives 2 (n - 1) / n of the tensor.
     return 2 * (size - 1) / size * _LINK_BYTES / seconds

@@ -29,7 +29,7 @@ _START_S = 60.0
 
 def serve_on(machine: FabricMachine, folder: Path) -> None:
     """Start the server, with the files of a folder in its bucket."""
-    _start(machine, folder / ".served", "serve", str(folder))
+    _start(machine, folder / ".served", ["serve", str(folder)])
 
 
 def proxy_on(
@@ -37,7 +37,7 @@ def proxy_on(
 ) -> MachineProcess:
     """Start the proxy of a machine."""
     counts.unlink(missing_ok=True)
-    return _start(machine, counts, "proxy", server, str(counts), str(share))
+    return _start(machine, counts, ["proxy", server, str(counts), str(share)])
 
 
 def fetches(counts: Path) -> dict[str, int]:
@@ -52,7 +52,8 @@ def faults(counts: Path) -> dict[str, int]:
     return {str(name): int(count) for name, count in record["faults"].items()}
 
 
-def _start(machine: FabricMachine, written: Path, *arguments: str) -> MachineProcess:
+def _start(machine: FabricMachine, written: Path, arguments: list[str]) -> MachineProcess:
+    """Start this module on a machine, and wait for the file that it writes when it is ready."""
     process = machine.popen("python", "-m", "tests.cluster.object_store", *arguments)
     wait_until(
         lambda: written.exists() or process.poll() is not None, "the store", _START_S, poll_s=0.1

@@ -50,9 +50,9 @@ class Site:
         self.fabric.ip_of_bridge(f"link add w{number} type veth peer name x{number}")
         self.fabric.ip_of_bridge(f"link set w{number} master br0 up")
         self.fabric.ip_of_bridge(f"link set x{number} netns {machine.first}")
-        machine.run("ip", "link", "set", f"x{number}", "name", "eth1")
-        machine.run("ip", "addr", "add", f"10.78.0.{number}/24", "dev", "eth1")
-        machine.run("ip", "link", "set", "eth1", "up")
+        machine.run(*f"ip link set x{number} name eth1".split())
+        machine.run(*f"ip addr add 10.78.0.{number}/24 dev eth1".split())
+        machine.run(*"ip link set eth1 up".split())
 
     def replace(self, name: str, path: Path, change: tuple[str, str]) -> None:
         """Give one machine another version of a file."""
@@ -110,7 +110,7 @@ def test_machines_that_are_fit_pass_every_check(site: Site) -> None:
 def test_files_memory_space_and_the_link_of_a_machine_are_judged(site: Site) -> None:
     second, third = site["n2"], site["n3"]
     # n2: little space, another checkout, a fault that only the site's own check sees.
-    second.run("mount", "-t", "tmpfs", "-o", "size=50m", "none", DIRECTORY / "tmp")
+    second.run(*f"mount -t tmpfs -o size=50m none {DIRECTORY}/tmp".split())
     module = Path(pipeline.__file__).with_name("suggest.py")
     site.replace("n2", module, ("from __future__", "# changed\nfrom __future__"))
     own_check = site.folder / "own_check.sh"

@@ -22,7 +22,7 @@ JOB = {"SLURM_JOB_ID": "4711"}
 REQUEUED = JOB | {"SLURM_RESTART_COUNT": "1"}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Storage:
     """Shared folders on two machines: ``below`` is the real one, the others are mounts of it."""
 
@@ -57,7 +57,13 @@ def storage(fabric: Fabric, shared_folder: Path) -> Iterator[Storage]:
     for folder in folders:
         folder.mkdir()
     library = lock_storage.library_without_flock(shared_folder)
-    storage = Storage(fabric, *folders, library)
+    storage = Storage(
+        fabric=fabric,
+        below=folders[0],
+        own=folders[1],
+        forwarded=folders[2],
+        no_flock=library,
+    )
     storage.up("n1")
     storage.up("n2")
     yield storage
