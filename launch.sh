@@ -7,6 +7,7 @@
 #   dev     checks and tests                  ./launch.sh test
 #   bench   baselines of the benchmarks       ./launch.sh bench loader
 #   s3      s3:// URLs                        ./launch.sh install s3
+#   ray     Ray clusters                      ./launch.sh install ray
 #   onnx    torch.onnx.export of a network    ./launch.sh install onnx
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.

@@ -6,6 +6,8 @@ runs/quickstart/
   cluster.json                        where the run was submitted to, if it runs on a cluster
   owner.json                          the driver that works on the run, renewed while it does
   unfit                               machines that failed the checks before the first stage
+  .ray-token                          access token of the Ray of a batch job, while it runs
+  requeues                            how often a batch job started again without progress
   stop                                written by the command stop: the run ends and stays ended
   stages/prepare/<dataset>/           shards, classes.json, dataset.json, quarantine/
   stages/<stage>/weights.safetensors  result of a training stage, described by weights.json
@@ -15,6 +17,7 @@ runs/quickstart/
   checkpoints/<stage>/step-00000500/  one file per process, and a manifest
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
+  logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
   logs/run.log                        messages of the whole run
   tensorboard/<stage>/                event files
   export/                             the exported model
@@ -72,6 +75,16 @@ class RunDir:
         return self.path / ".submit.lock"
 
     @property
+    def ray_token(self) -> Path:
+        """Access token of the Ray that a batch job starts for this run, while it runs."""
+        return self.path / ".ray-token"
+
+    @property
+    def requeues(self) -> Path:
+        """How often a batch job was started again without progress, and its last progress."""
+        return self.path / "requeues"
+
+    @property
     def stop_mark(self) -> Path:
         """Exists from a stop request until the run is started again."""
         return self.path / "stop"
@@ -97,6 +110,16 @@ class RunDir:
     @property
     def run_log(self) -> Path:
         return self.logs / "run.log"
+
+    @property
+    def batch_log(self) -> Path:
+        """Output of the driver in a batch job, and of the job's script."""
+        return self.logs / "batch.log"
+
+    @property
+    def machines_log(self) -> Path:
+        """Output of the processes that keep Ray on the machines of a batch job."""
+        return self.logs / "machines.log"
 
     @property
     def replaced(self) -> Path:

@@ -1,6 +1,6 @@
 """What every way to start a run on a cluster offers: the interface of ``ray_jobs`` and ``slurm``.
 
-A submission starts one driver on the cluster: ``python -m pipeline VERB JOB_FILE OPTIONS``. The
+A submission starts one driver on the cluster: the command of ``verb``, with a job file. The
 driver does what the same command does on this machine, with the cluster's machines.
 """
 
@@ -64,11 +64,14 @@ class JobState:
     @property
     def under_way(self) -> bool:
         """True while the job may still work on its run."""
+        # A job that is not known counts as ended: whatever it was, it writes nothing any more. The
+        # lock of the run guards against a driver that lives all the same.
         return self.phase in ("pending", "running")
 
 
 def cause_in(output: str) -> str:
     """Why a command of the pipeline failed, from its output: its error, else its last line."""
+    # The remedy stands below the error, and a traceback of the cluster's own may follow both.
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1]
@@ -114,7 +117,7 @@ class Launcher(Protocol):
         """
 
     def call(self, cluster: ClusterConfig, arguments: Sequence[str]) -> str:
-        """Run ``python -m pipeline ARGUMENTS`` on one machine of the cluster; returns its output.
+        """Run a command of the pipeline on one machine of the cluster; returns its output.
 
         For questions about files that this machine does not see: seconds, text only.
 

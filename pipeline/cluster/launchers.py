@@ -9,6 +9,7 @@ from pipeline.config.schema import ClusterConfig
 
 def launcher_for(cluster: ClusterConfig) -> Launcher:
     """The launcher for a job's cluster section, whose kind is not local."""
+    # Imported when needed: a run on this machine must not depend on any of them.
     if cluster.kind == "ray":
         from pipeline.cluster.ray_jobs import RayJobs
 

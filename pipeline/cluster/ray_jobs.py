@@ -32,6 +32,7 @@ from pipeline.errors import ConfigError, StageError
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+_INSTALL = 'run "./launch.sh install ray" in a checkout, else pip install "revcol-pipeline[ray]"'
 _ANSWER_S = 2.0  # for an answer of the dashboard; Ray's own client waits for 20 s
 _CALL_S = 120.0  # longest time of a short command on the cluster
 _POLL_S = 0.3
@@ -62,6 +63,7 @@ class RayJobs:
         Raises:
             ConfigError: it does not, or runs another version.
         """
+        # The client and the cluster exchange private formats: only equal versions are tested.
         there = self._version()
         here = importlib.metadata.version("ray")
         if there != here:
@@ -89,6 +91,8 @@ class RayJobs:
     def submit(self, submission: Submission) -> str:
         """Send the code and the job, and start the driver."""
         self.check(submission)
+        # The ID becomes the name of a log file on the head. The random part keeps it unlike that of
+        # a run of the same name in another folder, or by another user.
         return self._start(
             entry_point=_entry_point(submission),
             job_id=f"{_slug(submission.name)}-{submission.attempt}-{secrets.token_hex(4)}",
@@ -103,6 +107,7 @@ class RayJobs:
         if details is None:
             return JobState(phase="unknown", reason="the Ray cluster does not know the job")
         status = str(details["status"])
+        # Milliseconds. Ray also reports an end of jobs that have none yet.
         started, ended = (
             details[key] / 1000 if details.get(key) else None for key in ("start_time", "end_time")
         )
@@ -126,12 +131,13 @@ class RayJobs:
         if now and driver.get("pid"):
             # The Jobs API has no signal that ends a driver before the grace is over. It starts all
             # drivers on the head, so another one can send it.
-            self._run_to_end(f"kill -QUIT {int(driver['pid'])}")
+            self._run_to_end(f"kill -QUIT {int(driver['pid'])} || true")  # it may have ended
 
     def log(self, job_id: str, run_dir: Path, offset: int) -> bytes:
         """The output of the driver beyond ``offset`` bytes, without lines that Ray adds."""
         if self._details(job_id) is None:
             return b""
+        # Ray hands out the log as a whole.
         with self._client() as client:
             text: str = client.get_job_logs(job_id)
         return _OF_RAY.sub(b"", text.encode())[offset:]
@@ -220,6 +226,7 @@ class RayJobs:
     def _headers(self) -> dict[str, str]:
         if not self._token_file:
             return {}
+        # Read for every request: a site may replace its token while a run is followed.
         try:
             token = Path(self._token_file).expanduser().read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -256,13 +263,14 @@ class RayJobs:
             raise ConfigError(
                 "the package aiohttp is missing, which Ray's client of its Jobs API needs",
                 place="cluster.kind: ray",
-                remedy="pip install aiohttp",
+                remedy=_INSTALL,
             )
         from ray.job_submission import JobSubmissionClient
 
         # They report each upload as a message of its own.
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
+        # A driver of Ray that submits, and a shell set up for another cluster, have these.
         hidden = {name: os.environ.pop(name) for name in _OTHER_ADDRESSES if name in os.environ}
         try:
             client = JobSubmissionClient(self._address, headers=self._headers())

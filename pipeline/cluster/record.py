@@ -16,6 +16,7 @@ from pipeline.errors import StageError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
 
+# Those whose versions the checks before the first stage compare, too.
 _LIBRARIES = ("torch", "ray", "deepspeed")
 
 
@@ -33,6 +34,7 @@ class ClusterRecord(BaseModel):
     cluster: dict[str, Any] = Field(
         default_factory=dict, description="The job's cluster section, as plain values."
     )
+    log_start: int = Field(0, description="Bytes of the log before this submission.")
     submitted: float = Field(0.0, description="Time of the submission (seconds since 1970).")
     versions: dict[str, str] = Field(
         default_factory=dict, description="Of Python and the libraries that submitted it."
@@ -42,6 +44,8 @@ class ClusterRecord(BaseModel):
     @property
     def config(self) -> ClusterConfig:
         """The job's cluster section. Keys of another version are ignored."""
+        # The schema of jobs refuses unknown keys, because they are a user's mistakes. Here they are
+        # those of a later version, which is no reason to lose sight of a run.
         known: dict[str, Any] = {
             key: value
             for key, value in self.cluster.items()
@@ -78,6 +82,7 @@ def read_record(run_dir: RunDir) -> ClusterRecord | None:
     Raises:
         StageError: the file is damaged.
     """
+    # Missing is an answer; damaged is not: a second job on a run that is under way must not follow.
     path = run_dir.cluster_json
     try:
         return ClusterRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))

@@ -35,6 +35,7 @@ def why_not_shared(path: str | Path, shared_folder: str = "") -> str:
 
     Example: "/tmp/runs" -> "every machine has a /tmp of its own".
     """
+    # A link below a home folder often leads to shared storage.
     real = os.path.realpath(path)
     mount = mount_of(real)
     if shared_folder:
@@ -43,6 +44,7 @@ def why_not_shared(path: str | Path, shared_folder: str = "") -> str:
             return ""
         if os.path.isdir(known) and mount_of(known) == mount:
             return ""
+    # A shared file system may be mounted below one of them: /run/shared.
     for folder in _OWN_FOLDERS:
         if (real == folder or real.startswith(f"{folder}/")) and not mount.folder.startswith(
             f"{folder}/"

@@ -74,8 +74,10 @@ def exit_code(run: ClusterRun, state: JobState) -> int:
 
     A job that the cluster stopped has none of its own: then the state of the run tells.
     """
+    # 1. The driver's own, if it came to an end of its own.
     if state.exit_code is not None:
         return state.exit_code
+    # 2. What the driver has recorded. It may have been killed before it recorded anything.
     here = run.here
     try:
         record = read_run_state(here) if here is not None else None
@@ -84,4 +86,5 @@ def exit_code(run: ClusterRun, state: JobState) -> int:
     states = {stage.state for stage in record.stages.values()} if record is not None else set()
     if states == {"done"}:
         return 0
+    # 3. Without a failure it was stopped from outside, and can be resumed.
     return StageError.exit_code if "failed" in states else Interrupted.exit_code

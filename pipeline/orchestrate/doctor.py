@@ -44,6 +44,7 @@ def check_here(loaded: LoadedJob, run_dir: RunDir) -> None:
     stop = StopRequest(lambda text: display.log(text, "warning"))
     stop.install()
     started = time.monotonic()
+    # Run directory and sources are those of the job: the machines must see these, not any folder.
     plan = preflight.plan_of(loaded.job, run_dir)
     with _machines(loaded, stop, display.log) as machines:
         try:

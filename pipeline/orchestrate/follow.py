@@ -17,10 +17,9 @@ from pipeline.cluster.launcher import JobState
 from pipeline.errors import ConfigError, Detached
 from pipeline.orchestrate.cluster_run import ClusterRun, exit_code, how_to_return
 
-# Output is asked for whole by some clusters: the longer it is, the more rarely.
 _SHORTEST_POLL_S = 1.0
 _LONGEST_POLL_S = 10.0
-_BYTES_PER_SECOND_OF_POLL = 200_000
+_PAUSE_PER_ANSWER = 5.0  # times the seconds that the cluster took to answer
 _LAST_LINES = 10  # shown of the output before this command
 _PATIENCE_S = 120.0  # while the cluster does not answer
 # "pretrain 120/400  epoch 2  loss 1.2": on a terminal, the newest one replaces the one before.
@@ -51,37 +50,43 @@ class _Follower:
         self._run = run
         self._console = console
         self._launcher = run.launcher
-        self._offset = 0
+        self._offset = run.record.log_start
         self._rest = b""  # a line that is not complete yet
         self._waiting_for = ""
 
     def run(self, from_start: bool) -> int:
-        if not from_start:
-            self._skip_to_last_lines()
         answered = time.monotonic()
+        if not from_start and self._run.state().phase != "pending":
+            self._show_last_lines()
         with self._status() as status:
             while True:
+                asked = time.monotonic()
                 try:
                     state = self._run.state()
-                    self._show_output(status)
+                    if state.phase != "pending":
+                        self._show_output(status)
                     answered = time.monotonic()
                 except ConfigError:
+                    # A network that fails for a moment must not end what follows for days.
                     if time.monotonic() - answered > _PATIENCE_S:
                         raise
                 else:
                     self._show_waiting(state)
                     if not state.under_way:
+                        # The driver may have written between the two questions.
                         self._show_output(status, last=True)
                         break
-                pause = self._offset / _BYTES_PER_SECOND_OF_POLL
-                time.sleep(min(max(pause, _SHORTEST_POLL_S), _LONGEST_POLL_S))
+                # An answer may be as large as the output, or take a step of a batch job.
+                pause = max(_SHORTEST_POLL_S, _PAUSE_PER_ANSWER * (time.monotonic() - asked))
+                time.sleep(min(pause, _LONGEST_POLL_S))
         code = exit_code(self._run, state)
         if code:
             word = f": {state.reason}" if state.reason else ""
             self._print(f"{self._run.where} ended with exit code {code}{word}")
         return code
 
-    def _skip_to_last_lines(self) -> None:
+    def _show_last_lines(self) -> None:
+        # Who comes back wants to know where the run is, not how it came there.
         output = self._read()
         lines = output.splitlines(keepends=True)
         self._rest = b""

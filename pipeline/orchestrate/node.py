@@ -10,8 +10,9 @@ would end at once, before the ranks have saved. Therefore:
    leaves, saves the current step and ends the ranks here. Then the raylet ends by itself. A head
    passes the signal on to the drivers on its machine and waits for their end instead: they need its
    raylet until then.
-3. When the raylet is gone, or the grace is over, every process that is left is killed, and the
-   directory is removed.
+3. SIGUSR2 skips that: a script sends it when its driver has ended.
+4. When the raylet or the head is gone, or the grace is over, every process that is left is killed,
+   and the directory is removed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import psutil
 
@@ -47,13 +46,16 @@ ADDRESSES = "address.json"  # in the directory of a head, once it is up
 LONGEST_DIRECTORY = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
 
 _WRITTEN_BY_RAY = "ray_current_cluster"  # when Ray is up: the address of the control process
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_AT_ONCE = signal.SIGUSR2  # for scripts: nobody needs Ray any more
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, _AT_ONCE)
 _SERVERS = {"raylet", "gcs_server"}  # names of the processes without which Ray is lost
 _POLL_S = 0.1
 _DEFAULT_DASHBOARD = 8265  # as `ray start` has it
 # Ray takes ports of this range for its workers: a port that is free now may be taken later.
 _PORTS_OF_WORKERS = range(10002, 20000)
 _OBJECT_STORE = 200_000_000  # bytes; only results of preparation tasks pass through it
+_KNOCK_S = 1.0  # between looks whether the head is there
+_KNOCKS = 3  # refused in a row: it has ended
 _SHOWN_LINES = 15  # of Ray's output, when it does not start
 
 
@@ -96,14 +98,6 @@ def run_node(options: NodeOptions) -> None:
         shutil.rmtree(options.directory, ignore_errors=True)
 
 
-class _HeadClient(Protocol):
-    """The two calls of Ray's GcsClient that are used here."""
-
-    def drain_node(self, node_id: str, reason: int, text: str, deadline_ms: int) -> object: ...
-
-    def get_all_job_info(self) -> dict[Any, Any]: ...
-
-
 class _Node:
     """``ray start --block`` and the processes below it."""
 
@@ -113,9 +107,11 @@ class _Node:
         self._output = options.directory / "start.log"
         self._dashboard = 0  # its port; 0: none
         if options.dashboard and not options.gcs:
-            self._dashboard = _free_port(self._address)
+            self._dashboard = _free_port(self._address, _DEFAULT_DASHBOARD)
         self._starter: psutil.Process | None = None
         self._servers: list[psutil.Process] = []  # once Ray is up
+        self._refused = 0  # knocks in a row
+        self._knocked = 0.0
 
     def run(self) -> None:
         """Start Ray, and wait for its end or for that of the grace after a stop signal.
@@ -125,22 +121,27 @@ class _Node:
         """
         self._starter = self._start()
         deadline: float | None = None
+        needed: list[psutil.Process] = [self._starter]  # the end of one is the end of all
         while deadline is None or time.monotonic() < deadline:
             number = signal.sigtimedwait(_SIGNALS, _POLL_S)
             reap()
+            if number is not None and (number.si_signo == _AT_ONCE or not self._servers):
+                return
             if number is not None and deadline is None:
-                deadline = time.monotonic() + self._options.grace
                 print("Ray on this machine is asked to leave", flush=True)
-                if not self._servers:
-                    return
-                # A thread: the head may not answer, and the grace must hold all the same.
-                threading.Thread(target=self._leave, daemon=True).start()
-            if not all(map(is_alive, [self._starter, *self._servers])):
+                deadline = time.monotonic() + self._options.grace
+                leaving = self._leave()
+                if not self._options.gcs:  # without drivers, nobody needs the head
+                    needed.append(leaving)
+            if not all(map(is_alive, needed)):
                 if deadline is None:
                     raise self._lost()
                 return
+            if self._head_is_gone():
+                return
             if not self._servers and self._gcs_address():
                 self._servers = [process for process in descendants() if _is_server(process)]
+                needed += self._servers
                 self._announce()
 
     def _start(self) -> psutil.Process:
@@ -170,7 +171,7 @@ class _Node:
             f"--temp-dir={options.directory}",
             f"--num-cpus={cpus}",
             f"--object-store-memory={_OBJECT_STORE}",
-            # 0: any free port. Fixed ones would keep a second job off the machine.
+            # 0: any free port, or none. Fixed ones would keep a second job off the machine.
             "--min-worker-port=0",
             "--max-worker-port=0",
             "--dashboard-agent-listen-port=0",
@@ -181,7 +182,10 @@ class _Node:
             arguments.append(f"--num-gpus={options.gpus}")
         if options.gcs:
             return [*arguments, f"--address={options.gcs}"]
-        arguments += ["--head", "--port=0", f"--include-dashboard={bool(self._dashboard)}"]
+        arguments += ["--head", "--port=0"]
+        # Nothing here uses this server, but it starts wherever grpcio is installed.
+        arguments.append(f"--ray-client-server-port={_free_port(self._address)}")
+        arguments += [f"--include-dashboard={bool(self._dashboard)}"]
         if self._dashboard:
             host = self._address or "0.0.0.0"
             arguments += [f"--dashboard-host={host}", f"--dashboard-port={self._dashboard}"]
@@ -202,39 +206,48 @@ class _Node:
             addresses = {"gcs": gcs, "dashboard": dashboard}
             write_json(self._options.directory / ADDRESSES, addresses)
 
-    def _leave(self) -> None:
-        """Answer a stop signal; the end of the raylet ends ``run``."""
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
-        client: _HeadClient = GcsClient(address=self._gcs_address())
-        if self._options.gcs:
-            self._drain(client)
-        else:
-            self._end_drivers(client)
-
-    def _drain(self, client: _HeadClient) -> None:
-        """Tell the head that this machine leaves. Its raylet ends when no process needs it."""
-        from ray.core.generated import autoscaler_pb2
-
-        client.drain_node(
-            _node_id(self._servers),
-            autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION,  # type: ignore[attr-defined]
-            "stop signal",
-            int((time.time() + self._options.grace) * 1000),
+    def _leave(self) -> psutil.Process:
+        """Start what answers a stop signal."""
+        action = "drain" if self._options.gcs else "drivers"
+        arguments = [action, self._gcs_address(), _node_id(self._servers)]
+        program = [sys.executable, "-P", str(Path(__file__).with_name("node_leave.py"))]
+        process = subprocess.Popen(
+            [*program, *arguments, str(self._options.grace)], stdin=subprocess.DEVNULL
         )
+        return psutil.Process(process.pid)
 
-    def _end_drivers(self, client: _HeadClient) -> None:
-        """Ask the drivers on this machine to stop; end the head when there is none any more."""
-        asked: set[int] = set()
-        while drivers := _drivers(client, _node_id(self._servers)):
-            for pid in drivers - asked:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGTERM)
-            asked |= drivers
-            time.sleep(_POLL_S)
-        for server in self._servers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                server.kill()
+    def _head_is_gone(self) -> bool:
+        """True if the machine of the head answers, but nothing listens there any more.
+
+        Ray itself notices after a minute. A machine that does not answer may come back.
+
+        Raises:
+            StageError: Ray has not come up here yet.
+        """
+        if not self._options.gcs or time.monotonic() - self._knocked < _KNOCK_S:
+            return False
+        host, _, port = self._options.gcs.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+            self._refused = 0
+        except ConnectionRefusedError:
+            self._refused += 1
+        except OSError:
+            self._refused = 0
+        self._knocked = time.monotonic()
+        if self._refused < _KNOCKS:
+            return False
+        if not self._servers:
+            raise self._no_head()
+        print("the head has ended", flush=True)
+        return True
+
+    def _no_head(self) -> StageError:
+        return StageError(
+            "nothing listens at the address of the head",
+            place=self._options.gcs,
+            remedy="start the head first; its file address.json holds the address",
+        )
 
     def _lost(self) -> StageError:
         """Ray has ended, and nobody asked for it."""
@@ -254,17 +267,6 @@ def _node_id(servers: list[psutil.Process]) -> str:
     return next(text.partition("=")[2] for text in arguments if text.startswith("--node_id="))
 
 
-def _drivers(client: _HeadClient, node_id: str) -> set[int]:
-    """Process IDs of the drivers on a machine that have not ended; Ray's own are left out."""
-    return {
-        job.driver_pid
-        for job in client.get_all_job_info().values()
-        if not job.is_dead
-        and job.driver_address.node_id.hex() == node_id
-        and not job.config.ray_namespace.startswith("_ray_internal")
-    }
-
-
 def _own_address() -> str:
     """The IP of this machine's name, unless that is a loopback address: then Ray chooses."""
     try:
@@ -274,15 +276,15 @@ def _own_address() -> str:
     return "" if address.startswith("127.") else address
 
 
-def _free_port(address: str) -> int:
-    """A port for the dashboard: 8265 if it is free."""
-    for port in (_DEFAULT_DASHBOARD, *[0] * 100):
+def _free_port(address: str, preferred: int = 0) -> int:
+    """A free port of this machine: the preferred one if possible."""
+    for port in (preferred, *[0] * 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((address, port))
             free: int = probe.getsockname()[1]
             if free not in _PORTS_OF_WORKERS:
                 return free
-    raise StageError("no port is free for Ray's dashboard", place=address)
+    raise StageError("no port is free", place=address)
 
 
 def _make_directory(directory: Path) -> None:

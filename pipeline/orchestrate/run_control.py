@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.console import Console
+
 from pipeline.command import command
 from pipeline.errors import ConfigError
 from pipeline.files import write_text
@@ -21,11 +23,12 @@ from pipeline.layout import RunDir, find_run, runs_in
 from pipeline.monitor.serve import logs_of
 from pipeline.orchestrate import sent_files
 from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, shown_run
-from pipeline.orchestrate.follow import waiting_text
+from pipeline.orchestrate.follow import follow, waiting_text
 from pipeline.orchestrate.run_lock import is_locked, read_owner
 from pipeline.suggest import did_you_mean
 
 PARTS = ("export", "logs", "tensorboard")  # of a run, for ``fetch``
+_PIPE_WIDTH = 160  # columns of output
 _POLL_S = 0.5
 _MARGIN_S = 60.0  # beyond the grace: the end of the processes and of the job
 
@@ -57,6 +60,7 @@ def stop(run_dir: RunDir, *, now: bool, log: Callable[[str], None]) -> None:
         here = run.here or (run.record.run_dir if run.record.run_dir.path.is_dir() else None)
         if here is not None:
             write_text(here.stop_mark, f"{time.time():.0f}\n")
+        # Also where the mark was written: it alone stops nobody.
         run.launcher.stop(run.record.id, now=now)
         _wait(lambda: run.state().under_way, run_dir, log)
     elif is_locked(run_dir):
@@ -84,6 +88,7 @@ def _signal_driver(run_dir: RunDir, *, now: bool) -> None:
 
 def _wait(under_way: Callable[[], bool], run_dir: RunDir, log: Callable[[str], None]) -> None:
     log("asked to stop; waiting for the end (Ctrl-C: do not wait)")
+    # The driver ends within the grace, or is killed. Later than that, something else is wrong.
     deadline = time.monotonic() + _grace(run_dir) + _MARGIN_S
     while under_way():
         if time.monotonic() > deadline:
@@ -113,6 +118,8 @@ def show_output(run_dir: RunDir, *, rank: int | None, keeps_following: bool) -> 
         assert run is not None
         _show_remote(run, rank, keeps_following)
         return
+    # The messages of all attempts. What the driver of a batch job wrote beside them is in its own
+    # log, which `run` shows.
     path = here.run_log if rank is None else _log_of_rank(here, rank)
     offset = _print_from(path, 0)
     while keeps_following:
@@ -129,18 +136,15 @@ def _show_remote(run: ClusterRun, rank: int | None, keeps_following: bool) -> No
         arguments = ["logs", run.record.directory, "--rank", str(rank)]
         sys.stdout.write(run.launcher.call(run.record.config, arguments))
         return
-    offset = 0
-    while True:
-        state = run.state()
-        output = run.launcher.log(run.record.id, run.record.run_dir.path, offset)
-        offset += len(output)
-        sys.stdout.write(output.decode(errors="replace"))
-        sys.stdout.flush()
-        if not keeps_following or not state.under_way:
-            if not offset and state.phase == "pending":
-                print(f"{run.where} waits: {waiting_text(state)}")
-            return
-        time.sleep(max(_POLL_S, offset / 200_000))
+    if keeps_following:
+        follow(run, Console(highlight=False, width=_PIPE_WIDTH), from_start=True)
+        return
+    state = run.state()
+    if state.phase == "pending":
+        print(f"{run.where} waits: {waiting_text(state)}")
+        return
+    output = run.launcher.log(run.record.id, run.record.run_dir.path, run.record.log_start)
+    sys.stdout.write(output.decode(errors="replace"))
 
 
 def _log_of_rank(run_dir: RunDir, rank: int) -> Path:
@@ -188,12 +192,14 @@ def fetch(run_dir: RunDir, part: str) -> Path:
         sent_files.unpack(text, target)
         return target
     assert here is not None
+    # Of a run of this machine, source and target are the same: then the path is all to report.
     source = part_of(here, part)
     if not source.is_dir():
         raise ConfigError(
             f"the run has no {part} yet", place=str(source), remedy=f"see {command('runs')}"
         )
     if source != target:
+        # Copied under another name first: an interrupted copy must not look like a result.
         copy = target.with_name(f".{target.name}.fetched")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(source, copy)

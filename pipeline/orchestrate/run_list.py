@@ -157,6 +157,7 @@ def _from_files(name: str, run_dir: RunDir, record: RunStateRecord | None) -> Ru
 
 def _with_state_of_job(overview: RunOverview, run: ClusterRun) -> RunOverview:
     """The overview of a run that is not finished, with what the cluster knows of its job."""
+    # One cluster that does not answer must not hide the other runs.
     try:
         job = run.state()
         output = _last_output(run) if run.here is None and job.phase != "pending" else ""
@@ -164,6 +165,7 @@ def _with_state_of_job(overview: RunOverview, run: ClusterRun) -> RunOverview:
         return replace(overview, state=f"not known: {error.cause}")
     if job.phase == "pending":
         return replace(overview, state=f"pending: {waiting_text(job)}")
+    # The files know more than the cluster, except that a driver on another machine is alive.
     if run.here is not None:
         return replace(overview, state="running") if job.phase == "running" else overview
     progress = [match for line in output.splitlines() if (match := _PROGRESS.fullmatch(line))]
@@ -183,6 +185,7 @@ def _gpu_hours(run_dir: RunDir, stages: dict[str, StageRecord]) -> float:
     """GPUs x hours of all stages and attempts, as far as they have ended."""
     hours = 0.0
     for name, record in stages.items():
+        # Preparation computes on CPUs.
         if name == "prepare" or not record.seconds:
             continue
         try:
@@ -199,6 +202,7 @@ def _time_left(run_dir: RunDir, stage: str) -> str:
     """The time that the rest of a training stage takes at its present speed; '' if not known."""
     steps: list[Event] = []
     for event in read_last_events(run_dir.events(stage)):
+        # An attempt before a restart had another speed, and its pause is not part of any.
         if event.kind == "start":
             steps = []
         elif event.kind == "step":

@@ -35,6 +35,7 @@ def pack(folder: Path, write: Callable[[str], object]) -> None:
     """
     if not folder.is_dir():
         raise ConfigError("the run has no such files yet", place=str(folder))
+    # In memory: the text travels through the log of a job, which bounds the size far below.
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz", compresslevel=1) as tar:
         tar.add(folder, arcname=".")
@@ -61,6 +62,7 @@ def unpack(text: str, folder: Path) -> None:
             remedy="run the same command again, or copy the folder from the cluster yourself",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder, so that the rename stays within one file system.
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         tar.extractall(temporary, filter="data")  # nothing outside of the folder, no devices

@@ -84,16 +84,20 @@ def submit_run(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> in
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     display = Display(console)
     with _submit_lock(run_dir):
+        # 1. Is it under way? Whatever the command line asks for now, one job works on a run.
         run = cluster_run(run_dir)
         under_way = run is not None and run.state().under_way
         if run is not None and under_way:
             display.log(f"already under way: {run.where}; nothing is submitted")
         else:
+            # 2. Could it work? Nothing is sent before all checks of this machine have passed.
             loaded = checked(loaded, run_dir)
             for note in loaded.notes:
                 display.log(note)
+            # 3. Is there anything to do? A queue of hours is no place to learn that there is not.
             if _is_done(loaded, run_dir, options, display):
                 return 0
+            # 4. Only now the cluster is asked, and gets the job.
             run = _submit(loaded, run_dir, options)
             display.log(f"submitted: {run.where}, attempt {run.record.attempt}")
     if options.detach:
@@ -183,8 +187,13 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     earlier = read_record(run_dir)
     attempt = 1 if earlier is None else earlier.attempt + 1
     submission = _submission(loaded, run_dir, options, attempt)
+    # Before the mark of a stop is removed and the attempt counted: a refusal changes nothing.
     launcher = launcher_for(cluster)
     launcher.check(submission)
+    # Slurm appends to the log of earlier jobs. Ray has a log for each.
+    log_start = 0
+    if earlier is not None and earlier.kind == cluster.kind == "slurm":
+        log_start = len(launcher.log(earlier.id, directory.path, 0))
     # An attempt begins: the mark of an earlier stop would end it.
     directory.stop_mark.unlink(missing_ok=True)
     record = ClusterRecord(
@@ -193,6 +202,7 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
         address=cluster.ray.address if cluster.kind == "ray" else "",
         directory=str(directory.path),
         attempt=attempt,
+        log_start=log_start,
         # Its variables are for the training processes; nobody needs them here.
         cluster=cluster.model_dump(mode="json", exclude={"network"}),
         submitted=time.time(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.cluster.fabric import Fabric, FabricMachine, environment_of_machine
 from tests.cluster.processes import children, wait_until
 from tests.cluster.ray_machines import RayMachines
+from tests.cluster.slurm_machines import SlurmMachines, install
 
 END_S = 240.0
 JOB = """
@@ -142,4 +143,22 @@ def ray_site(folder: Path) -> Iterator[Site]:
             machine=fabric.up("n2"),
             options=("--on", "cluster.yaml"),
             sees_runs=False,
+        )
+
+
+@contextlib.contextmanager
+def slurm_site(folder: Path) -> Iterator[Site]:
+    """A Slurm of three machines, and a user on a fourth one, who sees the run directories."""
+    install()
+    (folder / "job.yaml").write_text(JOB)
+    (folder / "cluster.yaml").write_text(f"kind: slurm\n{CLUSTER}runs: {folder / 'runs'}\n")
+    with Fabric(shared=[folder]) as fabric:
+        machines = SlurmMachines(fabric=fabric, folder=folder)
+        machines.up()
+        yield Site(
+            kind="slurm",
+            folder=folder,
+            machine=machines.login,
+            options=("--on", "cluster.yaml"),
+            environment=machines.environment,
         )

@@ -10,9 +10,10 @@ import pytest
 
 from pipeline.errors import Detached, Interrupted, StageError
 from tests.cluster.processes import wait_until
-from tests.cluster.sites import END_S, Site, local_site, ray_site
+from tests.cluster.sites import END_S, Site, local_site, ray_site, slurm_site
 
-KINDS = ("local", "ray")
+KINDS = ("local", "ray", "slurm")
+CLUSTERS = {"ray": ray_site, "slurm": slurm_site}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -23,7 +24,7 @@ def site(
     if request.param == "local":
         yield local_site(folder)
     else:
-        with ray_site(folder) as made:
+        with CLUSTERS[request.param](folder) as made:
             yield made
 
 
@@ -90,7 +91,7 @@ def _try_a_second_time(site: Site) -> None:
         assert "is working on this run" in output
         return
     attached = site.start("run", "job.yaml", *site.options)
-    attached.wait_for("already under way: job small-2-")
+    attached.wait_for("already under way: job ")
     attached.wait_for("resuming from step")
     attached.interrupt()
     assert attached.end() == Detached.exit_code
@@ -121,10 +122,49 @@ def test_a_detached_run_can_be_ended_at_once(site: Site) -> None:
     else:
         code, output = site.run(*name, "-d")
         assert code == 0, output
-        assert "submitted: job detached-1-" in output
+        assert "submitted: job " in output
     wait_until(lambda: " step " in line_of(site, "detached"), "the first step", END_S, poll_s=1.0)
     code, output = site.call("stop", "detached", "--now")
     assert code == 0, output
     if site.kind == "local":
         assert command.end() == Detached.exit_code  # as after a second Ctrl-C
     assert line_of(site, "detached").split()[1] != "running"
+
+
+on_slurm = pytest.mark.parametrize("site", ["slurm"], indirect=True)
+
+
+@on_slurm
+@pytest.mark.parametrize(("key", "value"), [("partition", "nowhere"), ("constraint", "unheard-of")])
+def test_what_slurm_does_not_know_is_refused_before_submission(
+    site: Site, key: str, value: str
+) -> None:
+    code, output = site.run("--set", "name=refused", "--set", f"cluster.slurm.{key}={value}")
+    assert code == 2, output
+    assert f"cluster.slurm.{key}" in output
+    assert "\n  -> " in output
+    assert line_of(site, "refused") == ""
+
+
+@on_slurm
+def test_a_job_that_waits_shows_why_and_until_when(site: Site) -> None:
+    later = ("--set", "name=later", "--set", "cluster.slurm.extra=[--begin=now+1hour]")
+    code, output = site.run(*later, "-d")
+    assert code == 0, output
+    line = line_of(site, "later")
+    assert re.match(r"later pending: BeginTime, expected start 20[\d-]+ [\d:]+ ", line), line
+    attached = site.start("run", "job.yaml", *site.options, *later)
+    attached.wait_for("waits: BeginTime, expected start")
+    attached.interrupt()
+    assert attached.end() == Detached.exit_code
+    code, output = site.call("stop", "later")
+    assert code == 0, output
+    assert line_of(site, "later").startswith("later interrupted")
+
+
+def test_doctor_names_every_check(site: Site) -> None:
+    code, output = site.call("doctor", "job.yaml", *site.options)
+    assert code == 0, output
+    checks = re.findall(r"^check ([a-z ]+):", output, re.MULTILINE)
+    assert {"run directory", "data", "space", "versions", "code", "clock", "limits"} <= set(checks)
+    assert "1 machines checked in" in output

@@ -97,7 +97,13 @@ def check_job(job: str, parameters: dict[str, Any], placeholders: dict[str, Path
     for override in parameters["overrides"] or ():
         key, _, value = str(override).partition("=")
         overrides.append(f"{key}={placeholders.get(value, value)}")
-    loaded = load_job(path, overrides, rehearse=bool(parameters.get("rehearse")))
+    loaded = load_job(
+        path,
+        overrides,
+        rehearse=bool(parameters.get("rehearse")),
+        on=str(parameters.get("on") or ""),
+        submits=True,
+    )
     for stage in parameters.get("stage") or ():
         names = [stage] if isinstance(parameters["stage"], tuple | list) else [parameters["stage"]]
         assert all(getattr(loaded.job.stages, name) is not None for name in names)

@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli
+from pipeline.files import write_json
 from pipeline.layout import RunDir, find_run
 from pipeline.monitor.events import EventWriter
-from pipeline.orchestrate.run_list import age
+from pipeline.orchestrate.run_list import age, overviews
 from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.run_state import RunState
 
@@ -72,6 +73,16 @@ def test_the_lock_tells_a_running_stage_from_a_killed_one(tmp_path: Path) -> Non
     with run_lock(run_dir):
         line = shown(tmp_path)["mine"]
     assert "mine running pretrain step 1,040/4,000 top-1 45.0% 2:28:00" in line
+
+
+def test_hours_on_gpus_count_every_gpu_of_every_machine(tmp_path: Path) -> None:
+    run_dir, state = make_run(tmp_path, "mine", done=1)
+    cluster = {"kind": "slurm", "nodes": 2, "devices_per_node": 4, "device": "cuda"}
+    write_json(run_dir.started_with("pretrain"), {"cluster": cluster})
+    state.start("pretrain", {}, from_scratch=True)
+    state.stop("pretrain", 1800.0)
+    (line,) = overviews(tmp_path)
+    assert line.gpu_hours == pytest.approx(2 * 4 * 0.5)
 
 
 def test_a_look_at_the_runs_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
