@@ -24,6 +24,7 @@ LONGEST_S = 3 * 15  # three times what a check of three machines may take
 CLUSTER = "kind: ray\nnodes: 3\ndevice: cpu\nray: {{address: '{dashboard}'}}\n"
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 NAMES = ("n1", "n2", "n3")
+INTERFACE = "eth1"
 
 
 class Site:
@@ -50,9 +51,9 @@ class Site:
         self.fabric.ip_of_bridge(f"link add w{number} type veth peer name x{number}")
         self.fabric.ip_of_bridge(f"link set w{number} master br0 up")
         self.fabric.ip_of_bridge(f"link set x{number} netns {machine.first}")
-        machine.run(*f"ip link set x{number} name eth1".split())
-        machine.run(*f"ip addr add 10.78.0.{number}/24 dev eth1".split())
-        machine.run(*"ip link set eth1 up".split())
+        machine.run(*f"ip link set x{number} name {INTERFACE}".split())
+        machine.run(*f"ip addr add 10.78.0.{number}/24 dev {INTERFACE}".split())
+        machine.run(*f"ip link set {INTERFACE} up".split())
 
     def replace(self, name: str, path: Path, change: tuple[str, str]) -> None:
         """Give one machine another version of a file."""
@@ -72,8 +73,8 @@ class Site:
         """The output of doctor, started on the first machine as on a cluster's own head."""
         began = time.monotonic()
         done = self["n1"].run(
-            *["nice", "-n", "19", "python", "-m", "pipeline", "doctor", "--on", self.cluster],
-            *["--run-dir", self.share / "runs", "--set", "cluster.network.interface=eth1"],
+            *["nice", "-n", "19", "python", "-m", "pipeline", "doctor", "--on", str(self.cluster)],
+            *["--run-dir", str(self.share / "runs"), "--set", "cluster.network.interface=eth1"],
             *(part for text in settings for part in ("--set", text)),
             environment={**self.ray.environment, "PIPELINE_RAY_ADDRESS": self.ray.gcs},
             check=False,

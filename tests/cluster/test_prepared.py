@@ -14,7 +14,7 @@ from pipeline.data.description import DatasetDescription
 from pipeline.data.order import WindowedOrder
 from pipeline.layout import DATASET_JSON, RunDir
 from tests.cluster import object_store
-from tests.cluster.fabric import Fabric
+from tests.cluster.fabric import Fabric, FabricMachine
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_machines import RayMachines
 from tests.cluster.ray_runs import ClusterRun, PreparedJob
@@ -95,9 +95,7 @@ class Site:
         """Empty caches, and proxies that let a share of the requests fail."""
         for name in NAMES:
             machine = self.fabric[name]
-            for pid in machine.pids("object_store proxy"):
-                os.kill(pid, signal.SIGKILL)
-                wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "the end of it")
+            end_proxy(machine)
             machine.run("rm", "-rf", CACHE)
             object_store.proxy_on(machine, "10.77.0.1", self.counts(name), share)
 
@@ -114,6 +112,12 @@ class Site:
         return ClusterRun.start(
             self.fabric["n1"], self.ray, self.job.on_cluster(), run_dir, *options(settings)
         )
+
+
+def end_proxy(machine: FabricMachine) -> None:
+    for pid in machine.pids("object_store proxy"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not machine.pids("object_store proxy"), "the end of the proxy")
 
 
 def options(settings: tuple[str, ...]) -> list[str]:
