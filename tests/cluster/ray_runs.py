@@ -11,18 +11,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.layout import RunDir
 from pipeline.monitor.events import Event, read_events
-from tests.cluster.fabric import Fabric, MachineProcess, environment_of_machine
+from tests.cluster.fabric import FabricMachine, MachineProcess, environment_of_machine
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_machines import RayMachines
 from tests.prepare.source_folders import class_tars
 
-STEPS = 42
 CHECKPOINT_STEPS = 6
 END_S = 240.0
 JOB = """
@@ -32,27 +31,14 @@ data: {{root: {root}, min_side: 16, shard_rows: 30}}
 stages:
   prepare: {{}}
   pretrain:
-    {{image_size: 64, epochs: 6, global_batch: 16, precision: fp32,
+    {{image_size: 64, epochs: 6, global_batch: {batch}, precision: fp32,
      base_lr: 1e-3, base_lr_batch: 16, warmup_epochs: 1,
      log_every_steps: 1, checkpoint_every_steps: 6, eval_every_epochs: 6}}
-  finetune:
-    {{from: pretrain, image_size: 32, epochs: 1, global_batch: 16, precision: fp32,
-     base_lr: 1e-3, base_lr_batch: 16, intermediate_supervision: false,
-     augment: {{mixup: 0, cutmix: 0}}}}
-  evaluate: {{from: finetune}}
-  export: {{from: finetune}}
 """
 CLUSTER = """
-kind: ray
-nodes: {nodes}
-devices_per_node: {devices}
-min_nodes: {min_nodes}
-device: cpu
-threads: 1
-loader_threads: 1
-wait: {wait}
-grace: 60
-ray: {{address: "{dashboard}", token_file: {token}}}
+cluster:
+  {{kind: ray, nodes: {nodes}, devices_per_node: {devices}, min_nodes: {min_nodes}, device: cpu,
+   threads: 1, loader_threads: 1, wait: {wait}, grace: 60, ray: {{address: "http://n1:8265"}}}}
 """
 
 
@@ -61,10 +47,11 @@ class PreparedJob:
     """A job, and a run directory in which its data is prepared."""
 
     folder: Path
+    batch: int = 16
 
     @property
-    def path(self) -> Path:
-        return self.folder / "small.yaml"
+    def text(self) -> str:
+        return JOB.format(root=self.folder / "images", batch=self.batch)
 
     @property
     def base(self) -> Path:
@@ -73,13 +60,14 @@ class PreparedJob:
     def prepare(self) -> None:
         """Make the images (112 for training), and prepare them on the host."""
         class_tars(self.folder / "images", classes=4, count=28, validation=4)
-        self.path.write_text(JOB.format(root=self.folder / "images"))
+        job = self.folder / "local.yaml"
+        job.write_text(self.text + "cluster: {processes: 1, device: cpu}\n")
         self.local(self.base, "--stage", "prepare")
 
     def local(self, run_dir: Path, *arguments: str) -> None:
-        """Run the job on the host in two processes, without a cluster."""
-        command = ["nice", "-n", "19", sys.executable, "-m", "pipeline", "run", str(self.path)]
-        command += ["--run-dir", str(run_dir), "--set", "cluster={processes: 2, device: cpu}"]
+        """Run the job on the host, without a cluster."""
+        job = self.folder / "local.yaml"
+        command = [sys.executable, "-m", "pipeline", str(job), "--run-dir", str(run_dir)]
         subprocess.run(
             [*command, *arguments], check=True, env=environment_of_machine(), cwd=self.folder
         )
@@ -89,52 +77,14 @@ class PreparedJob:
         shutil.copytree(self.base, self.folder / name)
         return RunDir(self.folder / name)
 
-    def cluster(
-        self,
-        ray: RayMachines,
-        *,
-        nodes: int = 2,
-        devices: int = 1,
-        min_nodes: int | None = None,
-        wait: int = 60,
+    def on_cluster(
+        self, *, nodes: int = 2, devices: int = 1, min_nodes: int = 0, wait: int = 60
     ) -> Path:
-        """A cluster file of that size."""
+        """A job file for a cluster of that size."""
         path = self.folder / f"ray-{nodes}-{devices}-{min_nodes}-{wait}.yaml"
-        text = CLUSTER.format(
-            nodes=nodes,
-            devices=devices,
-            min_nodes=min_nodes or nodes,
-            wait=wait,
-            dashboard=ray.dashboard,
-            token=ray.token,
-        )
-        path.write_text(text)
+        text = CLUSTER.format(nodes=nodes, devices=devices, min_nodes=min_nodes or nodes, wait=wait)
+        path.write_text(self.text + text)
         return path
-
-
-class RaySite:
-    """Three machines with Ray, n1 to n3, and a job whose data is prepared. n1 is the head."""
-
-    def __init__(self, fabric: Fabric, folder: Path) -> None:
-        self.fabric = fabric
-        self.ray = RayMachines(folder=folder)
-        self.job = PreparedJob(folder)
-
-    def repair(self, *without: str) -> None:
-        """Bring back every machine that a scenario has taken away, and take away ``without``."""
-        machines = self.fabric.machines
-        for name, node in self.ray.nodes.items():
-            if name in machines and node.poll() is not None:
-                machines[name].kill()
-        if "n1" not in machines:
-            for machine in list(machines.values()):
-                machine.kill()
-            self.ray.head(self.fabric.up("n1"), "--cpus", "2")
-        for name in ("n2", "n3"):
-            if name in without and name in machines:
-                machines[name].kill()
-            elif name not in without and name not in machines:
-                self.ray.join(self.fabric.up(name), "--cpus", "2")
 
 
 @dataclass(kw_only=True)
@@ -148,23 +98,24 @@ class ClusterRun:
     @classmethod
     def start(
         cls,
-        site: RaySite,
+        machine: FabricMachine,
+        cluster: RayMachines,
+        job: Path,
         run_dir: RunDir,
-        *arguments: str | Path,
-        job: Path | None = None,
-        checks: bool = False,
-        **size: int,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
     ) -> ClusterRun:
-        """Start the driver as a job of Ray would, on the head's machine."""
-        cluster = site.job.cluster(site.ray, **size)
-        variables = {**site.ray.environment, "PIPELINE_RAY_ADDRESS": site.ray.gcs}
-        if not checks:  # they take some seconds
-            variables |= {"PIPELINE_NO_MACHINE_CHECKS": "1"}
-        command = ["nice", "-n", "19", "python", "-m", "pipeline", "run"]
-        command += [str(job or site.job.path), "--on", str(cluster)]
-        with open(run_dir.path.with_suffix(".out"), "a") as file:
-            process = site.fabric["n1"].popen(
-                *command, "--run-dir", run_dir.path, *arguments, environment=variables, output=file
+        output = run_dir.path.with_suffix(".out")
+        with open(output, "a") as file:
+            process = machine.popen(
+                *["nice", "-n", "19", "python", "-m", "pipeline", "run", job],
+                *["--run-dir", run_dir.path, *arguments],
+                environment={
+                    **cluster.environment,
+                    "PIPELINE_RAY_ADDRESS": cluster.gcs,
+                    **(environment or {}),
+                },
+                output=file,
             )
         return cls(run_dir=run_dir, process=process)
 

@@ -20,7 +20,8 @@ import pytest
 from pipeline.layout import RunDir
 from tests.cluster.fabric import Fabric, FabricMachine, environment_of_machine
 from tests.cluster.processes import wait_until
-from tests.cluster.ray_runs import CHECKPOINT_STEPS, ClusterRun, RaySite
+from tests.cluster.ray_runs import CHECKPOINT_STEPS, CLUSTER, ClusterRun
+from tests.cluster.ray_site import RaySite
 from tests.e2e.job_runs import results
 from tests.e2e.test_preparation_killed import JOB as PREPARATION
 from tests.e2e.test_preparation_killed import files
@@ -59,7 +60,7 @@ def two_machines(built: RaySite) -> RaySite:
 def reference(built: RaySite) -> RunDir:
     """The whole job on one machine."""
     run_dir = built.job.start_copy("reference")
-    built.job.local(run_dir.path)
+    built.job.local(run_dir.path, "--set", "cluster.processes=2")
     return run_dir
 
 
@@ -67,13 +68,13 @@ def weights(run_dir: RunDir) -> bytes:
     return run_dir.weights("pretrain").read_bytes()
 
 
-def lose(machine: FabricMachine, how: str) -> None:
-    if how == "raylet killed":
+def lose(machine: FabricMachine, loss: str) -> None:
+    if loss == "raylet killed":
         [pid] = machine.pids("raylet/raylet")
         os.kill(pid, signal.SIGKILL)
-    elif how == "processes killed":
+    elif loss == "processes killed":
         machine.kill()
-    elif how == "link cut":
+    elif loss == "link cut":
         machine.cut()
     else:
         machine.run("pkill", "-TERM", "-f", "pipeline node join")
@@ -106,7 +107,7 @@ def test_every_stage_gives_the_files_of_a_run_on_one_machine(
     """Also: the checks before the first stage pass, and an idle machine may die."""
     run_dir = RunDir(site.job.folder / "whole")
     run_dir.path.mkdir()
-    run = ClusterRun.start(site, run_dir, checks=True)
+    run = site.start(run_dir, checks=True)
     run.wait_for_step(CHECKPOINT_STEPS)
     [idle] = {"n2", "n3"} - set(run.machines) or {"n3"}
     if idle not in run.machines:
@@ -119,7 +120,7 @@ def test_every_stage_gives_the_files_of_a_run_on_one_machine(
 
 
 @pytest.mark.parametrize(
-    ("how", "known_s", "most_lost"),
+    ("loss", "known_s", "most_lost"),
     [
         ("raylet killed", 5, CHECKPOINT_STEPS),
         ("processes killed", 5, CHECKPOINT_STEPS),
@@ -131,17 +132,17 @@ def test_a_lost_machine_costs_no_more_than_the_last_checkpoint(
     site: RaySite,
     reference: RunDir,
     record_property: Recorder,
-    how: str,
+    loss: str,
     known_s: float,
     most_lost: int,
 ) -> None:
-    run = ClusterRun.start(site, site.job.start_copy(how.replace(" ", "-")), *PRETRAIN)
+    run = site.start(site.job.start_copy(loss.replace(" ", "-")), *PRETRAIN)
     run.wait_for_step(CHECKPOINT_STEPS + 3)
     name = next(name for name in run.machines if name != "n1")
-    lose(site.fabric[name], how)
+    lose(site.fabric[name], loss)
     known = run.wait_for_output(r"is leaving: asking|error: pretrain: .*(died|failed)")
     output = run.finish()
-    if how == "link cut":
+    if loss == "link cut":
         site.fabric[name].kill()
     record_property("known after", f"{known:.1f} s")
     record_property("steps lost", run.lost_steps)
@@ -149,7 +150,7 @@ def test_a_lost_machine_costs_no_more_than_the_last_checkpoint(
     assert run.lost_steps <= most_lost
     assert weights(run.run_dir) == weights(reference)
     assert "\x1b[" not in output
-    if how == "drained":
+    if loss == "drained":
         assert f"{name} (10.77.0.{name[1]}) is leaving: asking all ranks to stop" in output
         assert "restarting" not in output
     else:
@@ -161,7 +162,7 @@ def test_a_run_continues_on_what_is_left_and_grows_back(
 ) -> None:
     site = two_machines
     often = ("--set", "stages.pretrain.checkpoint_every_steps=2")
-    run = ClusterRun.start(site, site.job.start_copy("shrinks"), *PRETRAIN, *often, min_nodes=1)
+    run = site.start(site.job.start_copy("shrinks"), *PRETRAIN, *often, min_nodes=1)
     run.wait_for_step(CHECKPOINT_STEPS + 2)
     site.fabric["n2"].kill()
     run.wait_for_output(r"\nrank 0 on n1 \(10\.77\.0\.1\)\n")
@@ -191,7 +192,7 @@ def test_too_few_machines_end_the_run_and_it_resumes_after_the_loss_of_the_head(
 ) -> None:
     site = two_machines
     run_dir = site.job.start_copy("resumes")
-    run = ClusterRun.start(site, run_dir, *PRETRAIN, wait=4)
+    run = site.start(run_dir, *PRETRAIN, wait=4)
     run.wait_for_step(CHECKPOINT_STEPS + 2)
     site.fabric["n2"].kill()
     output = run.finish(75)
@@ -202,12 +203,12 @@ def test_too_few_machines_end_the_run_and_it_resumes_after_the_loss_of_the_head(
     )
     # The same command, and the head's machine dies with the driver on it.
     site.repair("n3")
-    run = ClusterRun.start(site, run_dir, *PRETRAIN, wait=4)
+    run = site.start(run_dir, *PRETRAIN, wait=4)
     run.wait_for_step(3 * CHECKPOINT_STEPS + 2)
     site.fabric["n1"].kill()
     run.process.wait(10)
     site.repair("n3")
-    run = ClusterRun.start(site, run_dir, *PRETRAIN, wait=4)
+    run = site.start(run_dir, *PRETRAIN, wait=4)
     run.finish()
     record_property("attempts begin at steps", run.starts)
     assert run.starts[1:] == [CHECKPOINT_STEPS, 3 * CHECKPOINT_STEPS]
@@ -218,9 +219,7 @@ def test_machines_that_cannot_share_the_batch_are_idle(
     site: RaySite, record_property: Recorder
 ) -> None:
     """A batch of 16 is not shared by three machines. The fourth never comes."""
-    run = ClusterRun.start(
-        site, site.job.start_copy("idle"), *PRETRAIN, nodes=4, min_nodes=2, wait=3
-    )
+    run = site.start(site.job.start_copy("idle"), *PRETRAIN, nodes=4, min_nodes=2, wait=3)
     run.wait_for_output(r"rank 0 on n\d .*, rank 1 on n\d .*; idle: n\d \(")
     run.wait_for_step(1)
     run.process.terminate()
@@ -260,17 +259,17 @@ def test_preparation_spreads_and_survives_the_loss_of_a_machine(
         write_tar(source / "train" / f"c{label}.tar", files(label, "train", 20))
         write_tar(source / "val" / f"c{label}.tar", files(label, "val", 4))
     job = shared_folder / "many.yaml"
-    job.write_text(PREPARATION.format(root=source))
+    cluster = CLUSTER.format(nodes=3, devices=1, min_nodes=2, wait=60)
+    job.write_text(PREPARATION.format(root=source) + cluster)
     local = RunDir(shared_folder / "many-local")
     command = ["nice", "-n", "19", sys.executable, "-m", "pipeline", "run", str(job)]
-    subprocess.run(
-        [*command, "--run-dir", str(local.path)], check=True, env=environment_of_machine()
-    )
+    command += ["--run-dir", str(local.path), "--set", "cluster={device: cpu}"]
+    subprocess.run(command, check=True, env=environment_of_machine())
     counts = {}
     for name in ("spread", "disturbed"):
         run_dir = RunDir(shared_folder / f"many-{name}")
         run_dir.path.mkdir()
-        run = ClusterRun.start(site, run_dir, job=job)
+        run = site.start(run_dir, job=job)
         if name == "disturbed":
             victim = site.fabric["n3"]
             wait_until(lambda victim=victim: victim.pids("ray::_apply"), "a task on n3", 120)
