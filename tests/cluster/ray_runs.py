@@ -179,10 +179,3 @@ class ClusterRun:
         """The machines of the newest group, by rank."""
         line = re.findall(r"^ranks? 0.* on .*$", self.output, re.MULTILINE)[-1]
         return re.findall(r"on (n\d) ", line.partition("; idle")[0])
-
-    @property
-    def lost_steps(self) -> int:
-        """Steps that the second group repeated."""
-        events = self.events
-        second = [number for number, event in enumerate(events) if event.kind == "start"][1]
-        return max(event.step for event in events[:second]) - events[second].step

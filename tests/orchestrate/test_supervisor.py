@@ -115,6 +115,21 @@ def test_a_killed_process_is_replaced_and_reported_before_its_peers(run: Supervi
     assert "| about to die" in run.messages[0]
 
 
+def test_a_process_whose_group_was_replaced_ends_itself(run: SupervisedRun) -> None:
+    """As on a machine that is cut off: nobody can end it, but it sees the file."""
+    fence = run.placement.fence
+
+    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+        assert dist_env.generation is not None
+        if dist_env.generation == 0:
+            fence.write_text("7")
+            time.sleep(600)
+        return {"generation": dist_env.generation}
+
+    assert run(stage_fn) == {"generation": 8}
+    assert "process group 0 was replaced by 7" in run.placement.log(0).read_text()
+
+
 def test_a_crash_loop_ends_after_three_restarts(run: SupervisedRun) -> None:
     def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
         if dist_env.rank == 0:
