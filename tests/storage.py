@@ -40,7 +40,14 @@ class Proxy:
     KINDS = ("throttled", "reset", "cut")
 
     def __init__(
-        self, host: str, port: int, seed: int = 0, share: float = 0.0, in_a_row: int = 3
+        self,
+        host: str,
+        port: int,
+        seed: int = 0,
+        share: float = 0.0,
+        in_a_row: int = 3,
+        *,
+        own_port: int = 0,
     ) -> None:
         self.upstream = (host, port)
         self.seed = seed
@@ -54,7 +61,7 @@ class Proxy:
         self._faults_in_a_row: Counter[Request] = Counter()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"proxy": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", own_port), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.05,), daemon=True
@@ -162,11 +169,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[tuple[str, int]]:
+def s3_server(host: str = "127.0.0.1", port: int = 0) -> Iterator[tuple[str, int]]:
     """Host and port of an empty S3-compatible server."""
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = ThreadedMotoServer(host, port, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()

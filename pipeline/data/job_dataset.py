@@ -9,7 +9,7 @@ from pipeline.config.job_queries import TRAINING, dataset_place, stage_names
 from pipeline.config.schema import Job, ShardCacheConfig, TrainConfig
 from pipeline.data.dataset import PreparedDataset, open_dataset
 from pipeline.data.description import DatasetDescription
-from pipeline.data.remote_shards import read_description
+from pipeline.data.remote_shards import NPY_HEADER_BYTES, read_description
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shards import INDEX_ROWS
 from pipeline.errors import ConfigError
@@ -57,7 +57,7 @@ def _require_room(
 ) -> None:
     shards = list(description.shards())
     # The indexes stay in the cache as long as the dataset is open.
-    indexes = sum(8 * INDEX_ROWS * shard.rows for shard in shards)
+    indexes = sum(NPY_HEADER_BYTES + 8 * INDEX_ROWS * shard.rows for shard in shards)
     room = int(cache.max_gib * GIB) - indexes
     total = sum(shard.bytes for shard in shards)
     if total <= room:
@@ -71,6 +71,7 @@ def _require_room(
             place=f"stages.{stage}.order",
             remedy=f"order: windowed, or {remedy}",
         )
+    # Which shards form a window differs from epoch to epoch: assume the largest ones.
     sizes = sorted((shard.bytes for shard in description.splits["train"].shards), reverse=True)
     windows = sum(sizes[: 2 * config.window_shards])
     if windows > room:

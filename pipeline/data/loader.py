@@ -169,6 +169,9 @@ class TrainLoader(_Loader):
         """The micro-batches of this rank, from a global optimizer step on."""
         images_per_rank = self.global_batch // self.world_size
         announced: list[int] = []
+        # Batches are planned before they are decoded; those of this many steps before are decoded
+        # on every rank: a rank that is one step ahead waits for the others.
+        behind = math.ceil(self._queue.slots * self.micro_batch / images_per_rank) + 1
         for step in count(start_step):
             # 1. Where the step is: step 5 of 4 steps per epoch is batch 1 of epoch 1, and its
             #    first position is 1 * 24.
@@ -176,8 +179,14 @@ class TrainLoader(_Loader):
             batch_start = batch * self.global_batch
 
             # 2. Announce the shards that are needed from here on, whenever they change: a remote
-            #    split downloads them while earlier batches are trained.
-            shards = self._order.shards_near(epoch, batch_start)
+            #    split downloads them while earlier batches are trained. Seen from a step whose
+            #    batches are decoded, the window before is not needed any more: a cache for two
+            #    windows has room for the next one. Windows so short that the step now planned lies
+            #    beyond the next one are announced from here.
+            shards = self._shards_near(step)
+            decoded = self._shards_near(max(start_step, step - behind))
+            if shards and shards[0] in decoded:
+                shards = decoded
             if shards != announced:
                 self._split.ahead(shards)
                 announced = shards
@@ -186,6 +195,11 @@ class TrainLoader(_Loader):
             first = batch_start + self.rank * images_per_rank
             for start in range(first, first + images_per_rank, self.micro_batch):
                 yield self._plan(epoch, step, start)
+
+    def _shards_near(self, step: int) -> list[int]:
+        """The shards that are needed at a step and next, most urgent first."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return self._order.shards_near(epoch, batch * self.global_batch)
 
     def _plan(self, epoch: int, step: int, start: int) -> BatchPlan:
         """The micro-batch of the positions from ``start`` on."""

@@ -185,9 +185,10 @@ class PrefetchQueue:
         self.reasons: deque[str] = deque(maxlen=MAX_REASONS)
         # At least two tasks per thread and batch, so that the threads finish a batch together.
         self._chunk = max(1, min(MAX_CHUNK, batch // (2 * threads)))
-        slots = CONSUMER_BATCHES + prefetch_batches(3 * batch * image_size**2, prefetch_bytes)
+        # Batches that are planned but not yet trained, at most.
+        self.slots = CONSUMER_BATCHES + prefetch_batches(3 * batch * image_size**2, prefetch_bytes)
         # Oldest first: the slot that was used longest ago.
-        self._free = deque(_Slot(batch, image_size, pin_memory) for _ in range(slots))
+        self._free = deque(_Slot(batch, image_size, pin_memory) for _ in range(self.slots))
         self._pending: deque[tuple[BatchPlan, _Slot]] = deque()
         self._in_use: deque[_Slot] = deque()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()

@@ -105,10 +105,12 @@ class ShardCache:
         Raises:
             DataError, StageError: as `open`.
         """
-        if (self.directory / file.digest).exists():
-            return
         with contextlib.suppress(BlockingIOError), self._storage_errors():
-            os.close(self._fetch(file, wait=False))
+            try:
+                # It is needed soon: it must not be the next one to be deleted.
+                os.utime(self.directory / file.digest)
+            except FileNotFoundError:
+                os.close(self._fetch(file, wait=False))
 
     def _open_present(self, file: RemoteFile) -> int | None:
         """Step 1: a descriptor with a shared lock; None if the file is missing or incomplete."""

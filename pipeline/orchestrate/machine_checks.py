@@ -196,29 +196,28 @@ def site(facts: Facts) -> MachineCheck:
 
 
 def network(
-    rates: Mapping[Machine, float | str],
-    interface: str,
-    without: Iterable[Machine],
-    guilty: Iterable[Machine],
+    faults: Mapping[Machine, str], rates: Mapping[Machine, float | str], interface: str
 ) -> MachineCheck:
-    """The all-reduce over the interface of the job.
+    """Connections between all machines, and the all-reduce over the interface of the job.
 
     Args:
+        faults: why machines were left out of the all-reduce.
         rates: bytes per second of each machine, or why it failed.
-        without: the machines that do not have the interface.
-        guilty: those that caused the failures of the others; if none: each machine its own.
     """
     remedy = "see that the interface is up and its name right (cluster.network.interface), and "
     remedy += "that no firewall closes ports between the machines"
     over = f"over {interface}" if interface else "over the interface that the library chooses"
-    faults = [MachineFault(machine, f"has no interface {interface}", remedy) for machine in without]
     failed = {machine: text for machine, text in rates.items() if isinstance(text, str)}
-    faults += [
-        MachineFault(machine, f"no all-reduce {over}: {failed[machine]}", remedy)
-        for machine in set(guilty) & set(failed) or failed
-    ]
+    causes = {
+        **faults,
+        **{machine: f"no all-reduce {over}: {failed[machine]}" for machine in failed},
+    }
     slowest = min((rate for rate in rates.values() if isinstance(rate, float)), default=0.0)
-    return MachineCheck("network", f"all-reduce at {slowest / 2**20:,.0f} MiB/s {over}", faults)
+    return MachineCheck(
+        "network",
+        f"all-reduce at {slowest / 2**20:,.0f} MiB/s {over}",
+        [MachineFault(machine, cause, remedy) for machine, cause in causes.items()],
+    )
 
 
 def cut_off(unreached: Mapping[Machine, Iterable[str]]) -> list[Machine]:
@@ -226,6 +225,7 @@ def cut_off(unreached: Mapping[Machine, Iterable[str]]) -> list[Machine]:
 
     Args:
         unreached: IDs of the machines that each one could not reach; all, if it did not answer.
+            Of two machines that cannot reach each other, the later one is blamed.
 
     Example: a and b do not reach c, c reaches nobody -> [c].
     """
@@ -238,8 +238,8 @@ def cut_off(unreached: Mapping[Machine, Iterable[str]]) -> list[Machine]:
     }
     guilty = []
     while broken:
-        worst = Counter(name for pair in sorted(map(sorted, broken)) for name in pair)
-        name = worst.most_common(1)[0][0]
+        counts = Counter(name for pair in broken for name in pair)
+        name = max(reversed(machines), key=lambda name: counts[name])
         guilty.append(machines[name])
         broken = {pair for pair in broken if name not in pair}
     return guilty

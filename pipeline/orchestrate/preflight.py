@@ -3,8 +3,7 @@
     1. facts      versions, limits, space, the site's own check; each machine writes a file into
                   every folder that must be shared
     2. read back  each machine reads the files of all others
-    3. network    one small all-reduce between all machines; if it fails, each machine connects to
-                  every other one, to find those that cannot be reached
+    3. network    each machine connects to every other one; then one small all-reduce between them
 
 A machine that is not fit is left out if ``cluster.min_nodes`` allows; its name goes into a file of
 the run directory, which keeps a requeued job from asking for it again.
@@ -19,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline.config.schema import ClusterConfig, Job
 from pipeline.errors import StageError
@@ -33,7 +33,6 @@ from pipeline.reporting import Log
 
 OFF = "PIPELINE_NO_MACHINE_CHECKS"  # set by tests of what happens without the checks
 ANSWER_S = 60.0  # a machine that has not answered by then is not fit
-LINK_S = 40.0
 
 Check = Callable[[], None]
 
@@ -115,6 +114,16 @@ def plan_of(job: Job, run_dir: RunDir) -> CheckPlan:
     )
 
 
+def plan_without_job(cluster: ClusterConfig, folder: Path) -> CheckPlan:
+    """What can be checked without a job. ``folder``: of the runs on the cluster."""
+    return CheckPlan(
+        folders=[folder],
+        shard_cache=cluster.shard_cache,
+        interface=cluster.network.interface,
+        site_check=cluster.site_check,
+    )
+
+
 def check_machines(
     machines: Sequence[Machine], cluster: ClusterConfig, plan: CheckPlan, check: Check
 ) -> MachinesReport:
@@ -124,6 +133,7 @@ def check_machines(
         plan: folders that do not exist yet are created by the driver.
         check: called several times per second; may raise.
     """
+    # The machines answer in three rounds: what one has written, the others read in the next one.
     with _nonce_folders(plan) as plan:
         answers = call_on_each(machines, probe.collect_facts, plan, timeout_s=ANSWER_S, check=check)
         facts = {
@@ -197,34 +207,41 @@ def _network(
     facts: Mapping[Machine, MachineFacts], cluster: ClusterConfig, check: Check
 ) -> MachineCheck:
     interface = cluster.network.interface
-    machines = [machine for machine, reported in facts.items() if reported.addresses]
-    without = [machine for machine in facts if machine not in machines]
+    faults = {
+        machine: f"has no interface {interface}"
+        for machine, reported in facts.items()
+        if not reported.addresses
+    }
+    # An all-reduce with a machine that cannot be reached takes a minute to fail, on all machines.
+    for machine in _cut_off([machine for machine in facts if machine not in faults], facts, check):
+        over = f" over {interface}" if interface else ""
+        faults[machine] = f"no connection with the other machines{over}"
+    connected = [machine for machine in facts if machine not in faults]
     rates: dict[Machine, float | str] = {}
-    guilty: list[Machine] = []
-    if len(machines) > 1:
+    if len(connected) > 1:
         answers = call_on_each(
-            machines,
+            connected,
             probe_network.measure_link,
             LinkTest(
-                machines=[machine.id for machine in machines],
-                meeting_point=f"{machines[0].address}:{facts[machines[0]].port}",
+                machines=[machine.id for machine in connected],
+                meeting_point=f"{connected[0].address}:{facts[connected[0]].port}",
                 interface=interface,
                 device=cluster.device,
             ),
-            timeout_s=LINK_S,
+            timeout_s=ANSWER_S,
             check=check,
             gpus=1 if cluster.device == "cuda" else 0,
         )
         rates = {machine: _rate(answer) for machine, answer in answers.items()}
-        if any(isinstance(rate, str) for rate in rates.values()):
-            guilty = _cut_off(machines, facts, check)
-    return machine_checks.network(rates, interface, without, guilty)
+    return machine_checks.network(faults, rates, interface)
 
 
 def _cut_off(
     machines: Sequence[Machine], facts: Mapping[Machine, MachineFacts], check: Check
 ) -> list[Machine]:
-    """Find the machines that the others cannot reach."""
+    """The machines with which others cannot connect."""
+    # The driver's machine first: if only one of two can stay, the driver's does.
+    machines = sorted(machines, key=lambda machine: machine.host != os.uname().nodename)
     points = {}
     for machine in machines:
         addresses = facts[machine].addresses
@@ -232,7 +249,7 @@ def _cut_off(
         address = machine.address if machine.address in addresses else addresses[0]
         points[machine.id] = f"{address}:{facts[machine].port}"
     answers = call_on_each(
-        machines, probe_network.unreachable, points, timeout_s=LINK_S, check=check
+        machines, probe_network.unreachable, points, timeout_s=ANSWER_S, check=check
     )
     return machine_checks.cut_off(
         {
@@ -246,7 +263,7 @@ def _rate(answer: float | Exception | None) -> float | str:
     if isinstance(answer, float):
         return answer
     if answer is None:
-        return f"timed out after {LINK_S:.0f} s"
+        return f"no answer within {ANSWER_S:.0f} s"
     lines = str(answer).strip().splitlines()
     return lines[0] if lines else type(answer).__name__
 

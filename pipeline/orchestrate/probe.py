@@ -161,6 +161,7 @@ def _open_files() -> int:
 
 def _free(plan: CheckPlan) -> dict[str, int]:
     """Free bytes of the folders that a run fills on this machine."""
+    # The folders that must be shared lie on one file system: the first stands for all.
     folders = [*plan.folders[:1], Path(os.environ.get("TMPDIR", "/tmp"))]
     if plan.shard_cache is not None:
         folders.append(Path(plan.shard_cache.local_folder))

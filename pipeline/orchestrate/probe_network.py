@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,7 +17,8 @@ _LINK_BYTES = 8 << 20
 _LINK_REPEATS = 3
 _REACH_S = 6.0
 _CONNECT_S = 1.0
-_POLL_S = 0.2
+_POLL_S = 0.1
+_LONGEST_ID = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,36 +82,50 @@ def measure_link(test: LinkTest) -> float:
 
         seconds = _shortest(reduce)
     finally:
+        # Ray keeps this process for the next call, which may form another group.
         dist.destroy_process_group()
     # Each machine sends and receives 2 (n - 1) / n of the tensor.
     return 2 * (size - 1) / size * _LINK_BYTES / seconds
 
 
-def unreachable(others: Mapping[str, str]) -> list[str]:
-    """IDs of the machines to which no connection is possible; for when the all-reduce fails.
+def unreachable(points: Mapping[str, str]) -> list[str]:
+    """IDs of the machines with which no connection is possible, in one direction or the other.
 
     Args:
-        others: address:port at which each machine listens now, by ID; this one among them.
+        points: address:port at which each machine listens now, by ID; this one among them.
     """
-    waiting = {name: point for name, point in others.items() if name != own_id()}
-    host, _, port = others[own_id()].rpartition(":")
-    with socket.create_server((host, int(port)), backlog=len(others)):
-        deadline = time.monotonic() + _REACH_S
-        while time.monotonic() < deadline:  # the others may start later
-            for name, point in list(waiting.items()):
-                if _connects(point):
-                    del waiting[name]
-            time.sleep(_POLL_S)
-    return list(waiting)
+    own = own_id()
+    unreached = {name: point for name, point in points.items() if name != own}
+    unheard = set(unreached)
+    host, _, port = points[own].rpartition(":")
+    with socket.create_server((host, int(port)), backlog=len(points)) as server:
+        server.settimeout(_POLL_S)
+        deadline = time.monotonic() + _REACH_S  # the others may start later
+        while (unreached or unheard) and time.monotonic() < deadline:
+            unreached = {name: point for name, point in unreached.items() if not _greet(point, own)}
+            unheard -= set(_greetings(server))
+    return sorted(unheard | set(unreached))
 
 
-def _connects(point: str) -> bool:
+def _greet(point: str, own: str) -> bool:
+    """Connect to another machine and send the ID of this one; False if that is not possible."""
     host, _, port = point.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECT_S):
+        with socket.create_connection((host, int(port)), timeout=_CONNECT_S) as connection:
+            connection.sendall(own.encode())
             return True
     except OSError:
         return False
+
+
+def _greetings(server: socket.socket) -> Iterator[str]:
+    """IDs of the machines that have connected since the last call."""
+    with contextlib.suppress(TimeoutError):
+        while True:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(_CONNECT_S)
+                yield connection.makefile("rb").read(_LONGEST_ID).decode(errors="replace")
 
 
 def _shortest(action: Callable[[], None]) -> float:

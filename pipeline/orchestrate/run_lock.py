@@ -144,6 +144,8 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         ConfigError: another process holds it.
     """
     run_dir.path.mkdir(parents=True, exist_ok=True)
+    # The file stays after the run: if it were removed, one process could hold the lock of the
+    # removed file, another that of a new one.
     with open(run_dir.lock, "a+") as file:
         claim = _Claim(run_dir, file)
         claim.acquire()
@@ -163,6 +165,7 @@ class _Claim:
     def __init__(self, run_dir: RunDir, file: IO[str]) -> None:
         self.run_dir = run_dir
         self.file = file
+        # With a token of its own: a driver that gets the process ID of a dead one is another one.
         self.me = RunOwner.of_this_process()
         self.ended = threading.Event()
         self._has_lock = False

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,13 +106,18 @@ class ClusterRun:
         job: Path,
         run_dir: RunDir,
         *arguments: str,
+        environment: Mapping[str, str] | None = None,
     ) -> ClusterRun:
         output = run_dir.path.with_suffix(".out")
         with open(output, "a") as file:
             process = machine.popen(
                 *["nice", "-n", "19", "python", "-m", "pipeline", "run", job],
                 *["--run-dir", run_dir.path, *arguments],
-                environment={**cluster.environment, "PIPELINE_RAY_ADDRESS": cluster.gcs},
+                environment={
+                    **cluster.environment,
+                    "PIPELINE_RAY_ADDRESS": cluster.gcs,
+                    **(environment or {}),
+                },
                 output=file,
             )
         return cls(run_dir=run_dir, process=process)
