@@ -25,7 +25,8 @@ from pipeline.reporting import Log
 EXPECTED = "PIPELINE_MACHINES"  # host names that a scheduler has assigned, separated by spaces
 _POLL_S = 0.5
 _LOOK_S = 1.0  # between looks for machines that have come
-_AVOID_S = 60.0
+_NOTICE_S = 60.0  # after which Ray surely knows that a machine is lost
+_AVOID_S = _NOTICE_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class MachinePool:
         wanted = self.cluster.nodes
         machines = self._wait(lambda count: count >= wanted, wanted, self.cluster.wait)
         if len(machines) < wanted:
-            if self._size(len(machines)) == 0:
+            if self.size(len(machines)) == 0:
                 raise self._too_few(machines, self.cluster.wait)
             self.log(f"continuing without {self._absent(machines, wanted)}", "warning")
         return machines
@@ -108,18 +109,18 @@ class MachinePool:
         """
         # Slurm gives a job no further machine; the next attempt of the job gets all of them.
         wait_s = 0 if self.cluster.kind == "slurm" else self.cluster.wait
-        single = placement.processes == 1
+        single = placement.single
         wanted = 1 if single else self.cluster.fewest_nodes
 
         def enough(count: int) -> bool:
-            return count > 0 if single else self._size(count) > 0
+            return count > 0 if single else self.size(count) > 0
 
         machines = self._wait(enough, wanted, wait_s)
         if not enough(len(machines)):
             raise self._too_few(machines, wait_s)
         self._checkpoint = None
         self._placed = {entry.id for entry in machines}
-        count = 1 if single else self._size(len(machines))
+        count = 1 if single else self.size(len(machines))
         now = time.monotonic()
         trusted = [entry for entry in machines if self._avoided.get(entry.id, now) <= now]
         if len(trusted) >= count:
@@ -129,7 +130,7 @@ class MachinePool:
             machines=count,
             processes=1 if single else count * self.cluster.devices_per_node,
             candidates=tuple(machines),
-            wait_s=float(self.cluster.wait),
+            wait_s=max(self.cluster.wait, _NOTICE_S),
         )
 
     def avoid(self, lost: Machine) -> None:
@@ -172,7 +173,7 @@ class MachinePool:
             return MachineChange(text=text, leaving=True, ends_run=True)
         if names:
             return MachineChange(text=f"{names} is leaving", leaving=True)
-        if placement.processes > 1 and placement.machines < self.cluster.nodes and self._is_time():
+        if not placement.single and placement.machines < self.cluster.nodes and self._is_time():
             return self._growth(placement, members)
         return None
 
@@ -182,7 +183,7 @@ class MachinePool:
 
     def _growth(self, placement: Placement, members: Sequence[Machine]) -> MachineChange | None:
         """A larger group, right after a checkpoint: little is lost if it fails to form."""
-        if self._size(len(self.usable())) <= placement.machines:
+        if self.size(len(self.usable())) <= placement.machines:
             self._checkpoint = None
             return None
         checkpoints = list_checkpoints(placement.run_dir.checkpoints(placement.stage))
@@ -193,7 +194,7 @@ class MachinePool:
             return None
         return MachineChange(text=f"{self.idle(members)} can join", leaving=False)
 
-    def _size(self, available: int) -> int:
+    def size(self, available: int) -> int:
         """The largest number of machines whose processes share every stage's batch; 0 if none."""
         cluster = self.cluster
         trainings = [name for name in job_queries.stage_names(self.job) if name in TRAINING]

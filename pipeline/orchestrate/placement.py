@@ -19,6 +19,7 @@ class Placement:
     ``stop_grace_s``: seconds that the processes get after a stop request, to finish the current
     step and write a checkpoint. 0: the stage has nothing to save, so its processes are killed at
     once.
+    ``single``: one process is enough, whatever the cluster has.
     ``machines``: the processes are shared evenly by so many machines.
     ``candidates``: the machines that Ray may choose from; None: the only one, of our own Ray.
     """
@@ -29,6 +30,7 @@ class Placement:
     device: str  # cpu or cuda
     run_dir: RunDir
     stop_grace_s: float = 600.0
+    single: bool = False
     machines: int = 1
     candidates: tuple[Machine, ...] | None = None
     wait_s: float = 60.0  # for Ray to find room for the processes

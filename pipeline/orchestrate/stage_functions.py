@@ -40,6 +40,7 @@ def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
         threads=None if single or cluster.threads == "auto" else cluster.threads,
         device="cpu" if single else machine.device(cluster),
         run_dir=run_dir,
+        single=single,
         stop_grace_s=float(cluster.grace) if stage in TRAINING else 0.0,
         interface=cluster.network.interface,
         variables=cluster.network.environment,

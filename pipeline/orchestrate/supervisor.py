@@ -79,10 +79,9 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
     while True:
         if watch.stop():
             raise interrupted()
-        if watch.pool is not None:
-            placement = watch.pool.place(placement)
+        placed = placement if watch.pool is None else watch.pool.place(placement)
         try:
-            return run_group(stage_fn, placement, watch)
+            return run_group(stage_fn, placed, watch)
         except MachinesChanged as change:
             watch.log(f"{change}; forming the group of processes again", "warning")
         except GroupDied as error:

@@ -21,3 +21,13 @@ def fabric(shared_folder: Path) -> Iterator[Fabric]:
     """A network without machines: ``fabric.up("n1")`` starts one."""
     with Fabric(shared=[shared_folder]) as fabric:
         yield fabric
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One table of results: what tests have recorded with ``record_property``."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    for report in reports:
+        if report.when == "call" and report.user_properties:
+            name = report.nodeid.rpartition("/")[2]
+            values = "  ".join(f"{key}: {value}" for key, value in report.user_properties)
+            terminalreporter.write_line(f"{name:<100}  {report.duration:6.1f} s  {values}")

@@ -6,7 +6,6 @@ trains on the machines. ``weights`` of an undisturbed run are what the others ar
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from pipeline.monitor.events import Event, read_events
 from tests.cluster.fabric import FabricMachine, MachineProcess, environment_of_machine
@@ -24,7 +22,6 @@ from tests.cluster.processes import wait_until
 from tests.cluster.ray_machines import RayMachines
 from tests.prepare.source_folders import class_tars
 
-STEPS = 42
 CHECKPOINT_STEPS = 6
 END_S = 240.0
 JOB = """
@@ -167,14 +164,25 @@ class ClusterRun:
         assert self.process.wait(END_S) == code, self.output
         return self.output
 
-    def weights(self) -> str:
-        return file_digest(self.run_dir.weights("pretrain"))
+    def losses(self, group: int) -> dict[int, float]:
+        """Loss by step in one of the groups of processes, counted from 0."""
+        losses: dict[int, float] = {}
+        number = -1
+        for event in self.events:
+            number += event.kind == "start"
+            if event.kind == "step" and number == group:
+                losses[event.step] = event.scalars["loss/total"]
+        return losses
 
-    def losses(self) -> dict[int, float]:
-        return {
-            event.step: event.scalars["loss/total"] for event in self.events if event.kind == "step"
-        }
+    @property
+    def machines(self) -> list[str]:
+        """The machines of the newest group, by rank."""
+        line = re.findall(r"^ranks? 0.* on .*$", self.output, re.MULTILINE)[-1]
+        return re.findall(r"on (n\d) ", line.partition("; idle")[0])
 
-    def state(self) -> dict[str, object]:
-        record: dict[str, object] = json.loads(self.run_dir.run_json.read_text())["stages"]
-        return record
+    @property
+    def lost_steps(self) -> int:
+        """Steps that the second group repeated."""
+        events = self.events
+        second = [number for number, event in enumerate(events) if event.kind == "start"][1]
+        return max(event.step for event in events[:second]) - events[second].step
