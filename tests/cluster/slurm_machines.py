@@ -107,7 +107,9 @@ class SlurmMachines:
             tracking=self.tracking,
         )
         (self._state / "slurm.conf").write_text(text)
-        (self._state / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (self._state / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n"
+        )
         for machine in machines:
             self._start_munge(machine)
         self.login.run("slurmctld", "-i", environment=self.environment)

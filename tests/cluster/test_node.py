@@ -168,7 +168,8 @@ def test_a_dead_raylet_ends_the_machine(machines: list[FabricMachine], shared_fo
     assert not second.pids()
     # The others end with the head.
     joined = cluster.join(second)
-    head.kill()
+    head.send_signal(signal.SIGUSR2)  # at once
+    assert head.wait(15) == 0
     assert joined.wait(60) == 0
     assert not second.pids()
 
