@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.layout import RunDir
 from pipeline.monitor.events import EventWriter
-from pipeline.monitor.tensorboard import Board, Hparam
+from pipeline.monitor.tensorboard import TRAINED, Board, Hparam
 
 
 class Recorder:
@@ -18,11 +18,19 @@ class Recorder:
     Args:
         run_dir: the recorder writes ``run_dir.events(stage)`` and ``run_dir.tensorboard(stage)``.
         stage: name of the stage.
+        trained: training stages of the job; TensorBoard has charts for their losses.
         resume_step: optimizer steps in the checkpoint from which training resumes (0: from
             scratch). Anything recorded for later steps becomes invalid.
     """
 
-    def __init__(self, run_dir: RunDir, stage: str, *, resume_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: RunDir,
+        stage: str,
+        *,
+        trained: Sequence[str] = tuple(TRAINED),
+        resume_step: int = 0,
+    ) -> None:
         self._step = resume_step
         self._events = EventWriter(run_dir.events(stage))
         # Readers of the event log drop all later steps when they meet this event; TensorBoard does
@@ -30,7 +38,11 @@ class Recorder:
         self._events.write("start", resume_step)
         purge_step = resume_step + 1 if resume_step else None
         self._board = Board(
-            run_dir.tensorboard(stage), stage, purge_step=purge_step, warn=self._log_warning
+            run_dir.tensorboard(stage),
+            stage,
+            trained=trained,
+            purge_step=purge_step,
+            warn=self._log_warning,
         )
 
     def step(self, step: int, total_steps: int, epoch: int, scalars: dict[str, float]) -> None:

@@ -42,12 +42,9 @@ def _losses(stage: str) -> dict[str, list[str | list[str]]]:
     }
 
 
-# Groups of charts in the tab Custom Scalars: {group: {title of the chart: its lines}}. Every stage
-# writes the whole layout: TensorBoard shows that of the first one and adds what the others have
-# more, so the order would depend on the stages.
-_LAYOUT = {
-    "Loss of pretraining": _losses("pretrain"),
-    "Loss of fine-tuning": _losses("finetune"),
+TRAINED = {"pretrain": "Loss of pretraining", "finetune": "Loss of fine-tuning"}
+# Groups of charts in the tab Custom Scalars: {group: {title of the chart: its lines}}.
+_GROUPS = {
     "Accuracy": {
         # Of the validation split, and of another split that the evaluate stage reports.
         "top-1": _lines(r"accuracy/(?!train_)(\w+_)?top1"),
@@ -78,6 +75,15 @@ _LAYOUT = {
 }
 
 
+def _layout(trained: Sequence[str]) -> dict[str, dict[str, list[str | list[str]]]]:
+    """All groups of a job with these training stages.
+
+    Every stage writes the layout of the job: TensorBoard shows that of the first one and adds what
+    the others have more, so the order would depend on the stages.
+    """
+    return {TRAINED[stage]: _losses(stage) for stage in trained} | _GROUPS
+
+
 class Board:
     """The TensorBoard directory of one stage.
 
@@ -86,6 +92,7 @@ class Board:
     Args:
         directory: receives the event files.
         stage: its losses get the group ``loss_<stage>``.
+        trained: training stages of the job; their losses have charts.
         purge_step: on resume, TensorBoard discards the points at this step and later.
         warn: called once, with the reason, when writing fails.
     """
@@ -95,6 +102,7 @@ class Board:
         directory: Path,
         stage: str,
         *,
+        trained: Sequence[str],
         purge_step: int | None,
         warn: Callable[[str], None],
     ) -> None:
@@ -109,7 +117,7 @@ class Board:
             # Seconds between two writes to disk, so that curves appear while the stage runs. The
             # default is 120.
             self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=15)
-            self._writer.add_custom_scalars(_LAYOUT)
+            self._writer.add_custom_scalars(_layout(trained))
 
         self._try(start)
 

@@ -117,7 +117,12 @@ def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | 
     """Open the stage's event log on rank 0, at the step that training resumes from."""
     if context.dist_env.is_main:
         resume_step = restored.step if restored else 0
-        recorder = Recorder(context.run_dir, context.stage, resume_step=resume_step)
+        recorder = Recorder(
+            context.run_dir,
+            context.stage,
+            trained=job_queries.trained_stages(context.job),
+            resume_step=resume_step,
+        )
         recorder.job(plain_job_file(context.job))
         log.attach(recorder)
     if restored is not None:

@@ -109,6 +109,13 @@ def test_the_layout_has_exactly_one_chart_per_metric(tmp_path: Path) -> None:
     assert len(others) == 5
 
 
+def test_a_stage_that_the_job_lacks_has_no_empty_charts(tmp_path: Path) -> None:
+    Recorder(RunDir(tmp_path), "pretrain", trained=["pretrain"]).close()
+    groups = {title.partition(":")[0] for title in _charts(_board(tmp_path))}
+    assert "Loss of pretraining" in groups
+    assert "Loss of fine-tuning" not in groups
+
+
 def test_losses_of_stages_and_kinds_of_accuracy_have_charts_of_their_own(tmp_path: Path) -> None:
     _train(tmp_path, 0, 1)
     charts = _charts(_board(tmp_path))
