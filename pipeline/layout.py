@@ -11,7 +11,7 @@ runs/quickstart/
   checkpoints/<stage>/step-00000500/  one file per process, and a manifest
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
-  logs/run.log                        messages of the whole run
+  logs/run.log                        messages of the run
   tensorboard/<stage>/                event files
   export/                             the exported model
   replaced/<time>-<stage>/            earlier results of a stage that was run from scratch

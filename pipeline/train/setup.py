@@ -120,7 +120,7 @@ def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | 
         recorder = Recorder(
             context.run_dir,
             context.stage,
-            trained=job_queries.trained_stages(context.job),
+            trained=job_queries.training_stages(context.job),
             resume_step=resume_step,
         )
         recorder.job(plain_job_file(context.job))
