@@ -80,7 +80,7 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
                 config.augment, context.num_classes, context.job.seed, train=True
             ),
             metrics=metrics,
-            self_check=SelfCheck(engine.module, config.on_mismatch),
+            self_check=SelfCheck(engine.module, config.on_mismatch, context.device),
             seed=context.job.seed,
             ema_decay=config.ema_decay,
             log_every_steps=config.log_every_steps,
