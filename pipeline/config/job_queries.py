@@ -24,7 +24,7 @@ def stage_names(job: Job) -> list[str]:
     return [name for name in ORDER if getattr(job.stages, name) is not None]
 
 
-def trained_stages(job: Job) -> list[str]:
+def training_stages(job: Job) -> list[str]:
     """The training stages of the job, in the order in which they run."""
     return [name for name in stage_names(job) if name in TRAINING]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.check import check
-from pipeline.config.job_queries import TRAINING, stage_names, train_config
+from pipeline.config.job_queries import train_config, training_stages
 from pipeline.config.schema import Job
 from pipeline.config.schema.rules import keys_with_rules
 from pipeline.config.schema.shrink import RehearsalContext, Shrink, small_image_sizes
@@ -68,7 +68,7 @@ class _ShrunkJob:
         self.notes: list[str] = []
         self._image_sizes = small_image_sizes(_image_sizes(job))
         self._datasets = list(job.data)
-        stages = (train_config(job, name) for name in TRAINING if name in stage_names(job))
+        stages = (train_config(job, name) for name in training_stages(job))
         self._keeps_best = any(stage.keep == "best" for stage in stages)
         self._class_counts = {
             name: None if dataset.classes == "auto" else len(class_list(dataset.classes))

@@ -89,7 +89,7 @@ def _show(
     class_names: list[str],
 ) -> None:
     """Show the result in TensorBoard. ``step``: of the weights."""
-    recorder = Recorder(run_dir, "evaluate", trained=job_queries.trained_stages(job))
+    recorder = Recorder(run_dir, "evaluate", trained=job_queries.training_stages(job))
     recorder.job(plain_job_file(job))
     recorder.evaluation(step, tagged(split, evaluation.metrics))
     if evaluation.samples is not None:

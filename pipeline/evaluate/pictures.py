@@ -45,7 +45,7 @@ def take_samples(batch: Batch, output: Output) -> Samples:
     confidences, predictions = probabilities.max(dim=1)
     return Samples(
         # A copy: the loader will overwrite the memory of the batch.
-        images=batch.images[:PREDICTIONS].clone().numpy(),
+        images=batch.images[:PREDICTIONS].cpu().clone().numpy(),
         rows=batch.samples[:PREDICTIONS].tolist(),
         labels=batch.labels[:PREDICTIONS].tolist(),
         predictions=predictions.tolist(),

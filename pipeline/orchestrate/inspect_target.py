@@ -84,7 +84,7 @@ def _of_dataset(dataset: Path, stage: str, overrides: Sequence[str]) -> InspectT
 
 
 def _of_job(job: Job, run_dir: RunDir, stage: str) -> InspectTarget:
-    stage = stage or next(iter(_training_stages(job)), "")
+    stage = stage or next(iter(job_queries.training_stages(job)), "")
     if not stage:
         return InspectTarget(_local(job, run_dir, next(iter(job.data))), "", DEFAULTS)
     dataset = _local(job, run_dir, job_queries.dataset_name(job, stage))
@@ -99,13 +99,9 @@ def _local(job: Job, run_dir: RunDir, name: str) -> Path:
     raise DataError("is not on this machine", place=place, remedy="copy it into a folder")
 
 
-def _training_stages(job: Job) -> list[str]:
-    return [name for name in job_queries.stage_names(job) if name in job_queries.TRAINING]
-
-
 def _stage_that_trains_on(job: Job, dataset: str) -> str:
     """The first training stage that uses the dataset, or ''."""
-    stages = _training_stages(job)
+    stages = job_queries.training_stages(job)
     return next((name for name in stages if job_queries.dataset_name(job, name) == dataset), "")
 
 

@@ -150,7 +150,7 @@ class Judge:
         # Without a training that depends on it, nothing is worth listing a source for.
         if not any(
             self._at_stake(stage) and job_queries.dataset_name(self.job, stage) == name
-            for stage in self._trainings()
+            for stage in job_queries.training_stages(self.job)
         ):
             return NEW
         try:
@@ -209,7 +209,7 @@ class Judge:
         refused training has to restart those that started from its weights.
         """
         outside: dict[str, Decision] = {}
-        for stage in self._trainings():
+        for stage in job_queries.training_stages(self.job):
             lost = self._at_stake(stage)
             if stage in self.stages or not lost:
                 continue
@@ -221,9 +221,6 @@ class Judge:
             if reasons:
                 outside[stage] = Decision(action="refuse", reason=lost, differences=reasons)
         return outside
-
-    def _trainings(self) -> list[str]:
-        return [stage for stage in job_queries.stage_names(self.job) if stage in TRAINING]
 
     def _at_stake(self, stage: str) -> str:
         record = self.run_state.stage(stage)

@@ -15,7 +15,9 @@ import socket
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline.errors import StageError
 from pipeline.model import Network
@@ -47,25 +49,36 @@ class Mismatch:
 class SelfCheck:
     """Collects the network's consistency records over micro-batches, on the device."""
 
-    def __init__(self, network: Network, on_mismatch: Literal["retry", "warn", "stop"]) -> None:
+    def __init__(
+        self,
+        network: Network,
+        on_mismatch: Literal["retry", "warn", "stop"],
+        device: torch.device,
+    ) -> None:
         self.network = network
         self.on_mismatch = on_mismatch
+        self.device = device
         # The engine skips steps whose gradients are not finite, and the trainer reports them.
         network.skip_on_overflow = True
         network.skip_on_mismatch = on_mismatch != "warn"
         self._collected: Consistency | None = None
 
-    def add(self) -> None:
-        """Add the record of the last micro-batch. Does not wait for the device.
+    def add(self) -> Tensor:
+        """Add the record of the last micro-batch; its mismatched elements (int64 scalar).
 
-        Call it between the backward pass and the next forward pass, which starts a new record.
+        Does not wait for the device. Call it between the backward pass and the next forward pass,
+        which starts a new record.
         """
         if self.network.spec.activations != "exact":
-            return  # only exact columns check themselves
+            # Only exact columns check themselves.
+            return torch.zeros((), dtype=torch.int64, device=self.device)
+        newest = self.network.consistency
+        mismatched = newest.mismatched_elements
         if self._collected is None:
-            self._collected = self.network.consistency
+            self._collected = newest
         else:
-            self._collected.add(self.network.consistency)
+            self._collected.add(newest)
+        return mismatched
 
     def summary(self, mismatched: bool) -> tuple[float, list[Mismatch]]:
         """(largest |value| of the stream, mismatches) since the last call, over all ranks.
@@ -76,7 +89,7 @@ class SelfCheck:
             mismatched: whether any rank counted mismatched elements; if not, they are not read.
         """
         if self._collected is None:
-            max_abs = self.network.consistency.max_abs.new_zeros(())
+            max_abs = torch.zeros((), dtype=torch.float64, device=self.device)
         else:
             max_abs = self._collected.max_abs.max()
         dist.all_reduce(max_abs, op=dist.ReduceOp.MAX)

@@ -80,7 +80,7 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
                 config.augment, context.num_classes, context.job.seed, train=True
             ),
             metrics=metrics,
-            self_check=SelfCheck(engine.module, config.on_mismatch),
+            self_check=SelfCheck(engine.module, config.on_mismatch, context.device),
             seed=context.job.seed,
             ema_decay=config.ema_decay,
             log_every_steps=config.log_every_steps,
@@ -120,7 +120,7 @@ def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | 
         recorder = Recorder(
             context.run_dir,
             context.stage,
-            trained=job_queries.trained_stages(context.job),
+            trained=job_queries.training_stages(context.job),
             resume_step=resume_step,
         )
         recorder.job(plain_job_file(context.job))

@@ -91,8 +91,7 @@ class TrainingStep:
         loss = context.loss(output, inputs)
         context.engine.backward(loss.total)
         # Between the backward pass and the next forward pass, which starts a new record.
-        context.self_check.add()
-        mismatched = context.network.consistency.mismatched_elements
+        mismatched = context.self_check.add()
         context.metrics.add(loss, output, inputs.targets, mismatched)
         context.engine.step()  # updates the weights after the last micro-batch only
 

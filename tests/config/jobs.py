@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.check import check
-from pipeline.config.job_queries import TRAINING, stage_names
 from pipeline.config.load import LoadedJob, load_job
-from pipeline.config.schema import Job
 from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +76,3 @@ def error_message(folder: Path, text: str | bytes, *overrides: str, world_size: 
         load_and_check(write(folder, text), overrides, world_size)
     assert error.value.exit_code == 2
     return error.value.message.replace(f"{folder}/", "")
-
-
-def training_stages(job: Job) -> list[str]:
-    return [stage for stage in stage_names(job) if stage in TRAINING]

@@ -10,11 +10,12 @@ import pytest
 
 from pipeline.config import job_queries, render
 from pipeline.config.check import check
+from pipeline.config.job_queries import training_stages
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.errors import ConfigError
 from pipeline.shipped import CONFIGS
 from pipeline.sources.class_lists import class_list
-from tests.config.jobs import ROOT, SHIPPED, each_shipped_job, each_training_job, training_stages
+from tests.config.jobs import ROOT, SHIPPED, each_shipped_job, each_training_job
 
 WORLD_SIZES = (1, 2, 8, 64)
 

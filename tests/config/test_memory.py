@@ -10,6 +10,7 @@ import pytest
 from pipeline.config import job_queries, render
 from pipeline.config.check import check
 from pipeline.config.check_on_machine import check_on_machine
+from pipeline.config.job_queries import training_stages
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.config.machine import Hardware
 from pipeline.config.memory import GIB, MAX_ELEMENTS, StageMemory
@@ -17,7 +18,7 @@ from pipeline.config.memory_plan import StagePlan, stage_plan
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
 from pipeline.shipped import CONFIGS
-from tests.config.jobs import ROOT, each_shipped_job, training_stages
+from tests.config.jobs import ROOT, each_shipped_job
 
 GPU_80 = 79.1 * GIB  # what the driver reports of an H100
 H = ROOT / "jobs/pretrain_revcol_h.yaml"

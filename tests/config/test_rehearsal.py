@@ -8,11 +8,12 @@ import pytest
 
 from pipeline.config import job_queries, machine, render
 from pipeline.config.check import check
+from pipeline.config.job_queries import training_stages
 from pipeline.config.load import load_job
 from pipeline.config.schema import TrainConfig
 from pipeline.config.schema.shrink import RehearsalContext, narrow, small_image_sizes
 from pipeline.errors import ConfigError
-from tests.config.jobs import ROOT, SHIPPED, VARIABLES, each_training_job, training_stages
+from tests.config.jobs import ROOT, SHIPPED, VARIABLES, each_training_job
 
 # Keys of a training stage that a rehearsal must not change.
 KEPT = {

@@ -13,9 +13,10 @@ import torch
 from pipeline.config.schema import Job
 from pipeline.errors import StageError
 from pipeline.layout import RunDir
-from pipeline.model import reversible
+from pipeline.model import Activations, Network, NetworkSpec, reversible
 from pipeline.model.column import Level
 from pipeline.monitor import tags
+from pipeline.train.self_check import SelfCheck
 from tests.train import processes, staging
 
 STEPS = 4
@@ -30,6 +31,16 @@ def job(**pretrain: Any) -> Job:
     return staging.job(
         pretrain={"micro_batch": 4, "max_steps": STEPS, "checkpoint_every_steps": 2} | pretrain
     )
+
+
+@pytest.mark.parametrize("activations", ["stored", "checkpointed"])
+def test_without_a_self_check_nothing_is_counted_on_the_host(activations: Activations) -> None:
+    # Metrics are summed where the network computes: a count on the host could not be added.
+    device = torch.device("meta")
+    spec = NetworkSpec((8, 8, 8, 8), (1, 1, 1, 1), 2, 3, activations=activations)
+    with device:
+        check = SelfCheck(Network(spec), "retry", device)
+    assert check.add().device == device
 
 
 def train_with_flips(passes: tuple[int, ...], job: Job, run_dir: RunDir) -> dict[str, float]:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from pipeline.config.checks.checker import Checker
 from pipeline.config.job_queries import (
-    TRAINING,
     dataset_name,
     prepared_names,
-    stage_names,
     train_config,
+    training_stages,
 )
 from pipeline.config.schema import DatasetConfig
 from pipeline.errors import ConfigError
@@ -25,7 +24,7 @@ def check_selection(checker: Checker) -> None:
     first step: its description lies beside its shards.
     """
     job = checker.job
-    for stage in (name for name in TRAINING if name in stage_names(job)):
+    for stage in training_stages(job):
         if train_config(job, stage).keep != "best":
             continue
         try:

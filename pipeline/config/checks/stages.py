@@ -12,6 +12,7 @@ from pipeline.config.job_queries import (
     evaluate_image_size,
     prepared_names,
     stage_names,
+    training_stages,
 )
 from pipeline.errors import ConfigError
 from pipeline.suggest import did_you_mean
@@ -49,8 +50,7 @@ def _source_stage(checker: Checker, stage: str, source: str) -> None:
 def _weights_file(checker: Checker, stage: str, source: str) -> None:
     key = f"stages.{stage}.from"
     if not source.endswith(WEIGHTS):
-        training = [name for name in TRAINING if name in stage_names(checker.job)]
-        remedy = did_you_mean(source, training, "the job's training stages")
+        remedy = did_you_mean(source, training_stages(checker.job), "the job's training stages")
         cause = f"'{source}' is neither a training stage nor a {WEIGHTS} file"
         checker.report(key, cause, remedy)
     elif not Path(source).is_file():
