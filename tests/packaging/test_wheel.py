@@ -90,7 +90,14 @@ def test_metadata_has_the_command_and_the_extras(installed: Path) -> None:
     (info,) = installed.glob("*.dist-info")
     metadata = Parser().parsestr((info / "METADATA").read_text())
     assert metadata["Name"] == "revcol-pipeline"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "bench", "s3", "onnx", "export"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "dev",
+        "bench",
+        "s3",
+        "onnx",
+        "export",
+        "ray",
+    }
     assert "pipeline = pipeline.__main__:main" in (info / "entry_points.txt").read_text()
 
 
