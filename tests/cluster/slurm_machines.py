@@ -60,6 +60,12 @@ PartitionName=urgent Nodes=n[1-3] MaxTime=INFINITE PriorityTier=10
 """
 
 
+def one_core(number: int) -> list[str]:
+    """What to write before a command so that its machine seems to have one core of the host."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ["taskset", "--cpu-list", str(cores[number % len(cores)])]
+
+
 def install() -> None:
     """Install Debian's Slurm, once per host."""
     if all(map(shutil.which, _PROGRAMS)):
@@ -75,11 +81,15 @@ def install() -> None:
 
 @dataclass(kw_only=True)
 class SlurmMachines:
-    """The machines, and the folder that all of them see."""
+    """The machines, and the folder that all of them see.
+
+    ``one_core``: a job has one core of each machine.
+    """
 
     fabric: Fabric
     folder: Path
     tracking: str = "linuxproc"
+    one_core: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
@@ -114,14 +124,14 @@ class SlurmMachines:
             self._start_munge(machine)
         self.login.run("slurmctld", "-i", environment=self.environment)
         for machine in machines[:3]:
-            machine.run("slurmd", environment=self.environment)
+            self._start_slurmd(machine)
         self.wait_for_idle(3)
 
     def again(self, name: str) -> None:
         """Start a machine that was killed."""
         machine = self.fabric.up(name)
         self._start_munge(machine)
-        machine.run("slurmd", environment=self.environment)
+        self._start_slurmd(machine)
         self.wait_for_idle(3)
 
     def wait_for_idle(self, count: int, timeout_s: float = 120) -> None:
@@ -141,6 +151,10 @@ class SlurmMachines:
         """What Slurm knows of a job."""
         text = self.run("scontrol", "show", "job", "--oneliner", job_id)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def _start_slurmd(self, machine: FabricMachine) -> None:
+        before = one_core(machine.number) if self.one_core else []
+        machine.run(*before, "slurmd", environment=self.environment)
 
     def _start_munge(self, machine: FabricMachine) -> None:
         folder = "/tmp/munge"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,11 +78,33 @@ def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
     export = Path(output.splitlines()[-1])
     assert export == site.folder / "runs" / "small" / "export"
     assert (export / "model.safetensors").stat().st_size > 1000
+    _curves_are_served(site)
     code, output = site.call("logs", "small", "--rank", "1")
     assert code == 0, output
     code, output = site.call("logs", "small", "--rank", "7")
     assert code != 0
     assert "rank 7 has written nothing" in output
+
+
+def _curves_are_served(site: Site) -> None:
+    """TensorBoard shows the run, on loopback, where the user sits."""
+    served = site.start("tensorboard", "small", "--port", "6123")
+    ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:6123/data/runs').read())"
+    python = [sys.executable, "-c", ask]
+    answer = ""
+
+    def answers() -> bool:
+        nonlocal answer
+        if site.machine is None:
+            done = subprocess.run(python, capture_output=True, text=True, check=False)
+        else:
+            done = site.machine.run(*python, check=False)
+        answer = done.stdout
+        return done.returncode == 0 and "pretrain" in answer
+
+    wait_until(answers, "TensorBoard with the run", END_S, poll_s=0.5)
+    served.interrupt()
+    served.end()
 
 
 def _try_a_second_time(site: Site) -> None:

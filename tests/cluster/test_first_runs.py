@@ -1,0 +1,226 @@
+"""docs/clusters.md, followed to the letter with the whole quickstart: on Ray, and under Slurm.
+
+Both give the exported model of a run on one machine. Every machine has one core, so that it
+computes with as many threads as each of the two processes there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import file_digest
+from tests.cluster.exposure import beyond_loopback, places_of
+from tests.cluster.fabric import ROOT, Fabric, FabricMachine, MachineProcess, environment_of_machine
+from tests.cluster.processes import wait_until
+from tests.cluster.slurm_machines import SlurmMachines, install, one_core
+from tests.data.small_datasets import jpeg
+from tests.docs.markdown import Block, blocks, commands
+
+CHECKOUT = ("launch.sh", "requirements", "pipeline", "configs", "jobs", "pyproject.toml")
+QUICKSTART_S = 600
+
+
+def steps_of(title: str) -> list[Block]:
+    """The shell blocks of a section of docs/clusters.md."""
+    document = ROOT / "docs" / "clusters.md"
+    lines = document.read_text().splitlines()
+    first = lines.index(f"## {title}") + 1
+    last = next((i for i in range(first, len(lines)) if lines[i].startswith("## ")), len(lines))
+    return [
+        block
+        for block in blocks("bash")
+        if block.document == document and first < block.line <= last
+    ]
+
+
+def check_out(folder: Path) -> Path:
+    """A checkout that every machine sees."""
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in CHECKOUT:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
+        else:
+            shutil.copy2(ROOT / name, checkout / name)
+    return checkout
+
+
+@dataclass(kw_only=True)
+class Reader:
+    """Types the commands of the document on machines of the tests.
+
+    ``replaced``: what the document writes for an address or a folder of the reader's own.
+    """
+
+    checkout: Path
+    replaced: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def words(self, command: list[str]) -> list[str]:
+        line = shlex.join(command)
+        for name, value in self.replaced.items():
+            line = line.replace(name, value)
+        return shlex.split(line)
+
+    def export(self, command: list[str]) -> None:
+        """``export NAME=VALUE ...``"""
+        assert command[0] == "export"
+        self.environment |= dict(word.split("=", 1) for word in self.words(command)[1:])
+
+    def start(self, machine: FabricMachine, command: list[str], *before: str) -> Typed:
+        output = self.checkout.parent / f"typed-{secrets.token_hex(4)}.txt"
+        with open(output, "w") as file:
+            process = machine.popen(
+                *("env", "-C", self.checkout, *before),
+                *self.words(command),
+                environment=in_environment(self.environment),
+                output=file,
+            )
+        return Typed(process=process, file=output)
+
+    def run(self, machine: FabricMachine, command: list[str], code: int = 0) -> str:
+        return self.start(machine, command).end(code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Typed:
+    """A command that was typed."""
+
+    process: MachineProcess
+    file: Path
+
+    @property
+    def output(self) -> str:
+        return self.file.read_text(errors="replace")
+
+    def wait_for(self, pattern: str) -> str:
+        """Wait for a text; returns the pattern's group."""
+
+        def is_there() -> bool:
+            return bool(re.search(pattern, self.output)) or self.process.poll() is not None
+
+        wait_until(is_there, pattern, QUICKSTART_S, poll_s=0.2)
+        match = re.search(pattern, self.output)
+        assert match, self.output
+        return match[1]
+
+    def end(self, code: int = 0) -> str:
+        assert self.process.wait(QUICKSTART_S) == code, self.output
+        return self.output
+
+
+def in_environment(added: Mapping[str, str]) -> dict[str, str]:
+    """The environment that launch.sh uses as it is: that of the tests."""
+    return {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **added}
+
+
+def exported(run: Path) -> dict[str, str]:
+    """Digests of the exported files."""
+    return {path.name: file_digest(path) for path in sorted((run / "export").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def checkout(shared_folder: Path) -> Path:
+    return check_out(shared_folder)
+
+
+@pytest.fixture(scope="module")
+def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the quickstart exports without a cluster."""
+    run = tmp_path_factory.mktemp("quickstart") / "quickstart"
+    command = [sys.executable, "-m", "pipeline", "run", "quickstart", "--run-dir", str(run)]
+    settings = ["cluster.processes=2", "cluster.threads=1"]
+    subprocess.run(
+        [*command, *(word for setting in settings for word in ("--set", setting))],
+        check=True,
+        env=environment_of_machine(),
+    )
+    return exported(run)
+
+
+def test_first_run_on_a_ray_cluster(
+    fabric: Fabric, shared_folder: Path, checkout: Path, on_one_machine: dict[str, str]
+) -> None:
+    start, use = (list(commands(block)) for block in steps_of("First run on a Ray cluster"))
+    n1, n2, user = (fabric.up(name) for name in ("n1", "n2", "user"))
+    token = shared_folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    site = Reader(checkout=checkout, replaced={"DIR": str(shared_folder)})
+    site.export(start[0])
+    head = site.start(n1, start[1], *one_core(0))
+    # "with the address that the first one prints"
+    site.replaced["10.0.0.1:6379"] = head.wait_for(r"head at (\S+)")
+    site.start(n2, start[2], *one_core(1)).wait_for(r"(Ray is up)")
+
+    photos = checkout / "photos"
+    photos.mkdir()
+    (photos / "one.jpg").write_bytes(jpeg(1, 200, 150))
+    reader = Reader(
+        checkout=checkout,
+        replaced={
+            "DIR": str(shared_folder),
+            "10.0.0.1": n1.address,
+            "/shared/runs": str(shared_folder / "runs"),
+        },
+    )
+    reader.export(use[0])
+    doctor, submit, fetch, predict = use[1:]
+    assert "check versions: " in reader.run(user, doctor)
+    # What is in the user's own environment stays there.
+    planted = secrets.token_hex(32)
+    reader.environment["AWS_SECRET_ACCESS_KEY"] = planted
+    submitted = reader.start(user, submit)
+    submitted.wait_for(r"(pretrain \d+/\d+ .*images/s)")
+    assert places_of(planted.encode(), [n1, n2], [shared_folder]) == []
+    assert places_of(token.read_bytes(), [n1, n2, user], [shared_folder], allowed=[token]) == []
+    assert beyond_loopback(user) == set()
+    output = submitted.end()
+    assert re.search(r"^evaluate +done", output, re.MULTILINE), output
+    reader.run(user, fetch)
+    assert exported(checkout / "runs" / "quickstart") == on_one_machine
+    assert "one.jpg" in reader.run(user, predict)
+    shutil.rmtree(checkout / "runs")
+
+
+def test_first_run_and_first_failure_under_slurm(
+    slurm: SlurmMachines, checkout: Path, on_one_machine: dict[str, str]
+) -> None:
+    [first_run] = (list(commands(block)) for block in steps_of("First run under Slurm"))
+    [failure] = (list(commands(block)) for block in steps_of("First failure"))
+    reader = Reader(checkout=checkout, environment=dict(slurm.environment))
+    doctor, submit, runs = first_run
+    assert "check versions: " in reader.run(slurm.login, doctor)
+    submitted = reader.start(slurm.login, submit)
+    submitted.wait_for(r"(pretrain \d+/\d+ .*images/s)")
+    assert "quickstart" in reader.run(slurm.login, runs)
+    stop, logs, runs, again = failure
+    reader.run(slurm.login, stop)
+    submitted.end(75)
+    assert "pretrain" in reader.run(slurm.login, logs)
+    assert re.search(r"quickstart +interrupted", reader.run(slurm.login, runs))
+    output = reader.run(slurm.login, again)
+    assert re.search(r"^evaluate +done", output, re.MULTILINE), output
+    assert exported(checkout / "runs" / "quickstart") == on_one_machine
+
+
+@pytest.fixture(scope="module")
+def slurm(shared_folder: Path) -> Iterator[SlurmMachines]:
+    install()
+    with contextlib.ExitStack() as stack:
+        fabric = stack.enter_context(Fabric(shared=[shared_folder]))
+        machines = SlurmMachines(fabric=fabric, folder=shared_folder, one_core=True)
+        machines.up()
+        yield machines
