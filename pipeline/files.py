@@ -27,6 +27,7 @@ import xxhash
 
 BLOCK = 1 << 20  # bytes per read when a file is digested
 _LONGEST_HOST = 32  # characters in a temporary name: a file name has at most 255 bytes
+_DIGEST_LINE = "# xxh3-128 of the lines above: "
 DIGEST = "digest"  # key under which a JSON object carries its own digest
 
 
@@ -154,6 +155,17 @@ def json_digest(value: object) -> str:
         TypeError: ``value`` holds something that JSON has no form for.
     """
     return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def with_digest_line(text: str) -> str:
+    """Text whose last line is a comment with the digest of the lines above."""
+    return f"{text}{_DIGEST_LINE}{digest(text.encode())}\n"
+
+
+def matches_digest_line(text: str) -> bool:
+    """True for a text that is as `with_digest_line` gave it, or that has no such line."""
+    body, mark, expected = text.rpartition(_DIGEST_LINE)
+    return not mark or digest(body.encode()) == expected.strip()
 
 
 def with_digest(record: Mapping[str, object]) -> dict[str, object]:

@@ -31,6 +31,7 @@ from pipeline.data.remote_shards import RemoteShards
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.shards import Index, ShardInfo
 from pipeline.errors import DataError
+from pipeline.files import digest
 from pipeline.layout import CLASSES_JSON, DATASET_JSON
 
 UINT64 = (1 << 64) - 1
@@ -220,7 +221,7 @@ def open_dataset(
 
     # 2. The two small files that describe the dataset.
     description = _read_description(files)
-    classes = _read_classes(files)
+    classes = _read_classes(files, description)
 
     # 3. Whether it is the wanted dataset. A run that continued with other images would not fail,
     #    it would only get worse; so the difference must stop it here.
@@ -256,15 +257,19 @@ def _read_description(files: DatasetFiles) -> DatasetDescription:
         raise _damaged(files, DATASET_JSON, str(error)) from None
 
 
-def _read_classes(files: DatasetFiles) -> list[ClassEntry]:
+def _read_classes(files: DatasetFiles, description: DatasetDescription) -> list[ClassEntry]:
     """The classes in index order."""
+    content = _read(files, CLASSES_JSON)
     try:
-        entries = json.loads(_read(files, CLASSES_JSON))
-        return [ClassEntry(id=entry["id"], name=entry["name"]) for entry in entries]
+        entries = json.loads(content)
+        classes = [ClassEntry(id=entry["id"], name=entry["name"]) for entry in entries]
     except (KeyError, TypeError):
         raise _damaged(files, CLASSES_JSON, "an entry lacks its id or name") from None
     except ValueError as error:
         raise _damaged(files, CLASSES_JSON, str(error)) from None
+    if description.classes_digest not in ("", digest(content)):
+        raise _damaged(files, CLASSES_JSON, "checksum mismatch")
+    return classes
 
 
 def _read(files: DatasetFiles, name: str) -> bytes:

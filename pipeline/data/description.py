@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypeVar, get_origin, get_type_hints
 
 from pipeline.data.shards import FORMAT, ShardInfo
-from pipeline.files import write_json
-from pipeline.layout import DATASET_JSON
+from pipeline.files import file_digest, matches_digest, with_digest, write_json
+from pipeline.layout import CLASSES_JSON, DATASET_JSON
 
 Record = TypeVar("Record")
 
@@ -44,6 +44,7 @@ class DatasetDescription:
     layout: str
     splits: dict[str, SplitDescription]
     classes: int
+    classes_digest: str = ""  # of classes.json; '' of an earlier version
     rejected: dict[str, int] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
@@ -69,6 +70,9 @@ class DatasetDescription:
             raise UnsupportedFormat(
                 f"has format {content.get('format')}, this version reads {FORMAT}"
             )
+        # Earlier versions wrote no digest.
+        if not matches_digest(content):
+            raise ValueError("checksum mismatch: it changed after it was written")
         # From the inside out: each level is checked before the next one uses its fields.
         splits = {}
         for name, split in _object(content.get("splits"), "splits").items():
@@ -94,8 +98,10 @@ class DatasetDescription:
         return cls.parse((directory / DATASET_JSON).read_bytes())
 
     def write(self, directory: Path) -> None:
-        """Write ``dataset.json`` atomically. Raises OSError."""
-        write_json(directory / DATASET_JSON, asdict(self))
+        """Write ``dataset.json`` atomically, after ``classes.json``. Raises OSError."""
+        classes_digest = file_digest(directory / CLASSES_JSON)
+        values = asdict(self) | {"classes_digest": classes_digest}
+        write_json(directory / DATASET_JSON, with_digest(values))
 
     def reported_split(self) -> str:
         """The split whose accuracy is the result of a run: test, or validation without one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 
-from pipeline.files import write_json
+from pipeline.files import matches_digest, with_digest, write_json
 from pipeline.layout import RunDir
 
 
@@ -24,9 +24,11 @@ class EvaluationRecord:
 
     @classmethod
     def read(cls, run_dir: RunDir) -> EvaluationRecord | None:
-        """The record of a run; None if it was not evaluated."""
+        """The record of a run; None if it was not evaluated, or the record is damaged."""
         try:
             values = json.loads(run_dir.evaluation.read_text())
+            if not matches_digest(values):
+                return None
             return cls(**{name.name: values[name.name] for name in fields(cls)})
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -36,4 +38,4 @@ class EvaluationRecord:
         return {"split": self.split, "images": self.images, **self.metrics}
 
     def write(self, run_dir: RunDir) -> None:
-        write_json(run_dir.evaluation, asdict(self))
+        write_json(run_dir.evaluation, with_digest(asdict(self)))

@@ -164,6 +164,7 @@ def self_test(directory: Path) -> float:
     of floating-point sums depends on the number of threads.
     """
     torch.set_num_threads(1)
+    verify_weights_file(directory / SELF_TEST)
     expected = load_file(directory / SELF_TEST)
     exported = load_export(directory)
     networks = [exported.network]

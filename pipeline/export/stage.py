@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import pipeline
 from pipeline.checkpoint.description import WeightsDescription
@@ -28,7 +27,7 @@ from pipeline.evaluate.network import load_network, preprocessing, require_same_
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
 from pipeline.export.reload import ModelDescription
-from pipeline.files import atomic, file_digest, with_digest, write_json, write_with
+from pipeline.files import atomic, file_digest, with_digest, write_json
 from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, PUBLISHED_WEIGHTS, SELF_TEST, RunDir
 from pipeline.model import Network
 
@@ -138,9 +137,7 @@ def _write_self_test(network: Network, image_size: int, target: Path) -> None:
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     logits = network(images).logits[-1]
     torch.set_num_threads(threads)
-    write_with(
-        target / SELF_TEST, lambda path: save_file({"images": images, "logits": logits}, path)
-    )
+    write_weights_file(target / SELF_TEST, {"images": images, "logits": logits})
 
 
 def _self_test_in_fresh_process(target: Path) -> float:

@@ -28,7 +28,7 @@ from typing import Literal
 from pipeline.config.resume_diff import Change, changes
 from pipeline.config.yaml_tree.old_names import migrate_renamed
 from pipeline.errors import StageError
-from pipeline.files import write_json
+from pipeline.files import DIGEST, matches_digest, with_digest, write_json
 from pipeline.layout import RunDir
 from pipeline.orchestrate.artifacts import stage_dirs
 from pipeline.orchestrate.run_state import StageRecord
@@ -106,6 +106,9 @@ def settings_of(run_dir: RunDir, stage: str) -> dict[str, object] | None:
         settings = json.loads(path.read_text())
         if not isinstance(settings, dict):
             raise ValueError("not a JSON object")
+        # Earlier versions wrote no digest.
+        if not matches_digest(settings):
+            raise ValueError("checksum mismatch: it changed after it was written")
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -116,12 +119,13 @@ def settings_of(run_dir: RunDir, stage: str) -> dict[str, object] | None:
             f"`rm {shlex.quote(str(path))}` and rerun the same command; to start from scratch "
             f"instead, rerun it with --stage {stage} --force",
         ) from None
+    settings.pop(DIGEST, None)
     return migrate_renamed(settings)
 
 
 def keep_settings(run_dir: RunDir, stage: str, resolved: Resolved) -> None:
     """Store the resolved job with which a stage is started."""
-    write_json(run_dir.started_with(stage), resolved)
+    write_json(run_dir.started_with(stage), with_digest(resolved))
 
 
 def move_aside(run_dir: RunDir, stage: str) -> Path | None:

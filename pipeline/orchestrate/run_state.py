@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import StageError
-from pipeline.files import file_digest, with_digest, write_json
+from pipeline.files import file_digest, matches_digest, with_digest, write_json
 from pipeline.layout import RunDir
 
 # pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
@@ -184,7 +184,11 @@ def read_run_state(run_dir: RunDir) -> RunStateRecord | None:
     """
     path = run_dir.run_json
     try:
-        return RunStateRecord.model_validate(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        # Version 0.1.0 wrote no digest.
+        if isinstance(values, dict) and not matches_digest(values):
+            raise ValueError("checksum mismatch: it changed after it was written")
+        return RunStateRecord.model_validate(values)
     except FileNotFoundError:
         return None
     except (ValueError, ValidationError) as error:

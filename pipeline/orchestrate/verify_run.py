@@ -9,7 +9,6 @@ Prepared shards have digests of their own (`pipeline.prepare.verify`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.checkpoint.manifest import Manifest, list_checkpoints
 from pipeline.command import command
 from pipeline.config.job_queries import TRAINING
 from pipeline.errors import CheckpointError, StageError
-from pipeline.files import file_digest, matches_digest
+from pipeline.files import file_digest, matches_digest_line
 from pipeline.layout import CLASSES_JSON, DATASET_JSON, RunDir
 from pipeline.orchestrate.run_state import RunStateRecord, read_run_state
 
@@ -49,10 +48,13 @@ def verify_parts(run_dir: RunDir) -> Iterator[VerifiedPart]:
     damages: list[Damage] = []
     try:
         record = read_run_state(run_dir)
-        if record is not None and not matches_digest(json.loads(run_dir.run_json.read_text())):
-            damages.append(Damage(str(run_dir.run_json), MISMATCH, _restore_state()))
     except StageError as error:
         damages.append(Damage(str(run_dir.run_json), error.cause, _restore_state()))
+    if run_dir.run_yaml.is_file() and not matches_digest_line(
+        run_dir.run_yaml.read_text(errors="replace")
+    ):
+        remedy = "rerun the job file that the run came from, which writes it again"
+        damages.append(Damage(str(run_dir.run_yaml), MISMATCH, remedy))
     damages += _changed_settings(run_dir, record)
     yield VerifiedPart("run state", damages)
     for stage, state in (record.stages if record is not None else {}).items():
@@ -62,11 +64,15 @@ def verify_parts(run_dir: RunDir) -> Iterator[VerifiedPart]:
                 f"results of {stage}", list(_changed_results(run_dir, stage, digests))
             )
     for stage in TRAINING:
-        for _, directory in list_checkpoints(run_dir.checkpoints(stage)):
-            damages = list(_changed_checkpoint(directory))
-            # A run that is under way deletes its old checkpoints meanwhile.
-            if directory.exists():
-                yield VerifiedPart(f"checkpoint {directory.name} of {stage}", damages)
+        for name, root in (
+            ("checkpoint", run_dir.checkpoints(stage)),
+            ("capture", run_dir.captures(stage)),
+        ):
+            for _, directory in list_checkpoints(root):
+                damages = list(_changed_checkpoint(directory))
+                # A run that is under way deletes its old checkpoints meanwhile.
+                if directory.exists():
+                    yield VerifiedPart(f"{name} {directory.name} of {stage}", damages)
 
 
 def rerun(run_dir: RunDir, stage: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.description import DatasetDescription
 from pipeline.data.order import WindowedOrder
-from pipeline.layout import DATASET_JSON, RunDir
+from pipeline.layout import RunDir
 from tests.cluster import object_store
 from tests.cluster.fabric import Fabric, FabricMachine
 from tests.cluster.processes import wait_until
@@ -179,8 +179,7 @@ def test_another_dataset_at_the_same_place_is_refused(site: Site) -> None:
     """The fingerprint of the dataset is an input of the stage."""
     other = site.folder / "other"
     shutil.copytree(site.job.prepared.dataset("images"), other)
-    text = (other / DATASET_JSON).read_text()
-    (other / DATASET_JSON).write_text(text.replace(site.description.fingerprint, "0" * 32))
+    replace(site.description, fingerprint="0" * 32).write(other)
     output = site.start("stored", f"data.prepared={other}").finish(2)
     assert "would start from scratch, and finished work would be lost" in output
     assert f"input changed: the dataset images ({other})" in output

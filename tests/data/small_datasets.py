@@ -61,6 +61,10 @@ def make_dataset(
         rows = [row(number, classes, *size) for number in range(first, first + count)]
         first += count
         splits[split] = _write_split(path, split, rows, classes, shard_rows)
+    write_json(
+        path / "classes.json",
+        [{"index": i, "id": f"c{i}", "name": f"class {i}"} for i in range(classes)],
+    )
     DatasetDescription(
         format=FORMAT,
         fingerprint="test",
@@ -69,10 +73,6 @@ def make_dataset(
         splits=splits,
         classes=classes,
     ).write(path)
-    write_json(
-        path / "classes.json",
-        [{"index": i, "id": f"c{i}", "name": f"class {i}"} for i in range(classes)],
-    )
     return open_dataset(path)
 
 

@@ -119,7 +119,7 @@ def test_a_changed_figure_in_the_run_state_is_noticed(
     text = run_dir.run_json.read_text()
     run_dir.run_json.write_text(text.replace('"top1": 0.5', '"top1": 0.9', 1))
     assert verify(monkeypatch) == 3
-    assert "run.json: checksum mismatch" in capsys.readouterr().err
+    assert "run.json: is not the state of a run (checksum mismatch" in capsys.readouterr().err
     run_dir.run_json.write_text(text[:-9])
     assert verify(monkeypatch) == 3
     assert "run.json: is not the state of a run" in capsys.readouterr().err

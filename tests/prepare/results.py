@@ -18,6 +18,7 @@ def contents(target: Path, split: str) -> dict[bytes, int]:
 def description(target: Path) -> dict[str, Any]:
     """The content of dataset.json."""
     values: dict[str, Any] = json.loads((target / "dataset.json").read_text())
+    values.pop("digest", None)  # tests change values and write them again
     return values
 
 
