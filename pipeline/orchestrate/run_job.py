@@ -16,6 +16,7 @@ from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
 from pipeline.orchestrate.job_runner import open_run, run_stages
+from pipeline.orchestrate.mirror import Mirror, mirrored
 from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
@@ -38,7 +39,11 @@ def run_job(
 ) -> None:
     """Run all stages of a job, or only ``stages``; print a summary. Raises as ``run_stages``."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-    with open_run(loaded, run_dir, console) as run:
+    grace_s = float(loaded.job.cluster.grace)
+    with (
+        open_run(loaded, run_dir, console) as run,
+        mirrored(Mirror.of(loaded.job, run_dir), run.log, grace_s),
+    ):
         for note in run.loaded.notes:
             run.log(note)
         try:

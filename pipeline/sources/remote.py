@@ -138,7 +138,7 @@ class Storage:
                     raise cause from None
                 return None
 
-        return self._with_retries(path, fetch)
+        return self.with_retries(path, fetch)
 
     def is_folder(self, path: str) -> bool:
         info = self.info(path)
@@ -146,7 +146,7 @@ class Storage:
 
     def entries(self, folder: str) -> list[Entry]:
         """The files and folders directly in a folder."""
-        return self._with_retries(folder, lambda: list(self.fs.ls(folder, detail=True)))
+        return self.with_retries(folder, lambda: list(self.fs.ls(folder, detail=True)))
 
     def files(self, folder: str) -> Iterator[tuple[str, int | None]]:
         """(path, bytes) of every file below a folder. Links to folders are not followed."""
@@ -172,7 +172,7 @@ class Storage:
                 raise ShortRead(f"{len(data)} of {last - first} bytes came")
             return data
 
-        data = self._with_retries(path, fetch)
+        data = self.with_retries(path, fetch)
         if last is not None and len(data) > last - first:
             raise DataError(
                 "its server cannot send a part of a file",
@@ -185,7 +185,7 @@ class Storage:
         """Bytes [first, last) as a file of their own, fetched ``block`` bytes per request."""
         return io.BufferedReader(_Window(self, path, first, last), block)
 
-    def _with_retries(self, path: str, request: Callable[[], Result]) -> Result:
+    def with_retries(self, path: str, request: Callable[[], Result]) -> Result:
         """The result of ``request``, tried on the schedule at the top of this file."""
         start = time.monotonic()
         attempt = 1

@@ -16,7 +16,7 @@ from pipeline.config.schema.data import DatasetConfig, DatasetName
 from pipeline.config.schema.model import ModelConfig
 from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
 from pipeline.config.schema.section import Section, Seed
-from pipeline.config.schema.shrink import LONGEST_NAME, small_image_size, with_suffix
+from pipeline.config.schema.shrink import LONGEST_NAME, fixed, small_image_size, with_suffix
 from pipeline.config.schema.train import TrainConfig
 
 
@@ -89,6 +89,17 @@ class Stages(Section):
     )
 
 
+class CheckpointsConfig(Section):
+    """Where checkpoints go besides the run directory."""
+
+    # A rehearsal leaves nothing elsewhere.
+    mirror: Annotated[str, Rules(rehearse=fixed(""))] = Field(
+        "",
+        description="Folder or URL (fsspec) for a copy of the run: checkpoints, logs and results, "
+        "uploaded in the background. A run in an empty directory resumes from it. Empty: none.",
+    )
+
+
 # The job's name becomes runs/<name>, so it must be a folder name on every system: no separators,
 # no control characters, not hidden.
 _JobName = Annotated[
@@ -122,5 +133,8 @@ class Job(Section):
     # Training depends on the prepared dataset, an input, and not on how it came about.
     data: Annotated[dict[DatasetName, DatasetConfig], Rules(changes=("prepare",))] = Field(
         description="Datasets by name. A single dataset may be written without a name."
+    )
+    checkpoints: Annotated[CheckpointsConfig, Rules(changes=NOTHING)] = Field(
+        default_factory=CheckpointsConfig, description="Copies of the run elsewhere."
     )
     stages: Stages = Field(description="The stages to run.")
