@@ -15,6 +15,7 @@ runs/quickstart/
   stages/<stage>/job.json             the resolved job with which the stage was started
   stages/<stage>/generation           number of the newest process group: the fence
   checkpoints/<stage>/step-00000500/  one file per process, and a manifest
+  captures/<stage>/                   states before bad steps, for the command replay
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
@@ -137,6 +138,10 @@ class RunDir:
         """Weights that a training stage produced."""
         return self.stage(stage) / WEIGHTS_FILE
 
+    def description(self, stage: str) -> Path:
+        """What is known about these weights."""
+        return self.stage(stage) / WEIGHTS_JSON
+
     @property
     def evaluation(self) -> Path:
         """The result of the evaluate stage."""
@@ -155,6 +160,10 @@ class RunDir:
 
     def checkpoints(self, stage: str) -> Path:
         return self.path / "checkpoints" / stage
+
+    def captures(self, stage: str) -> Path:
+        """States before bad steps of a stage, and records of those steps, for ``replay``."""
+        return self.path / "captures" / stage
 
     def events(self, stage: str) -> Path:
         """Event log of a stage (JSON lines)."""

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from pipeline.errors import CheckpointError
-from pipeline.files import file_digest
+from pipeline.files import DIGEST, file_digest, matches_digest, with_digest, write_json
 
 FORMAT = 1
 MANIFEST_JSON = "manifest.json"
@@ -87,6 +87,10 @@ class Manifest:
             "format": self.format,
         }
 
+    def write(self, directory: Path) -> None:
+        """Write ``manifest.json`` with a digest of its own. Raises OSError."""
+        write_json(directory / MANIFEST_JSON, with_digest(self.to_json()))
+
     @classmethod
     def read(cls, directory: Path) -> Manifest:
         """Read the manifest of a checkpoint directory.
@@ -105,6 +109,10 @@ class Manifest:
                     place=str(path),
                     remedy="resume with the version of this program that wrote it",
                 )
+            # Earlier versions wrote no digest.
+            if not matches_digest(content):
+                raise ValueError("checksum mismatch: it changed after it was written")
+            content.pop(DIGEST, None)
             slices = [TensorSlice(**part) for part in content.pop("pieces")]
             return cls(slices=slices, **content)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -145,6 +153,11 @@ def directory_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(directory: Path) -> int:
+    """The inverse of `directory_of`."""
+    return int(directory.name.removeprefix("step-"))
+
+
 def list_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, directory) of every complete checkpoint, newest first."""
     if not root.is_dir():
@@ -174,13 +187,3 @@ def remove_leftovers(root: Path) -> None:
     if root.is_dir():
         for path in root.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def keep_newest(root: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints. Raises OSError."""
-    for _, path in list_checkpoints(root)[keep:]:
-        # Rename first: deleting takes time, and a crash in between must not leave a directory that
-        # looks like a checkpoint but lacks files. The hidden name counts as a leftover.
-        hidden = path.with_name(f".{path.name}.deleted")
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)

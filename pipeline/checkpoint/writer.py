@@ -24,118 +24,133 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from pipeline.checkpoint.manifest import (
-    MANIFEST_JSON,
-    FileRecord,
-    LoopState,
-    Manifest,
-    TensorSlice,
-    directory_of,
-    keep_newest,
-)
+from pipeline.checkpoint.manifest import LoopState, Manifest, step_of
+from pipeline.checkpoint.rank_file import HostCopy, RankReport
+from pipeline.checkpoint.retention import Retention, delete_checkpoint, delete_others
 from pipeline.errors import CheckpointError, StageError
-from pipeline.files import file_digest, fsync_dir, temporary_name, write_json, write_with
+from pipeline.files import fsync_dir, temporary_name
 
-# Parameter name, its global shape, offset in the flattened parameter, kind, values (1-D).
-Owned = tuple[str, tuple[int, ...], int, str, Tensor]
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as its own error
 
 
-@dataclass(kw_only=True)
-class _RankReport:
-    """Contents of one rank's file; or, in ``failure``, why the file could not be written."""
-
-    failure: str | None = None
-    host: str = ""
-    shapes: dict[str, list[int]] = field(default_factory=dict)
-    kinds: list[str] = field(default_factory=list)
-    slices: list[TensorSlice] = field(default_factory=list)
-    files: dict[str, FileRecord] = field(default_factory=dict)
-
-
-def save(
-    root: Path,
-    step: int,
-    owned: Iterable[Owned],
-    state: LoopState,
-    *,
-    keep: int,
-    may_commit: Callable[[], bool],
-) -> str | None:
-    """Write the checkpoint of ``step``; collective over all ranks. See the steps above.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointWriter:
+    """Writes checkpoints of a stage; every rank has one.
 
     Args:
-        root: directory of the stage's checkpoints.
-        owned: this rank's ranges of parameters.
-        state: state of the training loop, the same on every rank.
-        keep: number of checkpoints to keep.
+        group: process group of its own, over all ranks: the thread that writes must not meet the
+            collective operations of training.
         may_commit: whether this process group is still the newest; rank 0 asks.
-
-    Returns:
-        None if the checkpoint is complete; otherwise why it could not be written, for example
-        because the disk is full. Training may continue: the previous checkpoint stays the newest.
-
-    Raises:
-        StageError: on rank 0, if a newer process group has replaced this one.
-        CheckpointError: on rank 0, if the ranks' ranges do not cover a parameter (a bug).
     """
-    # Steps 1 and 2: the hidden directory.
-    target = directory_of(root, step)
-    temporary = _temporary_directory(target)
-    failure = _on_rank_0(lambda: _make_empty(temporary))
-    if failure is not None:
+
+    group: dist.ProcessGroup
+    may_commit: Callable[[], bool]
+
+    def save(
+        self, target: Path, copy: HostCopy, state: LoopState, retention: Retention
+    ) -> str | None:
+        """Write a checkpoint; collective over all ranks. See the steps above.
+
+        Args:
+            target: its directory, as `directory_of` names it.
+            copy: this rank's ranges of parameters.
+            state: state of the training loop, the same on every rank.
+            retention: which checkpoints stay.
+
+        Returns:
+            None if the checkpoint is complete; otherwise why it could not be written, for example
+            because the disk is full. Training may continue: the previous checkpoint stays the
+            newest.
+
+        Raises:
+            StageError: on rank 0, if a newer process group has replaced this one.
+            CheckpointError: on rank 0, if the ranks' ranges do not cover a parameter (a bug).
+        """
+        # Steps 1 and 2: the hidden directory.
+        temporary = self._temporary_directory(target)
+        failure = self.on_rank_0(lambda: _make_empty(temporary))
+        if failure is not None:
+            return failure
+
+        # Steps 3 and 4: one file per rank. Every rank has all reports and draws the same
+        # conclusion, so all of them enter the next collective or none does.
+        reports = self._write_and_exchange(temporary, copy)
+        failure = next((report.failure for report in reports if report.failure is not None), None)
+        if failure is None:
+            failure = self.on_rank_0(lambda: _require_files(temporary, reports))
+
+        # Steps 5 to 7: the commit.
+        if failure is None:
+            manifest = _manifest(step_of(target), reports, state)
+            failure = self.on_rank_0(lambda: self._commit(temporary, target, manifest))
+
+        # Step 8. After a commit there is no hidden directory any more; after a failure it frees
+        # space.
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if failure is None:
+                # An old checkpoint that cannot be deleted only costs space; the next save retries.
+                with contextlib.suppress(OSError):
+                    delete_others(target.parent, retention)
         return failure
 
-    # Steps 3 and 4: one file per rank. Every rank has all reports and draws the same conclusion,
-    # so all of them enter the next collective or none does.
-    reports = _write_and_exchange(temporary, owned)
-    failure = next((report.failure for report in reports if report.failure is not None), None)
-    if failure is None:
-        failure = _on_rank_0(lambda: _require_files(temporary, reports))
+    def on_rank_0(self, action: Callable[[], None]) -> str | None:
+        """Run ``action`` on rank 0; every rank returns why it failed, or None. Collective."""
+        failure: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except WRITE_ERRORS as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure, src=0, group=self.group)
+        return failure[0]
 
-    # Steps 5 to 7: the commit.
-    if failure is None:
-        failure = _on_rank_0(
-            lambda: _commit(temporary, target, _manifest(step, reports, state), may_commit)
-        )
+    def _temporary_directory(self, target: Path) -> Path:
+        """The same hidden directory on every rank; collective."""
+        name = [temporary_name(target.name)]
+        dist.broadcast_object_list(name, src=0, group=self.group)
+        return target.with_name(name[0])
 
-    # Step 8. After a commit there is no hidden directory any more; after a failure it frees space.
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if failure is None:
-            # An old checkpoint that cannot be deleted only costs space; the next save retries.
-            with contextlib.suppress(OSError):
-                keep_newest(root, keep)
-    return failure
-
-
-def _temporary_directory(target: Path) -> Path:
-    """The same hidden directory on every rank; collective."""
-    name = [temporary_name(target.name)]
-    dist.broadcast_object_list(name, src=0)
-    return target.with_name(name[0])
-
-
-def _on_rank_0(action: Callable[[], None]) -> str | None:
-    """Run ``action`` on rank 0; every rank returns why it failed, or None. Collective."""
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
+    def _write_and_exchange(self, directory: Path, copy: HostCopy) -> list[RankReport]:
+        """Write this rank's file and return the reports of all ranks, by rank. Collective."""
+        rank = dist.get_rank()
         try:
-            action()
+            report = copy.write(directory)
         except WRITE_ERRORS as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    return failure[0]
+            # Not raised: the other ranks are about to enter the collective below and would wait
+            # there.
+            report = RankReport(failure=f"rank {rank}: {error}")
+        reports = [RankReport() for _ in range(dist.get_world_size())]
+        dist.all_gather_object(reports, report, group=self.group)
+        return reports
+
+    def _commit(self, temporary: Path, target: Path, manifest: Manifest) -> None:
+        """Steps 5 to 7 on rank 0."""
+        # A range that no rank owns would be noticed only when somebody resumes: too late.
+        _check_complete(manifest)
+        manifest.write(temporary)
+        if not self.may_commit():
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise StageError(
+                "a newer group of processes has replaced this one, which ends without a checkpoint",
+                place=str(target),
+                remedy="nothing to do: the newer group continues",
+            )
+        # After a crash, a bad step is captured a second time, with the same content.
+        if target.exists():
+            delete_checkpoint(target)
+        # The files are durable already (write_with, write_json). If a crash undoes the rename, the
+        # directory has its hidden name; if not, everything in it is complete.
+        os.rename(temporary, target)
+        fsync_dir(target.parent)
 
 
 def _make_empty(directory: Path) -> None:
@@ -143,49 +158,7 @@ def _make_empty(directory: Path) -> None:
     directory.mkdir(parents=True)
 
 
-def _write_and_exchange(directory: Path, owned: Iterable[Owned]) -> list[_RankReport]:
-    """Write this rank's file and return the reports of all ranks, by rank. Collective."""
-    rank = dist.get_rank()
-    try:
-        report = _write_file(directory, f"rank-{rank:05d}.safetensors", owned)
-    except WRITE_ERRORS as error:
-        # Not raised: the other ranks are about to enter the collective below and would wait there.
-        report = _RankReport(failure=f"rank {rank}: {error}")
-    reports = [_RankReport() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(reports, report)
-    return reports
-
-
-def _write_file(directory: Path, name: str, owned: Iterable[Owned]) -> _RankReport:
-    """Write one rank's file; no file if the rank owns nothing. Raises one of WRITE_ERRORS."""
-    tensors: dict[str, Tensor] = {}
-    # A range is listed once, although each kind (master, exp_avg, ...) stores values for it.
-    slices: dict[tuple[str, int], TensorSlice] = {}
-    shapes: dict[str, list[int]] = {}
-    kinds: dict[str, None] = {}  # a set that keeps the order
-    for parameter, shape, offset, kind, values in owned:
-        # A copy, also of tensors on the CPU: safetensors does not accept shared memory, and the
-        # values are views of one flat buffer.
-        tensors[f"{kind}|{parameter}"] = values.detach().to("cpu", torch.float32, copy=True)
-        slices[parameter, offset] = TensorSlice(
-            name=parameter, offset=offset, length=values.numel(), file=name
-        )
-        shapes[parameter] = list(shape)
-        kinds[kind] = None
-    if not tensors:
-        return _RankReport()
-    path = directory / name
-    write_with(path, lambda temporary: save_file(tensors, temporary))
-    return _RankReport(
-        host=os.uname().nodename,
-        shapes=shapes,
-        kinds=list(kinds),
-        slices=list(slices.values()),
-        files={name: {"bytes": path.stat().st_size, "xxh3": file_digest(path)}},
-    )
-
-
-def _require_files(directory: Path, reports: list[_RankReport]) -> None:
+def _require_files(directory: Path, reports: list[RankReport]) -> None:
     """Raise OSError if a file that a rank has written is not here, on rank 0's machine.
 
     A file is opened rather than looked up: on NFS, only open() asks the server.
@@ -207,7 +180,7 @@ def _require_files(directory: Path, reports: list[_RankReport]) -> None:
                 )
 
 
-def _manifest(step: int, reports: list[_RankReport], state: LoopState) -> Manifest:
+def _manifest(step: int, reports: list[RankReport], state: LoopState) -> Manifest:
     """Merge the reports of all ranks."""
     return Manifest(
         step=step,
@@ -217,26 +190,6 @@ def _manifest(step: int, reports: list[_RankReport], state: LoopState) -> Manife
         files={name: file for report in reports for name, file in report.files.items()},
         state=state,
     )
-
-
-def _commit(
-    temporary: Path, target: Path, manifest: Manifest, may_commit: Callable[[], bool]
-) -> None:
-    """Steps 5 to 7 on rank 0."""
-    # A range that no rank owns would be noticed only when somebody resumes: too late.
-    _check_complete(manifest)
-    write_json(temporary / MANIFEST_JSON, manifest.to_json())
-    if not may_commit():
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StageError(
-            "a newer group of processes has replaced this one, which ends without a checkpoint",
-            place=str(target),
-            remedy="nothing to do: the newer group continues",
-        )
-    # The files are durable already (write_with, write_json). If a crash undoes the rename, the
-    # directory has its hidden name; if not, everything in it is complete.
-    os.rename(temporary, target)
-    fsync_dir(target.parent)
 
 
 def _check_complete(manifest: Manifest) -> None:

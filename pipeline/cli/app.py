@@ -18,6 +18,7 @@ from pipeline.cli import (
     model,
     node,
     prepared_data,
+    replay,
     runs,
     tensorboard,
 )
@@ -68,6 +69,7 @@ app.command("fetch")(runs.fetch)
 app.command("send", hidden=True)(runs.send)
 app.command("doctor")(doctor.doctor)
 app.command("verify")(runs.verify)
+app.command("replay")(replay.replay)
 app.command("predict")(model.predict)
 app.command("schema")(config.schema)
 app.command("explain")(config.explain)

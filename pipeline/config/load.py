@@ -28,6 +28,7 @@ from pipeline.config.yaml_tree.old_names import replace_old_names
 from pipeline.config.yaml_tree.overrides import apply
 from pipeline.config.yaml_tree.reading import Node, read_mapping
 from pipeline.errors import ConfigError
+from pipeline.files import matches_digest_line
 from pipeline.shipped import CONFIGS
 from pipeline.sources import class_lists
 
@@ -95,6 +96,7 @@ def load_job(
     folder = path.resolve().parent
     fragments = references.Fragments(folder)
     tree = references.name_the_dataset(read_mapping(path))
+    _require_unchanged(path)
     # Old names are replaced before files are merged: an old name in run.yaml must override the new
     # one in a recipe.
     tree = replace_old_names(tree, describe.root(), fragments.old_names)
@@ -128,6 +130,18 @@ def load_job(
     origins = _origins(small.job.model_dump(by_alias=True), tree)
     origins |= dict.fromkeys(small.changed_keys, REHEARSE)
     return LoadedJob(job=small.job, origins=origins, path=path, notes=notes + small.notes)
+
+
+def _require_unchanged(path: Path) -> None:
+    """Raise a ConfigError if run.yaml of a run is not as the run wrote it."""
+    # A user's own file has no such line.
+    if not matches_digest_line(path.read_text(encoding="utf-8")):
+        raise ConfigError(
+            "checksum mismatch: it changed after a run wrote it",
+            place=str(path),
+            remedy="rerun the job file that it came from, which writes it again; if you edited it "
+            "on purpose, remove its last line",
+        )
 
 
 def _origins(
@@ -186,7 +200,8 @@ def _with_absolute_paths(tree: Node, folder: Path) -> Node:
     for stage in ORDER:
         tree = _with_path(tree, ("stages", stage, "recipe"), partial(_recipe, folder))
         tree = _with_path(tree, ("stages", stage, "from"), weights_file)
-    return tree
+        tree = _with_path(tree, ("stages", stage, "offload_optimizer"), _folder)
+    return _with_path(tree, ("checkpoints", "mirror"), _folder)
 
 
 def _with_path(tree: Node, key: tuple[str, ...], absolute: Callable[[str], str]) -> Node:
@@ -208,6 +223,12 @@ def _source(dataset: Node, root: str) -> str:
     if "://" in root or (is_hugging_face and not os.path.exists(path)):
         return root
     return os.path.abspath(path)
+
+
+def _folder(path: str) -> str:
+    # A URL stays, and so does a word of the key: none, cpu.
+    is_word = "://" in path or path in ("none", "cpu")
+    return path if is_word else os.path.abspath(os.path.expanduser(path))
 
 
 def _class_list(folder: Path, listed: str) -> str:

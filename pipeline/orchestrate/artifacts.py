@@ -37,7 +37,12 @@ _LARGE = ".parquet"
 
 def stage_dirs(run_dir: RunDir, stage: str) -> list[Path]:
     """The folders that a stage writes, except its logs."""
-    folders = [run_dir.stage(stage), run_dir.checkpoints(stage), run_dir.tensorboard(stage)]
+    folders = [
+        run_dir.stage(stage),
+        run_dir.checkpoints(stage),
+        run_dir.captures(stage),
+        run_dir.tensorboard(stage),
+    ]
     if stage == "export":
         folders.append(run_dir.export)
     return folders

@@ -17,7 +17,7 @@ from pipeline.config.load import LoadedJob
 from pipeline.config.schema import Job
 from pipeline.data.job_dataset import require_cache_room
 from pipeline.errors import Interrupted, PipelineError
-from pipeline.files import write_text
+from pipeline.files import with_digest_line, write_text
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
@@ -25,6 +25,7 @@ from pipeline.orchestrate import artifacts, preflight, resume_policy
 from pipeline.orchestrate.joined_ray import ADDRESS, JoinedRay, joined_ray
 from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.machine_pool import MachinePool
+from pipeline.orchestrate.mirror import Mirror
 from pipeline.orchestrate.ray_session import RaySession, ray_session
 from pipeline.orchestrate.resume_policy import Decision, Resolved
 from pipeline.orchestrate.run_lock import run_lock
@@ -72,6 +73,10 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
             display = Display(console, log_file)
             stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()
+            mirror = Mirror.of(job, run_dir)
+            if mirror is not None and not run_dir.run_json.exists():
+                with stop.at_once():
+                    mirror.restore(display.log)
             run_state = RunState(run_dir, job.name)
             run_state.declare(job_queries.stage_names(job))
             yield JobRunner(
@@ -106,7 +111,7 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
     decisions = judge.judge_all(force=force)
     # run.yaml is for people and for `data show`; resuming compares the settings that each stage
     # keeps for itself.
-    write_text(run.run_dir.run_yaml, render.job_file(run.loaded))
+    write_text(run.run_dir.run_yaml, with_digest_line(render.job_file(run.loaded)))
     # 2. Forced stages lose their results together and now: a forced run that is interrupted in its
     # first stage must not find the later ones done when it resumes.
     for stage in stages if force else ():

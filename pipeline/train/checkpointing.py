@@ -10,25 +10,22 @@ The weights at the start of a stage come from the first of these that exists:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints, remove_leftovers, set_aside
+from pipeline.checkpoint.rank_file import Owned
 from pipeline.checkpoint.reader import CheckpointReader, RangeReader
 from pipeline.checkpoint.weights import backbone_names
-from pipeline.checkpoint.weights_file import write_weights_file
-from pipeline.checkpoint.writer import WRITE_ERRORS, save
 from pipeline.errors import CheckpointError
-from pipeline.layout import WEIGHTS_FILE
 from pipeline.model import NetworkSpec
 from pipeline.reporting import Log
 from pipeline.train.training_state import TrainingState
-from pipeline.train.zero_state import BEST, REPLICATED, ShardedState
+from pipeline.train.zero_state import REPLICATED, ShardedState
 
 
 @dataclass(frozen=True)
@@ -39,65 +36,50 @@ class Restored:
     state: TrainingState
 
 
-def save_checkpoint(
-    root: Path,
-    sharded: ShardedState,
-    step: int,
-    state: TrainingState,
-    *,
-    keep: int,
-    may_commit: Callable[[], bool],
-) -> str | None:
-    """Write the checkpoint of ``step``: weights, moments and EMA of every rank. Collective.
-
-    Returns:
-        None, or why the checkpoint could not be written.
-
-    Raises:
-        StageError: on rank 0, if ``may_commit`` refuses.
-    """
+def owned_ranges(sharded: ShardedState) -> Iterator[Owned]:
+    """What this rank writes into a checkpoint: its share of weights, moments and EMA."""
     # Each rank writes what it owns. Of replicated tensors one copy is enough: rank 0 writes it.
     # Under ZeRO 0 everything is replicated.
-    owned = (
-        (fragment.name, fragment.shape, fragment.offset, kind, values)
-        for fragment, kind, values in sharded.tensors()
-        if dist.get_rank() == 0 or (sharded.zero_stage > 0 and fragment.flat != REPLICATED)
-    )
-    return save(root, step, owned, state.to_json(), keep=keep, may_commit=may_commit)
+    for fragment, kind, values in sharded.tensors():
+        if dist.get_rank() == 0 or (sharded.zero_stage > 0 and fragment.flat != REPLICATED):
+            yield fragment.name, fragment.shape, fragment.offset, kind, values
 
 
 def restore(
-    root: Path, sharded: ShardedState, identity: Mapping[str, object], log: Log
+    root: Path,
+    sharded: ShardedState,
+    identity: Mapping[str, object],
+    log: Log,
+    *,
+    usable: Callable[[int], bool] = lambda done: True,
 ) -> Restored | None:
     """Load the newest checkpoint whose checksums match; None if there is no checkpoint. Collective.
 
     Damaged checkpoints are renamed. All ranks use the same checkpoint.
 
+    Args:
+        usable: whether a checkpoint of so many steps counts.
+
     Raises:
         CheckpointError: the checkpoint belongs to a different run, or none of them can be used.
     """
     refused: dict[Path, str] = {}
-    for directory in _list_on_all_ranks(root):
+    for directory in _list_on_all_ranks(root, usable):
         # 1. Verify. A damaged checkpoint is passed over; the one before it may be intact.
         problem = _verify_on_all_ranks(directory)
         if problem is not None:
             refused[directory] = problem
             continue
         # 2. Check that it belongs to this run, before anything is changed.
-        manifest = Manifest.read(directory)
-        state = TrainingState.from_json(manifest.state)
+        state = TrainingState.from_json(Manifest.read(directory).state)
         _check_identity(state.identity, identity, directory)
         # 3. Rename the damaged ones, now that another one can be used.
         for damaged, reason in refused.items():
             log(f"damaged checkpoint renamed to {damaged.name}.refused: {reason}", "warning")
             if dist.get_rank() == 0:
                 set_aside(damaged)
-        # 4. Load every kind of tensor under its own name.
-        _load(
-            CheckpointReader(directory, manifest), sharded, {kind: kind for kind in manifest.kinds}
-        )
-        sharded.set_step(state.applied_steps)
-        return Restored(manifest.step, state)
+        # 4. Load.
+        return load_checkpoint(directory, sharded)
     if refused:
         newest_problem = next(iter(refused.values()))
         raise CheckpointError(
@@ -109,13 +91,22 @@ def restore(
     return None
 
 
-def _list_on_all_ranks(root: Path) -> list[Path]:
+def load_checkpoint(directory: Path, sharded: ShardedState) -> Restored:
+    """Load a checkpoint that was verified before: every kind of tensor under its own name."""
+    manifest = Manifest.read(directory)
+    state = TrainingState.from_json(manifest.state)
+    _load(CheckpointReader(directory, manifest), sharded, {kind: kind for kind in manifest.kinds})
+    sharded.set_step(state.applied_steps)
+    return Restored(manifest.step, state)
+
+
+def _list_on_all_ranks(root: Path, usable: Callable[[int], bool]) -> list[Path]:
     """The checkpoints that rank 0 finds, newest first, the same list on every rank."""
     # Only rank 0 lists: on a network file system, two ranks may see different folders.
     listed: list[list[Path]] = [[]]
     if dist.get_rank() == 0:
         remove_leftovers(root)
-        listed = [[directory for _, directory in list_checkpoints(root)]]
+        listed = [[directory for step, directory in list_checkpoints(root) if usable(step)]]
     dist.broadcast_object_list(listed, src=0)
     return listed[0]
 
@@ -178,8 +169,27 @@ def load_initial(source: RangeReader, sharded: ShardedState, place: str, log: Lo
     """
     names = backbone_names(source, sharded.shapes, place)
     _load(source, sharded, {}, set(names))
+    _require_finite(sharded, place)
     new = len(sharded.shapes) - len(names)
     log(f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new")
+
+
+def _require_finite(sharded: ShardedState, place: str) -> None:
+    """Raise a CheckpointError on all ranks if a weight is not finite: no step could be applied."""
+    bad = [
+        fragment.name
+        for fragment, kind, values in sharded.tensors()
+        if kind == "master" and not bool(values.isfinite().all())
+    ]
+    names: list[list[str]] = [bad] * dist.get_world_size()
+    dist.all_gather_object(names, bad)
+    first = next((name for rank in names for name in rank), None)
+    if first is not None:
+        raise CheckpointError(
+            f"weight {first} is not finite",
+            place=place,
+            remedy="start from other weights: the training that wrote these has diverged",
+        )
 
 
 @torch.no_grad()
@@ -203,47 +213,3 @@ def _load(
             stored_kind = stored_kinds.get(kind, "master")
             values.copy_(source.read(stored_kind, fragment.name, fragment.offset, fragment.length))
     sharded.copy_to_model(sharded.flats)
-
-
-def write_weights(
-    directory: Path, checkpoint: Path, spec: NetworkSpec, description: WeightsDescription
-) -> None:
-    """Write the result of a stage: complete fp32 weights and their description. Collective.
-
-    The values are the best ones of the checkpoint if ``description.keep`` says so. Otherwise they
-    are its EMA, or the weights themselves if it has none. Rank 0 writes. ``description`` is
-    completed with what the checkpoint knows.
-
-    Raises:
-        CheckpointError: on all ranks, if they cannot be written.
-    """
-    failure: list[CheckpointError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            _write_weights(directory, checkpoint, spec, description)
-        except CheckpointError as error:
-            failure = [error]
-        except WRITE_ERRORS as error:
-            failure = [
-                CheckpointError(
-                    f"the weights cannot be written: {error}",
-                    place=str(directory),
-                    remedy="free some disk space, then rerun the same command: it trains no step "
-                    "a second time",
-                )
-            ]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
-
-
-def _write_weights(
-    directory: Path, checkpoint: Path, spec: NetworkSpec, description: WeightsDescription
-) -> None:
-    manifest = Manifest.read(checkpoint)
-    reader = CheckpointReader(checkpoint, manifest)
-    kind = "ema" if "ema" in manifest.kinds else "master"
-    stored_kind = BEST if description.keep == "best" else kind
-    tensors = {name: reader.full(stored_kind, name) for name in sorted(manifest.shapes)}
-    write_weights_file(directory / WEIGHTS_FILE, tensors)
-    replace(description, network=asdict(spec), weights=kind).write(directory)

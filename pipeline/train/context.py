@@ -23,7 +23,9 @@ from pipeline.runtime.dist_env import DistEnv
 from pipeline.train.alpha_clamp import clamp_alpha, smallest_alpha
 from pipeline.train.ema import ema_update
 from pipeline.train.engine import DeepSpeedEngine
+from pipeline.train.guard import Guard
 from pipeline.train.loss import Loss, compound_terms
+from pipeline.train.loss_scale import LossScale
 from pipeline.train.metrics import Metrics
 from pipeline.train.optimizer import set_learning_rate
 from pipeline.train.schedule import Schedule
@@ -117,6 +119,8 @@ class StepContext:
     device_augment: DeviceAugment
     metrics: Metrics
     self_check: SelfCheck
+    guard: Guard
+    loss_scale: LossScale
     seed: int
     ema_decay: float
     log_every_steps: int

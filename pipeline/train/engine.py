@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.schema import TrainConfig
+from pipeline.errors import StageError
 from pipeline.model import Network, NetworkSpec, Output
 from pipeline.model.column import Level
 from pipeline.runtime import environment
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.train.optimizer import make_optimizer
 
+_COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+SMALLEST_LOSS_SCALE = 1
 REDUCE_BUCKET = 500_000_000  # elements: DeepSpeed's default
 
 
@@ -87,7 +90,7 @@ def deepspeed_config(
         parameters: of the whole network; no communication buffer needs to hold more.
         largest_level: parameters of the largest level of any column.
     """
-    zero: dict[str, int] = {
+    zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": min(parameters, REDUCE_BUCKET),
     }
@@ -102,6 +105,9 @@ def deepspeed_config(
             "stage3_max_live_parameters": 4 * largest_level,
             "stage3_param_persistence_threshold": 0,
         }
+    if config.offload_optimizer != "none":
+        # Page-locked memory, where there is a GPU that copies to it.
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_initialized()}
     settings: dict[str, Any] = {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -111,6 +117,7 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16", "min_loss_scale": SMALLEST_LOSS_SCALE},
         "zero_optimization": zero,
         # DeepSpeed's own throughput timer waits for the device twice per micro-batch.
         "timers": {"throughput": {"enabled": False}},
@@ -118,7 +125,7 @@ def deepspeed_config(
     # By default, gradients accumulate in the dtype of the network. A bf16 sum of 32 micro-batches
     # is off by almost 1%, because each addition keeps 8 significant bits. Under ZeRO-1 with bf16
     # the setting would select DeepSpeed's BF16_Optimizer, whose state is laid out differently; the
-    # configuration check refuses accumulation there, so nothing is added up in bf16.
+    # configuration check refuses accumulation there, so nothing is added up in 16 bits.
     if config.zero_stage != 1:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
@@ -145,6 +152,13 @@ def make_engine(
     The initial weights depend on ``seed`` only, so they are the same on every rank.
     """
     deepspeed = _import_deepspeed(dist_env, device)
+    if (
+        config.precision == "fp16"
+        and not deepspeed.accelerator.get_accelerator().is_fp16_supported()
+    ):
+        raise StageError(
+            "this processor cannot compute in fp16", remedy="precision: bf16, or train on a GPU"
+        )
     torch.manual_seed(seed)
     if config.zero_stage == 3:
         # The sizes do not matter yet: this configuration is only for partitioning.
@@ -162,7 +176,7 @@ def make_engine(
             model = Network(spec)
     else:
         model = Network(spec).to(device)
-    model.compute_in(torch.bfloat16 if config.precision == "bf16" else None)
+    model.compute_in(_COMPUTE_DTYPES[config.precision])
     levels = [module for module in model.modules() if isinstance(module, Level)]
     settings = deepspeed_config(
         config,

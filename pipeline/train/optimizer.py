@@ -5,6 +5,7 @@ Groups differ by depth (layer decay) and by whether weight decay applies.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ class SkipNonfinite(torch.optim.Optimizer):
     """
 
     overflow = False  # DeepSpeed reads this attribute: the engine counts the step as skipped
+    refuses: Callable[[float], bool] | None = None  # see engine_hooks
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         gradients: list[Tensor] = [
@@ -34,7 +36,10 @@ class SkipNonfinite(torch.optim.Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.overflow = not math.isfinite(norm)
+        if not self.overflow and self.refuses is not None:
+            self.overflow = self.refuses(norm)
         return None if self.overflow else super().step(closure)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.errors import StageError
 from pipeline.model import Network
 from pipeline.model.consistency import Consistency
+from pipeline.model.fixed_point import MAX_INTEGER
 
 MAX_RETRIES = 3  # of one step
 
@@ -62,6 +63,7 @@ class SelfCheck:
         network.skip_on_overflow = True
         network.skip_on_mismatch = on_mismatch != "warn"
         self._collected: Consistency | None = None
+        self._warn_from = 0.25  # of the range of the stream
 
     def add(self) -> Tensor:
         """Add the record of the last micro-batch; its mismatched elements (int64 scalar).
@@ -96,6 +98,15 @@ class SelfCheck:
         mismatches = self.read() if mismatched else []
         self._collected = None
         return float(max_abs), mismatches
+
+    def headroom_warning(self, max_abs: float) -> str:
+        """A warning each time the stream has grown to half of what is left of its range, or ''."""
+        end = MAX_INTEGER / 2**self.network.spec.fraction_bits
+        if max_abs < self._warn_from * end:
+            return ""
+        # 1/4, 1/2, 3/4, 7/8, ... of the range.
+        self._warn_from = 0.5 if self._warn_from < 0.5 else (1 + self._warn_from) / 2
+        return f"values of the stream have grown to {max_abs:.0f}; from {end:.0f} on steps are lost"
 
     def read(self) -> list[Mismatch]:
         """Mismatches of all ranks since the last call; resets the collection.

@@ -14,16 +14,20 @@ from pipeline.data.order import order_of
 from pipeline.model import NetworkSpec
 from pipeline.monitor.recorder import Recorder
 from pipeline.optimizers import registry
-from pipeline.train.checkpointing import Restored, load_initial, restore
+from pipeline.train.checkpointing import load_initial, restore
 from pipeline.train.context import StageContext, StageLog, StepContext
 from pipeline.train.engine import DeepSpeedEngine, make_engine
+from pipeline.train.engine_hooks import judge_updates
+from pipeline.train.guard import Guard
+from pipeline.train.loss_scale import LossScale
 from pipeline.train.metrics import Metrics
 from pipeline.train.network_spec import training_spec
+from pipeline.train.offload import allocator
 from pipeline.train.schedule import Schedule
 from pipeline.train.selection import Selection, selection_of
 from pipeline.train.self_check import SelfCheck
 from pipeline.train.step import TrainingStep
-from pipeline.train.training_state import MetricsHistory
+from pipeline.train.training_state import MetricsHistory, TrainingState
 from pipeline.train.zero_state import ShardedState
 
 
@@ -39,6 +43,11 @@ class StageSetup:
     resumed: bool  # from a checkpoint of this stage
     replaced_samples: int  # until the checkpoint
 
+    @property
+    def first_data_step(self) -> int:
+        """The step of the data to begin with: later by the images that the guard leaves out."""
+        return self.first_step + self.step.context.guard.state.shift
+
 
 def set_up(context: StageContext, log: StageLog) -> StageSetup:
     """Build everything that the training loop needs. Collective.
@@ -46,8 +55,37 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
     Raises:
         CheckpointError: a checkpoint or initial weights cannot be used.
     """
+    # 1. The network under DeepSpeed, with random weights, and the parts of a step.
+    selection = selection_of(context, log)
+    spec, step = build(context, log, with_best=selection is not None)
+    sharded = step.context.state
+    # 2. The weights of a checkpoint or of another stage.
+    restored = restore(context.checkpoints, sharded, context.identity(spec), log)
+    attach_recorder(context, log, restored.step if restored else 0)
+    if restored is not None:
+        log(f"resuming from step {restored.step}")
+    else:
+        _load_initial(context, sharded, log)
+    # 3. The counts of the checkpoint.
+    history = MetricsHistory()
+    if restored is not None:
+        continue_from(restored.state, step, history)
+    return StageSetup(
+        spec=spec,
+        step=step,
+        history=history,
+        selection=selection,
+        first_step=restored.step if restored else 0,
+        resumed=restored is not None,
+        replaced_samples=restored.state.replaced_samples if restored else 0,
+    )
+
+
+def build(
+    context: StageContext, log: StageLog, *, with_best: bool
+) -> tuple[NetworkSpec, TrainingStep]:
+    """The network with random weights under DeepSpeed, and its training step. Collective."""
     config = context.config
-    # 1. The network under DeepSpeed, with random weights.
     micro_batch, accumulation = job_queries.batches(config, context.dist_env.size)
     spec = training_spec(context.job, config, context.num_classes)
     engine = make_engine(
@@ -58,29 +96,22 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
         seed=context.job.seed,
         device=context.device,
     )
-    # 2. The weights of a checkpoint or of another stage.
-    selection = selection_of(context, log)
-    sharded = _sharded_state(engine, config, with_best=selection is not None)
-    restored = restore(context.checkpoints, sharded, context.identity(spec), log)
-    _attach_recorder(context, log, restored)
-    if restored is None:
-        _load_initial(context, sharded, log)
-    # 3. The parts of a step, with the counts of the checkpoint.
     positions = len(spec.supervised_columns)
     metrics = Metrics(positions, positions - 1, context.device)
-    state = None if restored is None else restored.state
-    if state is not None and state.metric_sums is not None:
-        metrics.restore(state.metric_sums)
+    guard = Guard(config.guard, context.device)
+    judge_updates(engine, guard.refuses)
     step = TrainingStep(
         context=StepContext(
             engine=engine,
-            state=sharded,
+            state=_sharded_state(engine, config, with_best=with_best),
             schedule=Schedule.of(config, len(context.data.split("train"))),
             device_augment=DeviceAugment(
                 config.augment, context.num_classes, context.job.seed, train=True
             ),
             metrics=metrics,
             self_check=SelfCheck(engine.module, config.on_mismatch, context.device),
+            guard=guard,
+            loss_scale=LossScale(engine),
             seed=context.job.seed,
             ema_decay=config.ema_decay,
             log_every_steps=config.log_every_steps,
@@ -88,18 +119,21 @@ def set_up(context: StageContext, log: StageLog) -> StageSetup:
             log=log,
         ),
         accumulation=accumulation,
-        applied_steps=state.applied_steps if state else 0,
-        retried_steps=state.retried_steps if state else 0,
     )
-    return StageSetup(
-        spec=spec,
-        step=step,
-        history=MetricsHistory.of(state),
-        selection=selection,
-        first_step=restored.step if restored else 0,
-        resumed=restored is not None,
-        replaced_samples=state.replaced_samples if state else 0,
-    )
+    return spec, step
+
+
+def continue_from(state: TrainingState, step: TrainingStep, history: MetricsHistory) -> None:
+    """Continue with the state of a checkpoint whose tensors are loaded."""
+    context = step.context
+    if state.metric_sums is not None:
+        context.metrics.restore(state.metric_sums)
+    context.loss_scale.restore(state.loss_scale)
+    context.guard.state = state.guard
+    step.applied_steps = state.applied_steps
+    step.retried_steps = state.retried_steps
+    history.evaluations = list(state.evaluations)
+    history.last_metrics = state.last_metrics
 
 
 def _sharded_state(
@@ -110,13 +144,13 @@ def _sharded_state(
         moments=registry.kind(config.optimizer).moments,
         with_ema=bool(config.ema_decay),
         with_best=with_best,
+        allocate=allocator(config.offload_optimizer),
     )
 
 
-def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | None) -> None:
+def attach_recorder(context: StageContext, log: StageLog, resume_step: int) -> None:
     """Open the stage's event log on rank 0, at the step that training resumes from."""
     if context.dist_env.is_main:
-        resume_step = restored.step if restored else 0
         recorder = Recorder(
             context.run_dir,
             context.stage,
@@ -125,8 +159,6 @@ def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | 
         )
         recorder.job(plain_job_file(context.job))
         log.attach(recorder)
-    if restored is not None:
-        log(f"resuming from step {restored.step}")
 
 
 def _load_initial(context: StageContext, sharded: ShardedState, log: StageLog) -> None:

@@ -16,15 +16,17 @@ from torch import Tensor
 from pipeline.data.device import DeviceBatch
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.train.context import StepContext
+from pipeline.train.loss_scale import LossScaleState
 from pipeline.train.metrics import MetricsMark
 from pipeline.train.self_check import Mismatch
 
 
 @dataclass(frozen=True)
 class StepSnapshot:
-    """What micro-batches change even if the update is refused: metrics and BatchNorm statistics."""
+    """What changes even if the update is refused: metrics, BatchNorm statistics, the loss scale."""
 
     metrics: MetricsMark
+    loss_scale: LossScaleState
     running_statistics: list[Tensor]
 
 
@@ -37,6 +39,7 @@ class TrainingStep:
     applied_steps: int = 0
     retried_steps: int = 0
     last_step_skipped: bool = False
+    last_step_spiked: bool = False
     # Called once, with the next micro-batch as the network receives it.
     on_next_batch: Callable[[Batch, DeviceBatch], None] | None = None
 
@@ -50,7 +53,8 @@ class TrainingStep:
         snapshot = self._snapshot()
         attempt = 1
         while not self._try(loader):
-            # The engine refused the update because the gradients are not finite. Two causes:
+            # The engine refused the update. Three causes:
+            #  - the guard calls the step a spike: skip;
             #  - the self-check found wrong arithmetic, usually of the hardware: the same images may
             #    succeed a second time, so retry;
             #  - the loss itself overflowed: the same images would overflow again, so skip.
@@ -59,22 +63,26 @@ class TrainingStep:
             # overflow would spoil every evaluation that follows.
             self._restore_statistics(snapshot)
             if not self.context.self_check.should_retry(mismatches, step, attempt):
-                self._skip(step, mismatches)
+                self._skip(step, mismatches, snapshot)
                 return
             if attempt == 1:  # count steps, not attempts
                 self.retried_steps += 1
             self.context.log_mismatches(mismatches, f"step {step + 1}: retrying")
             self.context.metrics.rollback(snapshot.metrics)
+            self.context.loss_scale.restore(snapshot.loss_scale)
             # The failure may have been a remainder that outgrew its width: measure again.
             self.context.set_remainder_widths()
-            loader.rewind(step)
+            loader.rewind(step + self.context.guard.state.shift)
             attempt += 1
         self.applied_steps += 1
         self.context.after_update(step)
+        self._warn_of_spike(step)
+        self.context.guard.applied(step)
         self.last_step_skipped = False
 
     def _try(self, loader: TrainLoader) -> bool:
         """Run all micro-batches once. True if the engine applied the update."""
+        self.context.guard.begin()
         batches: Iterator[Batch] = iter(loader)
         for _ in range(self.accumulation):
             self._micro_batch(next(batches))
@@ -89,21 +97,45 @@ class TrainingStep:
             self.on_next_batch = None
         output = context.engine(inputs.images, context.drop_path_draws(batch))
         loss = context.loss(output, inputs)
+        context.guard.add(loss.total)
         context.engine.backward(loss.total)
         # Between the backward pass and the next forward pass, which starts a new record.
         mismatched = context.self_check.add()
         context.metrics.add(loss, output, inputs.targets, mismatched)
         context.engine.step()  # updates the weights after the last micro-batch only
 
-    def _skip(self, step: int, mismatches: list[Mismatch]) -> None:
+    def _skip(self, step: int, mismatches: list[Mismatch], snapshot: StepSnapshot) -> None:
+        context = self.context
+        reason = context.guard.reason
+        if reason or mismatches:
+            # Neither says anything about the scale of the loss.
+            context.loss_scale.restore(snapshot.loss_scale)
+        else:
+            loss_is_finite = context.guard.loss_is_finite()
+            if loss_is_finite and context.loss_scale.explains_overflow:
+                return  # fp16 looks for the largest scale that works: no bad step
+            reason = "the gradients are" if loss_is_finite else "the loss is"
+            reason += " not finite"
+        context.guard.skipped(step, reason or str(mismatches[0]))
         # In a run of bad steps, log the first one only: the metric counts them.
         if not self.last_step_skipped:
-            self.context.log_mismatches(mismatches, f"step {step + 1}: skipped")
+            context.log_mismatches(mismatches, f"step {step + 1}: skipped")
+            if not mismatches:
+                context.log(f"step {step + 1}: skipped: {reason}", "warning")
         self.last_step_skipped = True
+
+    def _warn_of_spike(self, step: int) -> None:
+        """Log a spike that was trained on, under ``on_spike: warn``; the first one of a row."""
+        guard = self.context.guard
+        if guard.reason and not self.last_step_spiked:
+            self.context.log(f"step {step + 1}: {guard.reason}", "warning")
+        self.last_step_spiked = bool(guard.reason)
 
     def _snapshot(self) -> StepSnapshot:
         statistics = [buffer.clone() for buffer in self.context.running_statistics()]
-        return StepSnapshot(self.context.metrics.mark(), statistics)
+        return StepSnapshot(
+            self.context.metrics.mark(), self.context.loss_scale.state(), statistics
+        )
 
     @torch.no_grad()
     def _restore_statistics(self, snapshot: StepSnapshot) -> None:

@@ -11,28 +11,29 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from pipeline.checkpoint.description import WeightsDescription
-from pipeline.checkpoint.manifest import directory_of
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import Job
 from pipeline.data.device import DeviceAugment, DeviceBatch
 from pipeline.data.job_dataset import open_job_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.network_inputs import batch_sheet, network_inputs
-from pipeline.errors import CheckpointError, Interrupted, StageError
+from pipeline.errors import Interrupted
 from pipeline.evaluate.accuracy import Evaluation, validate
-from pipeline.evaluate.metrics import COMPARED, LOSS, TOP1, tagged
+from pipeline.evaluate.metrics import TOP1, tagged
 from pipeline.evaluate.pictures import record_samples
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
-from pipeline.train.checkpointing import save_checkpoint, write_weights
+from pipeline.train.capture import write_record
 from pipeline.train.context import StageContext, StageLog
 from pipeline.train.ema import ema_weights
 from pipeline.train.fence import Fence
 from pipeline.train.preemption import CollectiveStop
 from pipeline.train.replaced_samples import ReplacedSamples
+from pipeline.train.result import write_result
+from pipeline.train.rewind import rewind
+from pipeline.train.saving import CheckpointSaver
 from pipeline.train.setup import StageSetup, set_up, train_loader
 from pipeline.train.step_errors import settings_named
 from pipeline.train.throughput import Throughput
@@ -76,13 +77,17 @@ def train_stage(
                 # A finished stage needs no loader. A stage without a single step does: the loader
                 # reports that the dataset is smaller than a batch.
                 if not setup.resumed or setup.first_step < context.total_steps:
-                    with train_loader(context, setup.first_step) as loader:
+                    with train_loader(context, setup.first_data_step) as loader:
                         trainer = Trainer(
                             context=context, setup=setup, loader=loader, log=log, fence=fence
                         )
                         trainer.show_first_batch()
-                        trainer.run(CollectiveStop(stop))
-            return _write_result(context, setup, log)
+                        try:
+                            trainer.run(CollectiveStop(stop))
+                        except BaseException:
+                            trainer.saver.abandon()
+                            raise
+            return write_result(context, setup, log)
         finally:
             log.close()
 
@@ -98,6 +103,8 @@ class Trainer:
     fence: Fence
     replaced: ReplacedSamples = field(init=False)
     throughput: Throughput = field(init=False)
+    saver: CheckpointSaver = field(init=False)
+    checkpoint_every: int = field(init=False)  # steps; by default an epoch
     logged_step: int = field(init=False)  # steps done at the last log
 
     def __post_init__(self) -> None:
@@ -108,6 +115,16 @@ class Trainer:
         )
         self.throughput = Throughput(self.loader, self.setup.first_step)
         self.logged_step = self.setup.first_step
+        every = self.context.config.checkpoint_every_steps
+        self.checkpoint_every = every or self.loader.steps_per_epoch
+        self.saver = CheckpointSaver(
+            context=self.context,
+            sharded=self.step.context.state,
+            every=self.checkpoint_every,
+            selection=self.setup.selection,
+            fence=self.fence,
+            log=self.log,
+        )
 
     def show_first_batch(self) -> None:
         """Show the next batch in TensorBoard, as the network receives it."""
@@ -134,14 +151,17 @@ class Trainer:
         """
         config = self.context.config
         total_steps = self.context.total_steps
-        # Steps between evaluations and between checkpoints. By default one checkpoint per epoch.
         evaluate_every = max(1, round(config.eval_every_epochs * self.loader.steps_per_epoch))
-        checkpoint_every = config.checkpoint_every_steps or self.loader.steps_per_epoch
         self.step.context.set_remainder_widths()
-        for step in range(self.setup.first_step, total_steps):
+        done = self.setup.first_step  # steps as users count them, from 1
+        while done < total_steps:
             self.step.context.engine.train()
-            self.step.run(step, self.loader)
-            done = step + 1  # steps as users count them, from 1
+            self.step.run(done, self.loader)
+            self._capture(done)
+            if self.step.context.guard.must_rewind:
+                done = self._rewind(done)
+                continue
+            done += 1
             last = done == total_steps
             if done % config.log_every_steps == 0 or last:
                 self._log_metrics(done)
@@ -153,9 +173,12 @@ class Trainer:
             # Asked after the last step too, although the answer no longer matters: a pending
             # reduction needs all ranks.
             stopping = stop.after_step() and not last
-            if done % checkpoint_every == 0 or last or stopping:
+            if done % self.checkpoint_every == 0 or last or stopping:
                 with self.throughput.paused():
-                    self._save_checkpoint(done, last)
+                    self.saver.save(done, self._state())
+            self.saver.report()
+            if last or stopping:
+                self.saver.finish(needed=last)
             if stopping:
                 stop.close()
                 raise Interrupted(
@@ -163,6 +186,23 @@ class Trainer:
                     remedy="rerun the same command to resume",
                 )
         stop.close()
+
+    def _capture(self, step: int) -> None:
+        """Keep what is needed to replay a step (0-based), if it is bad. Collective."""
+        guard = self.step.context.guard
+        if step in guard.state.bad_steps and guard.wants_capture(step):
+            self.saver.capture(step, self._state())
+            write_record(self.context, self.step, self.loader, step)
+            self.loader.rewind(step + 1 + guard.state.shift)
+
+    def _rewind(self, step: int) -> int:
+        """Return to an earlier checkpoint; the steps that it has done. Collective."""
+        self.saver.finish(needed=False)
+        done = rewind(self.context, self.setup, self.log, step, self.checkpoint_every)
+        self.loader.rewind(done + self.step.context.guard.state.shift)
+        self.throughput = Throughput(self.loader, done)
+        self.logged_step = done
+        return done
 
     def _log_metrics(self, done: int) -> None:
         """Log the metrics of the steps since the last log. Collective; waits for the device."""
@@ -186,6 +226,9 @@ class Trainer:
         context.log_mismatches(
             mismatches, f"mismatch ignored since step {first} (on_mismatch: warn)"
         )
+        warning = context.self_check.headroom_warning(max_abs)
+        if warning:
+            self.log(warning, "warning")
         replaced_samples = self.replaced.count()
         for reason in self.replaced.new_reasons():
             self.log(
@@ -260,79 +303,17 @@ class Trainer:
         ) as loader:
             return validate(engine, loader, normalise, context.device, config.image_size)
 
-    def _save_checkpoint(self, done: int, last: bool) -> None:
-        """Write a checkpoint; if that fails, only the last one ends the stage. Collective."""
-        state = TrainingState(
+    def _state(self) -> TrainingState:
+        """The state of the loop for a checkpoint. Collective."""
+        return TrainingState(
             identity=self.context.identity(self.setup.spec),
             applied_steps=self.step.applied_steps,
+            world_size=self.context.dist_env.size,
             retried_steps=self.step.retried_steps,
             replaced_samples=self.replaced.count(),
             metric_sums=self.step.context.metrics.state(),
-            evaluations=self.history.evaluations,
+            evaluations=list(self.history.evaluations),
             last_metrics=self.history.last_metrics,
+            loss_scale=self.step.context.loss_scale.state(),
+            guard=self.step.context.guard.state,
         )
-        root = self.context.checkpoints
-        try:
-            failure = save_checkpoint(
-                root,
-                self.step.context.state,
-                done,
-                state,
-                keep=self.context.config.keep_checkpoints,
-                may_commit=self.fence.may_commit,
-            )
-        except StageError:
-            # The commit was refused: by a newer group, or because the generation file is missing.
-            self.fence.require_file()
-            raise
-        if failure is None:
-            self.log(f"checkpoint at step {done} written")
-        elif last:
-            raise CheckpointError(
-                f"the final checkpoint cannot be written: {failure}",
-                place=str(root),
-                remedy="free some disk space, or mount the run directory on every machine; then "
-                "rerun the same command: it resumes from the checkpoint before",
-            )
-        else:
-            self.log(
-                f"checkpoint at step {done} could not be written, training continues: {failure}",
-                "warning",
-            )
-
-
-def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> dict[str, float]:
-    """Write the stage's weights, from its last checkpoint, and return its metrics. Collective."""
-    config = context.config
-    evaluations = setup.history.evaluations
-    selection = setup.selection
-    evaluation = evaluations[-1] if selection is None else selection.best(evaluations)
-    step = context.total_steps if selection is None else int(evaluation["step"])
-    # "loss" stays that of training: the evaluation's is in the event log.
-    metrics = {
-        **setup.history.last_metrics,
-        **{name: value for name, value in evaluation.items() if name not in ("step", LOSS)},
-        "steps": float(context.total_steps),
-    }
-    if selection is not None:
-        metrics["kept_step"] = float(step)
-        log(
-            f"kept the weights of step {step}: top-1 {evaluation[selection.metric]:.1%} on the "
-            f"{selection.split} split, the best of {len(evaluations)} evaluations"
-        )
-    description = WeightsDescription(
-        classes=context.data.classes,
-        image_size=config.image_size,
-        resize=config.eval_resize,
-        precision=config.precision,
-        data=context.data.fingerprint,
-        metrics=metrics,
-        step=step,
-        keep=config.keep if selection is not None else "last",
-        selection_split=selection.split if selection is not None else None,
-    )
-    checkpoint = directory_of(context.checkpoints, context.total_steps)
-    write_weights(context.run_dir.stage(context.stage), checkpoint, setup.spec, description)
-    if log.recorder is not None:
-        log.recorder.hparams(job_queries.hyperparameters(context.job, context.stage), COMPARED)
-    return metrics

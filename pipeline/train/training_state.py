@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from pipeline.train.guard import GuardState
+from pipeline.train.loss_scale import LossScaleState
 from pipeline.train.metrics import MetricSums
 
 # Keys of earlier versions -> the field that replaced them.
@@ -27,11 +29,14 @@ class TrainingState:
 
     identity: dict[str, object]  # what a run that resumes must agree with
     applied_steps: int  # optimizer updates; skipped steps are not among them
+    world_size: int = 1  # of the group that wrote it; another one may resume
     retried_steps: int = 0
     replaced_samples: int = 0
     metric_sums: MetricSums | None = None  # since the last log
     evaluations: list[dict[str, float]] = field(default_factory=list)
     last_metrics: dict[str, float] = field(default_factory=dict)  # of the newest log
+    loss_scale: LossScaleState = field(default_factory=dict)  # of fp16, else empty
+    guard: GuardState = field(default_factory=GuardState)
 
     def to_json(self) -> dict[str, Any]:
         """The record as it lies in the manifest."""
@@ -44,6 +49,8 @@ class TrainingState:
         sums = values.get("metric_sums")
         if sums is not None:
             values["metric_sums"] = MetricSums(**sums)
+        if "guard" in values:
+            values["guard"] = GuardState(**values["guard"])
         known = {known.name for known in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
@@ -54,8 +61,3 @@ class MetricsHistory:
 
     evaluations: list[dict[str, float]] = field(default_factory=list)
     last_metrics: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, state: TrainingState | None) -> MetricsHistory:
-        """The history in a checkpoint; empty without one."""
-        return cls() if state is None else cls(state.evaluations, state.last_metrics)

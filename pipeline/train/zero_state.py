@@ -32,6 +32,7 @@ from torch.nn import Parameter
 
 from pipeline.optimizers.flat_layout import FlatLayout, ParameterwiseOptimizer, Segment
 from pipeline.train.engine import DeepSpeedEngine
+from pipeline.train.offload import Allocate, zeros_beside
 
 BEST = "best"  # kind of the best weights so far
 REPLICATED = -1  # ``Fragment.flat`` of a tensor that every rank holds completely
@@ -66,6 +67,7 @@ class ShardedState:
             the current weights.
         with_best: keep a copy of the best weights so far (``remember_best`` replaces it), on the
             host. Until the first call it has no meaning.
+        allocate: makes the tensors that only the update reads: moments and average.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ShardedState:
         moments: Sequence[str],
         with_ema: bool,
         with_best: bool = False,
+        allocate: Allocate = zeros_beside,
     ) -> None:
         self.engine = engine
         self.moments = moments
@@ -96,8 +99,10 @@ class ShardedState:
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())
         self._share_layout()
-        self._reset_moments()
-        self.ema = [flat.detach().clone() for flat in self.flats] if with_ema else None
+        self._reset_moments(allocate)
+        self.ema = None
+        if with_ema:
+            self.ema = [allocate(flat.detach()).copy_(flat.detach()) for flat in self.flats]
         # Not on the device: its memory decides how large a network can be.
         self.best = [_host_copy(flat) for flat in self.flats] if with_best else None
         self._best_buffers = {name: _host_copy(buffer) for name, buffer in self.buffers.items()}
@@ -174,7 +179,7 @@ class ShardedState:
         """The keys of the optimizer's state, parallel to ``flats``."""
         return list(self.parameters.values()) if self.zero_stage == 0 else self.flats
 
-    def _reset_moments(self) -> None:
+    def _reset_moments(self, allocate: Allocate) -> None:
         """Set moments and step count to zero.
 
         DeepSpeed takes a step on zero gradients when it creates some of its optimizers.
@@ -182,7 +187,7 @@ class ShardedState:
         for key in self._state_keys():
             self._optimizer.state[key] = {
                 "step": torch.zeros((), dtype=torch.float32),
-                **{moment: torch.zeros_like(key, dtype=torch.float32) for moment in self.moments},
+                **{moment: allocate(key.detach()) for moment in self.moments},
             }
 
     def set_step(self, step: int) -> None:

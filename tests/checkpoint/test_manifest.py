@@ -17,14 +17,14 @@ from pipeline.checkpoint.manifest import (
     FileRecord,
     Manifest,
     TensorSlice,
-    keep_newest,
     list_checkpoints,
     remove_leftovers,
     set_aside,
 )
 from pipeline.checkpoint.reader import CheckpointReader, WeightsReader
+from pipeline.checkpoint.retention import Retention, delete_others
 from pipeline.errors import CheckpointError
-from pipeline.files import file_digest, write_json
+from pipeline.files import file_digest, json_digest
 
 TOTAL = 60
 
@@ -50,7 +50,7 @@ def write(directory: Path, cuts: list[int], missing: int = -1) -> torch.Tensor:
     manifest = Manifest(
         step=7, shapes={"p": [3, 20]}, kinds=["master"], slices=slices, files=files, state={}
     )
-    write_json(directory / "manifest.json", manifest.to_json())
+    manifest.write(directory)
     return whole
 
 
@@ -116,6 +116,7 @@ def test_manifest_file_has_the_keys_of_format_1(tmp_path: Path) -> None:
     write(tmp_path / "c", [])
     path = tmp_path / "c" / "rank-00000.safetensors"
     stored = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert stored.pop("digest") == json_digest(stored)
     assert stored == {
         "step": 7,
         "shapes": {"p": [3, 20]},
@@ -140,7 +141,7 @@ def test_only_complete_checkpoints_are_listed_and_the_newest_kept(tmp_path: Path
     assert [step for step, _ in list_checkpoints(tmp_path)] == [12, 8, 4]
     assert set_aside(tmp_path / "step-00000012").name == "step-00000012.refused"
     remove_leftovers(tmp_path)
-    keep_newest(tmp_path, 1)
+    delete_others(tmp_path, Retention(last=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "other",
         "step-00000008",

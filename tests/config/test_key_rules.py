@@ -66,8 +66,12 @@ DECISIONS: dict[tuple[str, ...], str] = {
         cluster.prefetch_mib data.<name>.root data.<name>.prepared data.<name>.max_rejected
         stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
+        stages.train.offload_optimizer checkpoints.mirror
+        stages.train.guard.window stages.train.guard.max_skipped stages.train.guard.max_rewinds
+        stages.train.guard.on_spike stages.train.guard.spike_score
         stages.train.eval_every_epochs stages.train.eval_resize stages.train.log_every_steps
-        stages.train.checkpoint_every_steps stages.train.keep_checkpoints
+        stages.train.checkpoint_every_steps stages.train.keep_checkpoints.last
+        stages.train.keep_checkpoints.every_steps stages.train.keep_checkpoints.best
         stages.evaluate.data stages.evaluate.from stages.evaluate.batch stages.export.from
     """,
     ("prepare",): """

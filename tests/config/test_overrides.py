@@ -244,7 +244,8 @@ def settable() -> list[tuple[str, st.SearchStrategy[Any]]]:
             not key.keys
             and not key.section
             and key.expectation != "text"
-            and not dotted.endswith((".data", "device"))
+            # A cache needs its folder, too.
+            and not dotted.endswith((".data", "device", "shard_cache.max_gib"))
         ):
             keys.append((dotted, values(key.schema)))
     return keys

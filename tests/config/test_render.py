@@ -34,7 +34,7 @@ def test_dry_run_shows_values_origins_and_plan(
     assert by_words["epochs: 3"].split("  # ")[1] == "job.yaml:10"
     columns_origin = by_words["columns: 4"].split("  # ")[1]
     assert columns_origin.endswith("configs/model/revcol_quickstart.yaml:5")
-    assert by_words["keep_checkpoints: 2"].split("  # ")[1] == "default"
+    assert by_words["log_every_steps: 10"].split("  # ")[1] == "default"
     plan = text[text.index("# Plan") :]
     assert "prepare   toy (/images)" in plan
     assert "pretrain  toy, from scratch, 64 pixels, 3 epochs; 4 processes on " in plan

@@ -35,7 +35,7 @@ def resolved(tmp_path: Path) -> Any:
         ("stages.pretrain.micro_batch=8", "pretrain", False),
         ("stages.pretrain.zero_stage=3", "pretrain", False),
         ("stages.pretrain.checkpoint_every_steps=5", "pretrain", False),
-        ("stages.pretrain.keep_checkpoints=5", "pretrain", False),
+        ("stages.pretrain.keep_checkpoints.last=5", "pretrain", False),
         ("stages.finetune.from=/weights.safetensors", "finetune", False),
         ("cluster.processes=7", "pretrain", False),
         ("model.activations=stored", "pretrain", False),

@@ -120,7 +120,7 @@ def test_c3_bare_exponents_are_numbers(tmp_path: Path, written: str) -> None:
         ("base_lr: .nan", "stages.pretrain.base_lr: expected a number above 0, given NaN"),
         (
             "precision: bf61",
-            "stages.pretrain.precision: expected one of 'bf16', 'fp32', given \"bf61\""
+            "stages.pretrain.precision: expected one of 'bf16', 'fp16', 'fp32', given \"bf61\""
             "\n  -> did you mean 'bf16'?",
         ),
         (

@@ -116,10 +116,10 @@ def test_tag_of_a_key_is_refused(tmp_path: Path, key: str, message: str) -> None
 
 
 def test_aliases_are_expanded_and_bombs_refused(tmp_path: Path) -> None:
-    text = JOB.replace("    epochs: 3\n", "    epochs: &n 3\n    keep_checkpoints: *n\n")
+    text = JOB.replace("    epochs: 3\n", "    epochs: &n 3\n    log_every_steps: *n\n")
     job = load_job(write(tmp_path, text)).job
     assert job.stages.pretrain is not None
-    assert job.stages.pretrain.keep_checkpoints == 3
+    assert job.stages.pretrain.log_every_steps == 3
     levels = [
         "a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
         *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)),

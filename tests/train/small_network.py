@@ -10,16 +10,21 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pipeline.checkpoint.background import BackgroundWriter
+from pipeline.checkpoint.manifest import directory_of
+from pipeline.checkpoint.retention import Retention
 from pipeline.config.schema import TrainConfig
 from pipeline.model import Activations, NetworkSpec
 from pipeline.optimizers import registry
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
 from pipeline.train.alpha_clamp import clamp_alpha
-from pipeline.train.checkpointing import restore, save_checkpoint
+from pipeline.train.checkpointing import owned_ranges, restore
 from pipeline.train.ema import ema_update, ema_weights
 from pipeline.train.engine import DeepSpeedEngine, make_engine
 from pipeline.train.loss import compound_terms
+from pipeline.train.loss_scale import LossScale
+from pipeline.train.offload import allocator
 from pipeline.train.optimizer import set_learning_rate
 from pipeline.train.training_state import TrainingState
 from pipeline.train.zero_state import ShardedState
@@ -59,6 +64,7 @@ class Options:
     nonfinite_step: int = -1
     reference: bool = False
     optimizer: str = "adamw"
+    offload: str = "none"
     fp16: bool = True
     spec: NetworkSpec = SPEC
 
@@ -115,6 +121,7 @@ def train_config(options: Options, world_size: int) -> TrainConfig:
         ema_decay=EMA_DECAY,
         weight_decay=0.05,
         optimizer=options.optimizer,
+        offload_optimizer=options.offload,
     )
 
 
@@ -134,11 +141,16 @@ def steps(options: Options) -> dict[str, Any]:
         if options.reference:
             as_reference(engine.module)
         moments = registry.kind(options.optimizer).moments
-        state = ShardedState(engine, moments=moments, with_ema=True)
+        state = ShardedState(
+            engine, moments=moments, with_ema=True, allocate=allocator(options.offload)
+        )
         log: list[str] = []
         restored = restore(
             options.checkpoints, state, IDENTITY, lambda text, level="info": log.append(text)
         )
+        scale = LossScale(engine)
+        if restored is not None:
+            scale.restore(restored.state.loss_scale)
         result: dict[str, Any] = {
             "losses": [],
             "log": log,
@@ -153,18 +165,21 @@ def steps(options: Options) -> dict[str, Any]:
         for step in range(restored.step if restored else 0, options.steps):
             loss = _step(engine, state, options, share=config.micro_batch, step=step, result=result)
             result["losses"].append(loss)
-        failure = save_checkpoint(
-            options.checkpoints,
-            state,
-            options.steps,
-            TrainingState(identity=IDENTITY, applied_steps=options.steps),
-            keep=3,
-            may_commit=lambda: True,
-        )
-        assert failure is None
+        save(options, state, scale)
         with torch.no_grad(), ema_weights(state):
             result["averaged"] = float(engine.module(batch(0)[0]).logits[-1].double().sum())
     return result
+
+
+def save(options: Options, state: ShardedState, scale: LossScale) -> None:
+    """Write a checkpoint after the last step."""
+    writer = BackgroundWriter(pin_memory=False, may_commit=lambda: True)
+    loop = TrainingState(identity=IDENTITY, applied_steps=options.steps, loss_scale=scale.state())
+    target = directory_of(options.checkpoints, options.steps)
+    writer.start(target, owned_ranges(state), loop.to_json(), Retention(last=3))
+    writer.wait()
+    (report,) = writer.reports()
+    assert report.failure is None
 
 
 def _step(

@@ -171,6 +171,7 @@ def downgrade(directory: Path) -> None:
         "history": state["evaluations"],
         "figures": state["last_metrics"],
     }
+    del manifest["digest"]
     write_json(path, manifest)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.checkpoint.manifest import list_checkpoints
 from pipeline.config.schema import Job
 from pipeline.data.dataset import open_dataset
 from pipeline.errors import CheckpointError, StageError
-from pipeline.layout import DATASET_JSON, RunDir
+from pipeline.layout import RunDir
 from pipeline.model.column import Level
 from pipeline.monitor import tags
 from tests.train import processes, staging
@@ -147,8 +148,8 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
     run_dir = staging.prepared_run(tmp_path)
     job = staging.job(pretrain={"max_steps": 1})
     train(run_dir, 1, job)
-    path = open_dataset(run_dir.dataset(staging.DATASET)).path / DATASET_JSON
-    path.write_text(path.read_text().replace('"test"', '"another"'))
+    data = open_dataset(run_dir.dataset(staging.DATASET))
+    replace(data.description, fingerprint="another").write(data.path)
     (error,) = staging.run_stage(run_dir, 1, job)
     assert isinstance(error, CheckpointError)
     different = "checkpoint belongs to a different run (data: saved test, now another)"

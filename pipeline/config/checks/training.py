@@ -70,9 +70,15 @@ def _network(checker: Checker, key: str, train: TrainConfig) -> None:
         checker.report(f"{key}.intermediate_supervision", cause, remedy)
     # A bf16 number has 8 significant bits, so an update of less than 1/512 of a weight is rounded
     # away. ZeRO stages 1 to 3 update an fp32 copy of the weights, stage 0 has none.
-    if train.zero_stage == 0 and train.precision == "bf16":
-        cause = "ZeRO stage 0 with bf16 keeps no fp32 master weights"
+    if train.zero_stage == 0 and train.precision != "fp32":
+        cause = f"ZeRO stage 0 with {train.precision} keeps no fp32 master weights"
         checker.report(f"{key}.zero_stage", cause, "take 2")
+    if train.zero_stage == 0 and train.offload_optimizer != "none":
+        cause = "ZeRO stage 0 keeps the optimizer's state beside the weights"
+        checker.report(f"{key}.offload_optimizer", cause, f"{key}.zero_stage: 2, or none")
+    if "://" in train.offload_optimizer:
+        cause = f"'{train.offload_optimizer}' is no folder of this machine"
+        checker.report(f"{key}.offload_optimizer", cause, "none, cpu, or a folder on a local disk")
     # ZeRO-3 gathers parameters in hooks of the modules, which a compiled level would not run.
     if train.zero_stage == 3 and model.compile:
         cause = "levels whose parameters ZeRO-3 gathers cannot be compiled"
@@ -80,10 +86,10 @@ def _network(checker: Checker, key: str, train: TrainConfig) -> None:
 
 
 def _accumulation(checker: Checker, stage: str, train: TrainConfig, world_size: int) -> None:
-    """Gradients of several micro-batches are added up in fp32, which ZeRO 1 cannot do with bf16."""
+    """Gradients of several micro-batches are added up in fp32, which ZeRO 1 does with fp32 only."""
     # DeepSpeed 0.19 then replaces its ZeRO optimizer by BF16_Optimizer, whose state is laid out
     # differently: checkpoints could not be read or written. Without accumulation nothing is added.
-    if train.zero_stage != 1 or train.precision != "bf16":
+    if train.zero_stage != 1 or train.precision == "fp32":
         return
     try:
         micro, accumulation = batches(train, world_size)
@@ -91,8 +97,8 @@ def _accumulation(checker: Checker, stage: str, train: TrainConfig, world_size: 
         return  # already reported
     if accumulation > 1:
         cause = (
-            f"ZeRO stage 1 with bf16 would add up the gradients of {accumulation} micro batches "
-            f"(of {micro} images) in bf16"
+            f"ZeRO stage 1 with {train.precision} would add up the gradients of {accumulation} "
+            f"micro batches (of {micro} images) in {train.precision}"
         )
         checker.report(f"stages.{stage}.zero_stage", cause, "take 2; a run under way resumes")
 

@@ -10,7 +10,7 @@ from pipeline.config.schema.job import EvaluateStage, ExportStage, Job, PrepareS
 from pipeline.config.schema.model import ModelConfig
 from pipeline.config.schema.rules import hparam_keys
 from pipeline.config.schema.section import Section
-from pipeline.config.schema.train import AugmentConfig, TrainConfig
+from pipeline.config.schema.train import AugmentConfig, GuardConfig, TrainConfig
 
 __all__ = [
     "AugmentConfig",
@@ -18,6 +18,7 @@ __all__ = [
     "DatasetConfig",
     "EvaluateStage",
     "ExportStage",
+    "GuardConfig",
     "Job",
     "ModelConfig",
     "PrepareStage",

@@ -79,9 +79,9 @@ def narrow(channels: Iterable[int], _context: RehearsalContext) -> list[int]:
 
 
 def small_micro_batch(_value: object, context: RehearsalContext) -> int:
-    """MICRO_BATCH; all images of a process if the stage cannot accumulate (ZeRO 1 with bf16)."""
+    """MICRO_BATCH; all images of a process if the stage cannot accumulate (ZeRO 1 in 16 bits)."""
     section = context.section
-    if section.get("zero_stage") == 1 and section.get("precision") == "bf16":
+    if section.get("zero_stage") == 1 and section.get("precision") != "fp32":
         return GLOBAL_BATCH // PROCESSES
     return MICRO_BATCH
 

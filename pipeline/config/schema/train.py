@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from pipeline.config.schema import shrink
 from pipeline.config.schema.rules import NOTHING, Rules
@@ -64,6 +71,55 @@ class AugmentConfig(Section):
     )
     smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.1, description="Label smoothing (0: off)."
+    )
+
+
+class KeepCheckpoints(Section):
+    """Which checkpoints of a stage stay; all others are deleted when a newer one is complete."""
+
+    last: PositiveInt = Field(2, description="Number of newest checkpoints to keep.")
+    every_steps: NonNegativeInt = Field(
+        0, description="Also keep the first checkpoint of each interval of so many steps (0: none)."
+    )
+    best: bool = Field(
+        False,
+        description="Also keep the checkpoint with the best top-1, on the selection split with "
+        "`keep: best`, else on the validation split.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        # keep_checkpoints: 3 is short for keep_checkpoints: {last: 3}.
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return {"last": value} if is_number else value
+
+
+class GuardConfig(Section):
+    """What happens to steps whose loss or gradients are not finite or far too large."""
+
+    window: PositiveInt = Field(
+        100, description="Length of the stretch that the other keys look back on (steps)."
+    )
+    max_skipped: NonNegativeInt = Field(
+        10,
+        description="With more skipped steps than this in a window, training returns to a "
+        "checkpoint from before and leaves out the images since then.",
+    )
+    max_rewinds: NonNegativeInt = Field(
+        2,
+        description="So many returns without a window of good steps between them; then the stage "
+        "ends with a report.",
+    )
+    on_spike: Literal["warn", "skip", "rewind"] = Field(
+        "warn",
+        description="If the loss or the gradient norm jumps. 'warn': log it. 'skip': discard the "
+        "update. 'rewind': return to a checkpoint and leave out the images since then.",
+    )
+    spike_score: PositiveFloat = Field(
+        20.0,
+        description="Distance from the median of the window that counts as a jump, in standard "
+        "deviations (estimated by the median absolute deviation).",
     )
 
 
@@ -147,13 +203,22 @@ class TrainConfig(Section):
         description="Intermediate supervision (compound loss of several columns). false: one "
         "plain head.",
     )
-    precision: Annotated[Literal["bf16", "fp32"], Rules(hparam=9)] = Field(
-        "bf16", description="Precision of the network; master weights are always fp32."
+    precision: Annotated[Literal["bf16", "fp16", "fp32"], Rules(hparam=9)] = Field(
+        "bf16",
+        description="Precision of the network; master weights are always fp32. 'fp16' scales the "
+        "loss by a factor that adapts to overflows.",
     )
     zero_stage: Annotated[int, Field(ge=0, le=3), Rules(changes=NOTHING, hparam=10)] = Field(
         2,
         description="DeepSpeed ZeRO stage: what the processes share out. 1: optimizer state. "
         "2: gradients too, which accumulate in fp32. 3: weights too. 0: nothing.",
+    )
+    # Where it lies changes no bit of it.
+    offload_optimizer: Annotated[str, Rules(changes=NOTHING)] = Field(
+        "none",
+        description="Where master weights and optimizer state lie. 'none': on the device. 'cpu': "
+        "in the host's memory. A folder, on a fast local disk: the state in files there, the "
+        "weights in the host's memory.",
     )
     # Rates are stated for one batch size, so that a recipe holds for any number of GPUs.
     # Example: base_lr 1e-3 for 1024 images, global_batch 4096 -> 4e-3 at the peak.
@@ -230,6 +295,10 @@ class TrainConfig(Section):
         description="If inverting the columns shows that a step was computed wrongly. 'retry':"
         " repeat the step. 'warn': log it and continue. 'stop': fail the stage.",
     )
+    # A run that the guard has ended must be able to resume with other limits.
+    guard: Annotated[GuardConfig, Rules(changes=NOTHING)] = Field(
+        default_factory=GuardConfig, description="Guard against bad steps."
+    )
     eval_every_epochs: Annotated[PositiveFloat, Rules(changes=NOTHING, rehearse=fixed(1.0))] = (
         Field(
             1.0,
@@ -256,6 +325,7 @@ class TrainConfig(Section):
     ] = Field(
         None, description="Interval between checkpoints (steps). null: one checkpoint per epoch."
     )
-    keep_checkpoints: Annotated[PositiveInt, Rules(changes=NOTHING)] = Field(
-        2, description="Number of newest checkpoints to keep."
+    keep_checkpoints: Annotated[KeepCheckpoints, Rules(changes=NOTHING)] = Field(
+        KeepCheckpoints(),
+        description="Which checkpoints stay. A number: so many of the newest.",
     )

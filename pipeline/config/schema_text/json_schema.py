@@ -37,7 +37,10 @@ def json_schema() -> JsonSchema:
     model["stem_stride"] = _or_auto(model["stem_stride"])
     dataset = definitions["DatasetConfig"]["properties"]
     dataset["validation_fraction"] = _or_auto(dataset["validation_fraction"])
-    # 4. A name instead of a mapping: `model: revcol_huge`; one dataset without a name.
+    # 4. A number instead of a mapping: `keep_checkpoints: 3`.
+    keep = training["properties"]["keep_checkpoints"]
+    training["properties"]["keep_checkpoints"] = _or_number(keep)
+    # 5. A name instead of a mapping: `model: revcol_huge`; one dataset without a name.
     #    A job that evaluates a trained model takes the network from it.
     schema["required"].remove("model")
     properties = schema["properties"]
@@ -85,6 +88,12 @@ def _or_auto(schema: JsonSchema) -> JsonSchema:
         key: schema.pop(key) for key in ("description", "default", "title") if key in schema
     }
     return {"anyOf": [schema, {"const": AUTO}], **annotations}
+
+
+def _or_number(schema: JsonSchema) -> JsonSchema:
+    description = schema.pop("description", "")
+    number = {"type": "integer", "minimum": 1}
+    return {"anyOf": [number, schema], "description": description}
 
 
 def _allow_base(definition: JsonSchema, kind: str) -> None:

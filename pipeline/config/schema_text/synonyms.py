@@ -32,7 +32,7 @@ NAMES_ELSEWHERE = {
     "from": "init_weights initial pretrained resume finetune_from weights load_from",
     "global_batch": "batch_size train_batch_size total_batch_size",
     "image_size": "img_size input_size resolution crop_size train_size",
-    "keep_checkpoints": "save_total_limit checkpoint_hist max_checkpoints",
+    "keep_checkpoints": "save_total_limit checkpoint_hist max_checkpoints save_top_k",
     "layout": "format dataset_type",
     "loader_threads": "workers num_workers dataloader_num_workers loader_workers data_workers",
     "log_every_steps": "log_interval log_every log_every_n_steps logging_steps print_freq",
