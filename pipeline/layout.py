@@ -18,7 +18,10 @@ runs/quickstart/
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
+  logs/<stage>-rank<k>.jsonl          where the time of one of its processes went
   logs/run.log                        messages of the whole run
+  logs/run.jsonl                      when the run was called, and what it did when
+  profiles/<stage>/                   traces of torch.profiler, of the steps that the job names
   tensorboard/<stage>/                event files
   export/                             the exported model
   replaced/<time>-<stage>/            earlier results of a stage that was run from scratch
@@ -112,6 +115,11 @@ class RunDir:
         return self.logs / "run.log"
 
     @property
+    def timeline(self) -> Path:
+        """Calls and phases of the whole run (JSON lines), of which its goodput is computed."""
+        return self.logs / "run.jsonl"
+
+    @property
     def batch_log(self) -> Path:
         """Output of the driver in a batch job, and of the job's script."""
         return self.logs / "batch.log"
@@ -163,6 +171,14 @@ class RunDir:
     def log(self, stage: str, rank: int) -> Path:
         """Standard output and standard error of one process of a stage."""
         return self.logs / f"{stage}-rank{rank}.log"
+
+    def times(self, stage: str, rank: int) -> Path:
+        """Where the time of one process of a training stage went (JSON lines)."""
+        return self.logs / f"{stage}-rank{rank}.jsonl"
+
+    def profile(self, stage: str, step: int, rank: int) -> Path:
+        """What torch.profiler recorded of one step in one process, as a Chrome trace."""
+        return self.path / "profiles" / stage / f"step-{step:08d}-rank{rank}.json"
 
     def tensorboard(self, stage: str = "") -> Path:
         """TensorBoard files of a stage, or the folder of all stages."""

@@ -33,6 +33,7 @@ def summarise(run: JobRunner) -> None:
         run.display.console.print(table({name: run.run_state.stage(name) for name in names}))
     else:
         run.log("nothing to do: every stage is up to date")
+    run.log(f"time             {run.run_state.goodput.in_words()}")
     directory = _relative(run.run_dir.path)
     if run.run_state.stage("export").state == "done":
         export = _relative(run.run_dir.export)

@@ -25,6 +25,7 @@ class DeepSpeedEngine(Protocol):
 
     module: Network
     optimizer: Any  # a torch optimizer under ZeRO 0, DeepSpeed's wrapper of one under ZeRO 1 to 3
+    micro_steps: int  # micro-batches so far; decides which call of ``step`` ends a step
 
     def __call__(self, images: Tensor, uniforms: Tensor | None = None) -> Output: ...
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from pipeline.checkpoint.weights import initial_weights
 from pipeline.config import job_queries, machine
 from pipeline.config.render import plain_job_file
@@ -13,6 +15,7 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.order import order_of
 from pipeline.model import NetworkSpec
 from pipeline.monitor.recorder import Recorder
+from pipeline.monitor.trained_on import TrainedOn
 from pipeline.optimizers import registry
 from pipeline.train.checkpointing import Restored, load_initial, restore
 from pipeline.train.context import StageContext, StageLog, StepContext
@@ -122,11 +125,25 @@ def _attach_recorder(context: StageContext, log: StageLog, restored: Restored | 
             context.stage,
             trained=job_queries.training_stages(context.job),
             resume_step=resume_step,
+            trained_on=_trained_on(context),
         )
         recorder.job(plain_job_file(context.job))
         log.attach(recorder)
     if restored is not None:
         log(f"resuming from step {restored.step}")
+
+
+def _trained_on(context: StageContext) -> TrainedOn:
+    micro_batch, _ = job_queries.batches(context.config, context.dist_env.size)
+    on_gpu = context.device.type == "cuda"
+    return TrainedOn(
+        device=torch.cuda.get_device_name(context.device) if on_gpu else "cpu",
+        processes=context.dist_env.size,
+        threads=torch.get_num_threads(),
+        micro_batch=micro_batch,
+        classes=context.num_classes,
+        images=len(context.data.split("train")),
+    )
 
 
 def _load_initial(context: StageContext, sharded: ShardedState, log: StageLog) -> None:

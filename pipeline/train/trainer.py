@@ -5,11 +5,9 @@ Ray actors and ``pipeline train`` call ``train_stage``.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import psutil
-import torch
 
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import directory_of
@@ -25,16 +23,22 @@ from pipeline.evaluate.metrics import COMPARED, LOSS, TOP1, tagged
 from pipeline.evaluate.pictures import record_samples
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
+from pipeline.monitor.goodput import CHECKPOINT, EVALUATION, STEP
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
+from pipeline.train.alpha_clamp import alpha_range
 from pipeline.train.checkpointing import save_checkpoint, write_weights
 from pipeline.train.context import StageContext, StageLog
 from pipeline.train.ema import ema_weights
 from pipeline.train.fence import Fence
+from pipeline.train.first_batch import try_full_batch
 from pipeline.train.preemption import CollectiveStop
+from pipeline.train.profiling import profiled
 from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.setup import StageSetup, set_up, train_loader
 from pipeline.train.step_errors import settings_named
+from pipeline.train.step_metrics import StepMetrics
+from pipeline.train.step_times import TimesLog
 from pipeline.train.throughput import Throughput
 from pipeline.train.training_state import TrainingState
 
@@ -76,9 +80,17 @@ def train_stage(
                 # A finished stage needs no loader. A stage without a single step does: the loader
                 # reports that the dataset is smaller than a batch.
                 if not setup.resumed or setup.first_step < context.total_steps:
-                    with train_loader(context, setup.first_step) as loader:
+                    with (
+                        train_loader(context, setup.first_step) as loader,
+                        TimesLog(run_dir, stage, world.rank, log) as times_log,
+                    ):
                         trainer = Trainer(
-                            context=context, setup=setup, loader=loader, log=log, fence=fence
+                            context=context,
+                            setup=setup,
+                            loader=loader,
+                            log=log,
+                            times_log=times_log,
+                            fence=fence,
                         )
                         trainer.show_first_batch()
                         trainer.run(CollectiveStop(stop))
@@ -95,19 +107,28 @@ class Trainer:
     setup: StageSetup
     loader: TrainLoader
     log: StageLog
+    times_log: TimesLog
     fence: Fence
     replaced: ReplacedSamples = field(init=False)
     throughput: Throughput = field(init=False)
-    logged_step: int = field(init=False)  # steps done at the last log
+    metrics: StepMetrics = field(init=False)
 
     def __post_init__(self) -> None:
+        context = self.context
         self.step = self.setup.step
         self.history = self.setup.history
-        self.replaced = ReplacedSamples(
-            self.loader, self.setup.replaced_samples, self.context.device
-        )
+        self.replaced = ReplacedSamples(self.loader, self.setup.replaced_samples, context.device)
         self.throughput = Throughput(self.loader, self.setup.first_step)
-        self.logged_step = self.setup.first_step
+        self.log.seconds = self.throughput.take
+        self.metrics = StepMetrics(
+            context=context,
+            step=self.step,
+            replaced=self.replaced,
+            throughput=self.throughput,
+            log=self.log,
+            times_log=self.times_log,
+            logged_step=self.setup.first_step,
+        )
 
     def show_first_batch(self) -> None:
         """Show the next batch in TensorBoard, as the network receives it."""
@@ -138,23 +159,29 @@ class Trainer:
         evaluate_every = max(1, round(config.eval_every_epochs * self.loader.steps_per_epoch))
         checkpoint_every = config.checkpoint_every_steps or self.loader.steps_per_epoch
         self.step.context.set_remainder_widths()
+        if not self.setup.resumed:  # a resumed stage has done steps of this size before
+            with settings_named(self.context, " in a trial before the first step"):
+                try_full_batch(self.context, self.step, self._eval_batch)
+        self.throughput.begin(STEP)
         for step in range(self.setup.first_step, total_steps):
             self.step.context.engine.train()
-            self.step.run(step, self.loader)
             done = step + 1  # steps as users count them, from 1
             last = done == total_steps
-            if done % config.log_every_steps == 0 or last:
+            logged = done % config.log_every_steps == 0 or last
+            self.metrics.norms.active = logged
+            with profiled(self.context, done, self.log), self._counted(first=step == 0):
+                self.step.run(step, self.loader)
+            if logged:
                 self._log_metrics(done)
-                self.step.context.set_remainder_widths()
             # Evaluate before the checkpoint: a resumed run must not repeat the evaluation.
             if done % evaluate_every == 0 or last:
-                with self.throughput.paused():
+                with self.throughput.spent_on(EVALUATION):
                     self.history.evaluations.append(self._evaluate(done))
             # Asked after the last step too, although the answer no longer matters: a pending
             # reduction needs all ranks.
             stopping = stop.after_step() and not last
             if done % checkpoint_every == 0 or last or stopping:
-                with self.throughput.paused():
+                with self.throughput.spent_on(CHECKPOINT):
                     self._save_checkpoint(done, last)
             if stopping:
                 stop.close()
@@ -163,49 +190,33 @@ class Trainer:
                     remedy="rerun the same command to resume",
                 )
         stop.close()
+        self.throughput.begin(CHECKPOINT)  # what follows writes the result
+
+    def _counted(self, *, first: bool) -> contextlib.AbstractContextManager[None]:
+        """Count the memory of the first step of a stage, where nothing else does."""
+        return self.metrics.memory.counted() if first else contextlib.nullcontext()
 
     def _log_metrics(self, done: int) -> None:
         """Log the metrics of the steps since the last log. Collective; waits for the device."""
-        scalars = self._scalars(done)
+        context = self.step.context
+        seconds = self.throughput.take()
+        alphas = alpha_range(context.state)
+        scalars = self.metrics.read(done, alphas, seconds)
+        context.set_remainder_widths(alphas)
         if self.log.recorder is not None:
             epoch = (done - 1) // self.loader.steps_per_epoch + 1  # as users count them, too
-            self.log.recorder.step(done, self.context.total_steps, epoch, scalars)
+            self.log.recorder.step(done, self.context.total_steps, epoch, scalars, seconds)
         self.history.last_metrics = {
             "loss": scalars[tags.LOSS],
             "images_per_s": scalars[tags.IMAGES_PER_S],
             "data_wait_share": scalars[tags.DATA_WAIT_SHARE],
         }
-        self.logged_step = done
 
-    def _scalars(self, done: int) -> dict[str, float]:
-        context = self.step.context
-        first = self.logged_step + 1
-        scalars = context.metrics.read()
-        # Mismatches that are still here belong to steps that were trained: under on_mismatch: warn.
-        max_abs, mismatches = context.self_check.summary(scalars[tags.MISMATCHED_ELEMENTS] > 0)
-        context.log_mismatches(
-            mismatches, f"mismatch ignored since step {first} (on_mismatch: warn)"
-        )
-        replaced_samples = self.replaced.count()
-        for reason in self.replaced.new_reasons():
-            self.log(
-                f"sample replaced since step {first} (on_bad_sample: replace): {reason}", "warning"
-            )
-        scalars |= {
-            tags.LEARNING_RATE: context.schedule(done - 1),
-            tags.SKIPPED_STEPS: float(done - self.step.applied_steps),
-            tags.RETRIED_STEPS: float(self.step.retried_steps),
-            tags.MAX_ABS: max_abs,
-            tags.REPLACED_SAMPLES: float(replaced_samples),
-            tags.RSS_MIB: psutil.Process().memory_info().rss / 2**20,
-            **self.throughput.rates(done),
-        }
-        grad_norm = context.engine.get_global_grad_norm()
-        if grad_norm is not None:
-            scalars[tags.GRAD_NORM] = float(grad_norm)
-        if context.device.type == "cuda":
-            scalars[tags.DEVICE_MIB] = torch.cuda.max_memory_allocated() / 2**20
-        return scalars
+    @property
+    def _eval_batch(self) -> int:
+        # Without gradients, twice as many images fit into memory.
+        micro_batch = self.step.context.engine.train_micro_batch_size_per_gpu()
+        return min(MAX_EVAL_BATCH, 2 * micro_batch)
 
     def _evaluate(self, done: int) -> dict[str, float]:
         """Evaluate the EMA (without one, the weights) on the validation split. Collective.
@@ -251,8 +262,7 @@ class Trainer:
             context.data.split(split),
             image_size=config.image_size,
             resize=config.eval_resize,
-            # Without gradients, twice as many images fit into memory.
-            batch=min(MAX_EVAL_BATCH, 2 * engine.train_micro_batch_size_per_gpu()),
+            batch=self._eval_batch,
             rank=context.dist_env.rank,
             world_size=context.dist_env.size,
             threads=machine.loader_threads(context.job.cluster, context.dist_env.local_size),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.bench.live_memory import LiveBytes
+from pipeline.runtime.live_memory import LiveBytes
 from pipeline.config.memory import stage_memory
 from pipeline.config.schema import ModelConfig, TrainConfig
 from pipeline.model import build

@@ -62,9 +62,6 @@ def _cause(plan: StagePlan, images: int) -> str:
     memory = plan.memory(plan.least_stored)
     if images * memory.elements >= MAX_ELEMENTS:
         return f"{images} images make tensors of 2^31 elements or more, beyond 32-bit indexing"
-    return (
-        f"{images} images need {memory.needed(images) / GIB:.1f} GiB per GPU "
-        f"({memory.state / GIB:.1f} GiB of weights, gradients and optimizer, and "
-        f"{memory.image / GIB:.2f} GiB per image or {memory.update / GIB:.1f} GiB for the update), "
-        f"and {usable(plan.device_bytes) / GIB:.1f} of {plan.device_bytes / GIB:.1f} GiB are usable"
-    )
+    whole = f"{plan.device_bytes / GIB:.1f}"
+    part = f"{usable(plan.device_bytes) / GIB:.1f}"
+    return f"{images} images need {memory.in_words(images)}; of a GPU, {part} of {whole} GiB are usable"

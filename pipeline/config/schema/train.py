@@ -251,6 +251,10 @@ class TrainConfig(Section):
     log_every_steps: Annotated[PositiveInt, Rules(changes=NOTHING, rehearse=fixed(1))] = Field(
         10, description="Interval between logged metrics (steps)."
     )
+    profile_steps: Annotated[list[PositiveInt], Rules(changes=NOTHING)] = Field(
+        [],
+        description="Steps that torch.profiler records, from 1; Chrome traces in profiles/<stage>.",
+    )
     checkpoint_every_steps: Annotated[
         PositiveInt | None, Rules(changes=NOTHING, rehearse=fixed(shrink.STEPS // 2))
     ] = Field(
