@@ -17,6 +17,7 @@ from pipeline.cli import (
     job,
     model,
     node,
+    plan,
     prepared_data,
     runs,
     tensorboard,
@@ -66,6 +67,7 @@ app.command("logs")(runs.logs)
 app.command("stop")(runs.stop)
 app.command("fetch")(runs.fetch)
 app.command("send", hidden=True)(runs.send)
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("verify")(runs.verify)
 app.command("predict")(model.predict)

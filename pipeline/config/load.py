@@ -34,6 +34,7 @@ from pipeline.sources import class_lists
 DEFAULT = "default"
 ON = "--on"  # origin of the cluster that the command line names
 ON_CLUSTER = "chosen on the cluster"  # origin of a value that only stands for the chosen one
+PLANNED = "not needed for a plan"  # origin of a source that is left out
 NOTHING_WRITTEN = Node({}, DEFAULT)
 
 
@@ -77,6 +78,7 @@ def load_job(
     migrate: bool = False,
     on: str = "",
     submits: bool = False,
+    plans: bool = False,
 ) -> LoadedJob:
     """Read a job file.
 
@@ -86,6 +88,7 @@ def load_job(
         migrate: accept names of earlier releases. For ``run.yaml`` of a run directory, which this
             pipeline wrote; in a user's file an old name is an error.
         on: name or file of a cluster that replaces the job's; the overrides apply to it.
+        plans: the job is only planned: variables that its sources need may be unset.
         submits: a job for a cluster only leaves this machine: its sources may be on the cluster.
 
     Raises:
@@ -106,6 +109,8 @@ def load_job(
     # Before ${VAR} is replaced: a rehearsal must not require variables of sources it never reads.
     if rehearse:
         tree = _without_sources(tree)
+    elif plans:
+        tree = _without_unset_sources(tree)
     tree = references.substitute(tree)
     written = job_name.with_folder(_with_absolute_paths(tree, folder))
     missing = _missing_source(tree) if submits else ""
@@ -169,6 +174,18 @@ def _without_sources(tree: Node) -> Node:
         tree = tree.replaced(("data", name, "root"), Node("", REHEARSE))
         if tree.get("data", name, "prepared") is not None:
             tree = tree.replaced(("data", name, "prepared"), Node("", REHEARSE))
+    return tree
+
+
+def _without_unset_sources(tree: Node) -> Node:
+    """Remove those roots of datasets that name an unset variable."""
+    data = tree.get("data")
+    for name in data.entries() if data is not None else ():
+        root = tree.get("data", name, "root") or Node("", PLANNED)
+        try:
+            references.substituted(root, name)
+        except ConfigError:
+            tree = tree.replaced(("data", name, "root"), Node("", PLANNED))
     return tree
 
 

@@ -47,9 +47,10 @@ ROOMS: dict[str, set[str]] = {
     "bench": GROUND
     | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
     "cluster": GROUND | {"config", "runtime"},
+    "plan": GROUND | {"checkpoint", "config", "monitor"},
     "orchestrate": GROUND
-    | {"checkpoint", "cluster", "config", "data", "evaluate", "export", "monitor", "prepare"}
-    | {"runtime", "sources", "train"},
+    | {"checkpoint", "cluster", "config", "data", "evaluate", "export", "monitor", "plan"}
+    | {"prepare", "runtime", "sources", "train"},
 }
 RAY_ROOMS = {"orchestrate"}
 RAY_MODULES = {"cluster/ray_jobs.py"}  # of the other rooms

@@ -68,6 +68,7 @@ DECISIONS: dict[tuple[str, ...], str] = {
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
         stages.train.eval_every_epochs stages.train.eval_resize stages.train.log_every_steps
         stages.train.checkpoint_every_steps stages.train.keep_checkpoints
+        stages.train.profile_steps
         stages.evaluate.data stages.evaluate.from stages.evaluate.batch stages.export.from
     """,
     ("prepare",): """

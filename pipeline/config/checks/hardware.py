@@ -64,4 +64,5 @@ def _cause(plan: StagePlan, images: int) -> str:
         return f"{images} images make tensors of 2^31 elements or more, beyond 32-bit indexing"
     whole = f"{plan.device_bytes / GIB:.1f}"
     part = f"{usable(plan.device_bytes) / GIB:.1f}"
-    return f"{images} images need {memory.in_words(images)}; of a GPU, {part} of {whole} GiB are usable"
+    need = f"{images} images need {memory.in_words(images)}"
+    return f"{need}; of a GPU, {part} of {whole} GiB are usable"
