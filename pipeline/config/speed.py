@@ -68,7 +68,7 @@ def image_work(sizes: NetworkSizes, precision: str, stored: int) -> ImageWork:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTime:
+class StepEstimate:
     """Seconds of an optimizer step, by cause, and the bytes that each device sends."""
 
     passes: float
@@ -89,7 +89,7 @@ def step_time(
     device: DeviceFacts,
     world_size: int,
     micro_batch: int,
-) -> StepTime:
+) -> StepEstimate:
     """The time of one optimizer step on ``world_size`` devices."""
     accumulation = train.global_batch // (world_size * micro_batch)
     products = work.executed_flops / (device.reached * device.peak[train.precision])
@@ -98,7 +98,7 @@ def step_time(
     traffic = step_traffic(sizes.parameters, train, world_size, accumulation)
     link = device.near if world_size <= device.group else device.far
     share = world_size if train.zero_stage else 1
-    return StepTime(
+    return StepEstimate(
         passes=accumulation * max(on_device, on_host),
         collectives=traffic / link,
         update=UPDATE_BYTES * sizes.parameters / share / device.copy,

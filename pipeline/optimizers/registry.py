@@ -6,8 +6,8 @@ To add one, add one file there. Its docstring's first line describes it, and it 
     MOMENTS = ("exp_avg", "exp_avg_sq")   tensors of its state with one value per weight
     OPTIMIZER = torch.optim.AdamW         a torch optimizer; it never waits for the device
 
-The configuration reads names, descriptions, ``KEYS`` and ``MOMENTS`` without importing the file (no
-torch). The engine and the checkpoints use the rest.
+The configuration reads names, descriptions, ``KEYS`` and ``MOMENTS`` without importing the file
+(no torch). The engine and the checkpoints use the rest.
 """
 
 from __future__ import annotations

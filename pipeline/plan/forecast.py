@@ -16,7 +16,7 @@ from pipeline.config.memory import StageMemory, checkpoint_bytes, network_sizes,
 from pipeline.config.memory_plan import StagePlan
 from pipeline.config.network_sizes import NetworkSizes
 from pipeline.config.schema import Job, TrainConfig
-from pipeline.config.speed import ImageWork, StepTime, image_work, step_time
+from pipeline.config.speed import ImageWork, StepEstimate, image_work, step_time
 
 HOUR = 3600.0
 
@@ -39,7 +39,7 @@ class Forecast:
     sizes: NetworkSizes
     memory: StageMemory
     work: ImageWork
-    time: StepTime
+    time: StepEstimate
     device_bytes: float
     images: int | None
 
