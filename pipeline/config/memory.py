@@ -211,7 +211,7 @@ class _ImageMemory:
         if not self.sizes.supervised:
             return 0
         # The pixels of the reconstruction: computed, in fp32, and their gradient.
-        kept = 3 * self.sizes.image_size**2 * (self.width + 8)
+        kept = 3.0 * self.sizes.image_size**2 * (self.width + 8)
         if self.sizes.classes <= SIMPLE_DECODER_ABOVE:
             kept += sum(self.sizes.map(level) for level in range(3)) * DECODER_SAVED * self.width
         return (SUPERVISED - 1) * kept

@@ -179,7 +179,8 @@ class Timeline:
         self._write("call", at=started)
         # If this process is killed, the next call knows from these lines for how long it worked.
         self._closed = threading.Event()
-        threading.Thread(target=self._show_life, name="timeline", daemon=True).start()
+        self._thread = threading.Thread(target=self._show_life, name="timeline", daemon=True)
+        self._thread.start()
 
     def phase(self, part: str) -> None:
         """From now on, the time belongs to ``part``."""
@@ -188,7 +189,10 @@ class Timeline:
     def close(self) -> None:
         """End the call: the time from now on is idle."""
         self._closed.set()
+        self._thread.join()
         self.phase(IDLE)
+        with contextlib.suppress(OSError):
+            self._writer.close()
 
     def _show_life(self) -> None:
         while not self._closed.wait(ALIVE_S):

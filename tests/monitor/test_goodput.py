@@ -34,8 +34,8 @@ def driver(time: float, kind: str, part: str = "") -> Event:
     return Event(kind=kind, step=0, time=time, text=part)
 
 
-def rank(time: float, kind: str, step: int, **seconds: float) -> Event:
-    return Event(kind=kind, step=step, time=time, seconds=seconds)
+def rank(time: float, kind: str, done: int, /, **seconds: float) -> Event:
+    return Event(kind=kind, step=done, time=time, seconds=seconds)
 
 
 UNTIL_THE_KILL = (
