@@ -20,13 +20,13 @@ import torch
 from torch.nn import functional
 
 from pipeline.bench.chart import Line, chart
+from pipeline.bench.live_memory import LiveBytes
 from pipeline.bench.workers import MIB, run_case
 from pipeline.files import write_json, write_text
 from pipeline.model import Activations, build
 from pipeline.model.fixed_point import remainder_width
 from pipeline.model.param_groups import is_alpha
 from pipeline.runtime.host_allocator import keep_freed_memory
-from pipeline.runtime.live_memory import LiveBytes
 
 CLASSES = 1000
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.monitor import tags
-from pipeline.runtime.live_memory import LiveBytes, live_tensors
+from pipeline.runtime.tensor_memory import PeakBytes, live_tensor_bytes
 from pipeline.train.zero_state import ShardedState
 
 MIB = 2.0**20
@@ -19,8 +19,8 @@ MIB = 2.0**20
 class MemoryMetrics:
     """Sizes of a process's tensors on its device.
 
-    A GPU's allocator knows the peak of all tensors. On a CPU nobody counts them, so the tensors of
-    one step are counted one by one (``counted``).
+    A GPU's allocator knows the peak of all tensors. On a CPU nobody counts them, so the allocations
+    of one step are recorded (``counted``).
     """
 
     def __init__(self, state: ShardedState, device: torch.device) -> None:
@@ -39,13 +39,12 @@ class MemoryMetrics:
         if self._device.type != "cpu":
             yield
             return
-        known = live_tensors()
-        state = _bytes(known)
-        with LiveBytes(known) as live:
-            del known  # do not keep what the step lets go
+        state = live_tensor_bytes()
+        allocated = PeakBytes()
+        with allocated.counted():
             yield
         self._sizes[tags.STATE_MIB] = state / MIB
-        self._sizes[tags.PEAK_MIB] = (state + live.peak) / MIB
+        self._sizes[tags.PEAK_MIB] = (state + allocated.peak) / MIB
 
     def scalars(self) -> dict[str, float]:
         """The sizes so far; call it between two steps. Does not wait for the device."""

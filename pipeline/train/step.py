@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.data.device import DeviceBatch
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.train.context import StepContext
+from pipeline.train.engine import warnings_off
 from pipeline.train.metrics import MetricsMark
 from pipeline.train.self_check import Mismatch
 from pipeline.train.step_times import BACKWARD, DATA, FORWARD, UPDATE, StepTimes
@@ -85,7 +86,8 @@ class TrainingStep:
         output = context.engine(inputs.images, context.drop_path_draws(batch))
         # Gradients that are not finite are reduced like others, and then discarded on all ranks.
         context.engine.backward(context.loss(output, inputs).total * torch.inf)
-        context.engine.step()
+        with warnings_off():
+            context.engine.step()
         self._restore_statistics(snapshot)
 
     def _try(self, loader: TrainLoader) -> bool:

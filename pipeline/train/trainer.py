@@ -194,7 +194,10 @@ class Trainer:
 
     def _counted(self, *, first: bool) -> contextlib.AbstractContextManager[None]:
         """Count the memory of the first step of a stage, where nothing else does."""
-        return self.metrics.memory.counted() if first else contextlib.nullcontext()
+        # Of two profilers, only one can record a step.
+        if not first or 1 in self.context.config.profile_steps:
+            return contextlib.nullcontext()
+        return self.metrics.memory.counted()
 
     def _log_metrics(self, done: int) -> None:
         """Log the metrics of the steps since the last log. Collective; waits for the device."""

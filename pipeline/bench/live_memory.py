@@ -6,7 +6,6 @@ hides differences of a few MiB. Summing the sizes of the tensor storages that ar
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 
@@ -74,15 +73,3 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self.current -= size
         self._seen.discard(key)
-
-
-def live_tensors() -> list[Tensor]:
-    """The tensors of this process that Python knows, each storage once; takes a fraction of a s."""
-    storages: dict[int, Tensor] = {}
-    for value in gc.get_objects():
-        # By type: isinstance would call code of proxies that other libraries keep.
-        if issubclass(type(value), Tensor) and not value.is_meta:
-            for tensor in (value, value.grad if value.is_leaf else None):
-                if tensor is not None:
-                    storages[tensor.untyped_storage()._cdata] = tensor
-    return list(storages.values())
