@@ -106,11 +106,8 @@ def load_job(
     tree = references.expand(apply(tree, overrides), fragments)
     if not migrate:
         raise_problems(fragments.old_names)
-    # Before ${VAR} is replaced: a rehearsal must not require variables of sources it never reads.
-    if rehearse:
-        tree = _without_sources(tree)
-    elif plans:
-        tree = _without_unset_sources(tree)
+    # Before ${VAR} is replaced: neither a rehearsal nor a plan reads the sources.
+    tree = _without_sources(tree, only_unset=plans) if rehearse or plans else tree
     tree = references.substitute(tree)
     written = job_name.with_folder(_with_absolute_paths(tree, folder))
     missing = _missing_source(tree) if submits else ""
@@ -167,26 +164,30 @@ def _missing_source(tree: Node) -> str:
     return ""
 
 
-def _without_sources(tree: Node) -> Node:
-    """Remove the datasets' roots: a rehearsal needs neither the folders nor their ${VAR}."""
+def _without_sources(tree: Node, *, only_unset: bool) -> Node:
+    """Remove the places of the datasets: the folders are not read, nor are their ${VAR} needed.
+
+    ``only_unset``: those that name an unset variable, of a job that is planned.
+    """
     data = tree.get("data")
+    origin = PLANNED if only_unset else REHEARSE
     for name in data.entries() if data is not None else ():
-        tree = tree.replaced(("data", name, "root"), Node("", REHEARSE))
-        if tree.get("data", name, "prepared") is not None:
-            tree = tree.replaced(("data", name, "prepared"), Node("", REHEARSE))
+        for key in ("root", "prepared"):
+            place = tree.get("data", name, key)
+            # A dataset without a root gets an empty one: of a rehearsal it is synthetic.
+            if place is None and key == "prepared":
+                continue
+            if not only_unset or (place is not None and _names_unset_variable(place)):
+                tree = tree.replaced(("data", name, key), Node("", origin))
     return tree
 
 
-def _without_unset_sources(tree: Node) -> Node:
-    """Remove those roots of datasets that name an unset variable."""
-    data = tree.get("data")
-    for name in data.entries() if data is not None else ():
-        root = tree.get("data", name, "root") or Node("", PLANNED)
-        try:
-            references.substituted(root, name)
-        except ConfigError:
-            tree = tree.replaced(("data", name, "root"), Node("", PLANNED))
-    return tree
+def _names_unset_variable(node: Node) -> bool:
+    try:
+        references.substituted(node, "")
+    except ConfigError:
+        return True
+    return False
 
 
 def _with_absolute_paths(tree: Node, folder: Path) -> Node:

@@ -90,6 +90,7 @@ class NetworkSizes:
 
     def _vectors(self, level: int, first_column: bool) -> float:
         """Biases, norms, depthwise filters and layer scales of a level."""
+        # One layer from the finer level, and one per coarser map.
         layers = (level > 0) + len(self._coarser(level, first_column))
         blocks = self.model.depths[level] * self.kinds[level].vectors * self.model.channels[level]
         return blocks + layers * self._layer_vectors(level)
@@ -106,6 +107,7 @@ class NetworkSizes:
 
     def _heads(self) -> float:
         deepest = self.model.channels[3]
+        # A norm and a linear layer with a bias.
         classifier = self.classes * (deepest + 1) + 2 * deepest
         if not self.supervised:
             return classifier
@@ -113,7 +115,7 @@ class NetworkSizes:
 
     def _decoder_parameters(self) -> float:
         channels = self.model.channels
-        pixels = RGB * self.model.stride**2
+        pixels = RGB * self.model.stride**2  # that one position of level 3 stands for
         if self.classes > SIMPLE_DECODER_ABOVE:
             return pixels * (channels[3] + 1) + 2 * channels[3]
         # Each stage: a linear layer and a norm, then a ConvNeXt block that does not expand.
@@ -125,6 +127,7 @@ class NetworkSizes:
 
     def _columns(self, of_level: Callable[[int, bool], float]) -> float:
         """The sum of a size over all levels of all columns."""
+        # The first column receives no coarser maps, so its levels are smaller.
         first = sum(of_level(level, True) for level in LEVELS)
         others = sum(of_level(level, False) for level in LEVELS)
         return first + (self.model.columns - 1) * others
@@ -159,7 +162,7 @@ class NetworkSizes:
 
     def _head_macs(self) -> float:
         channels = self.model.channels
-        classifier = self.classes * channels[3]
+        classifier = self.classes * channels[3]  # on the mean of all positions
         if not self.supervised:
             return classifier
         if self.classes > SIMPLE_DECODER_ABOVE:

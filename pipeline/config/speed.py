@@ -52,12 +52,14 @@ def image_work(sizes: NetworkSizes, precision: str, stored: int) -> ImageWork:
     model = sizes.model
     repeats = {"stored": 0.0, "checkpointed": 1.0, "exact": 1 - stored / model.columns}
     repeated = repeats[model.activations]
+    # Forward, and backward to inputs and to weights: three passes of two operations each.
     flops = 6 * sizes.macs()
     blocks = model.columns * sum(model.depths[level] * sizes.map(level) for level in LEVELS)
     levels = model.columns * sum(sizes.map(level) for level in LEVELS)
     block_bytes = COMPILED_BLOCK_BYTES if model.compile else BLOCK_BYTES
     traffic = blocks * block_bytes * (1 + repeated * RECOMPUTED_SHARE)
     traffic += levels * (LEVEL_BYTES + repeated * DECODED_BYTES)
+    # A level launches about as much as a block: fusion, quantisation, residual.
     units = model.columns * (sum(model.depths) + len(LEVELS))
     return ImageWork(
         model_flops=flops,
@@ -94,8 +96,10 @@ def step_time(
     accumulation = train.global_batch // (world_size * micro_batch)
     products = work.executed_flops / (device.reached * device.peak[train.precision])
     on_device = micro_batch * (products + work.bytes / device.copy)
+    # Kernels run while the host launches the next ones: the slower of both decides.
     on_host = work.launches * device.launch
     traffic = step_traffic(sizes.parameters, train, world_size, accumulation)
+    # Once more than one machine takes part, the links between machines are the bottleneck.
     link = device.near if world_size <= device.group else device.far
     share = world_size if train.zero_stage else 1
     return StepEstimate(

@@ -199,6 +199,7 @@ class DisplayFeed:
     def poll(self) -> None:
         """Show the events written since the last call."""
         for event in self._follower.poll():
+            # Added before it is shown, so that the line has the share up to this event.
             if self._goodput is not None:
                 self._goodput.add(event, self._stage)
                 self._metrics.goodput = self._goodput.share

@@ -75,6 +75,7 @@ class Recorder:
         event = self._events.write(
             "step", step, total=total_steps, epoch=epoch, scalars=scalars, seconds=seconds
         )
+        # TensorBoard alone gets the shares: the event log has the seconds that they follow from.
         self._goodput.add(event, self._stage)
         self._board.scalars(step, scalars | self._goodput.scalars())
 

@@ -239,6 +239,7 @@ def _run_stage(run: JobRunner, stage: str, ray: RaySession) -> None:
         run.run_state.stop(stage, time.monotonic() - started, message)
         raise
     finally:
+        # What follows connects this stage with the next one.
         run.phase(START)
     seconds = time.monotonic() - started
     run.run_state.finish(stage, seconds, outputs, metrics)

@@ -33,6 +33,7 @@ def plan(
             f"unknown device '{device}'", place="--device", remedy=f"one of {', '.join(DEVICES)}"
         )
     settings = list(overrides)
+    # The job of a cluster is planned for devices of the command line as if they were here.
     if device or gpus:
         settings.append("cluster.kind=local")
     if device:

@@ -85,6 +85,7 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
             raise interrupted()
         placed = placement
         if watch.pool is not None:
+            # Waiting for machines is nobody's work.
             watch.phase(IDLE)
             placed = watch.pool.place(placement)
             watch.phase(begun)

@@ -23,6 +23,7 @@ def training_images(job: Job, stage: str) -> int | None:
         return None
     if dataset.synthetic is not None:
         return dataset.synthetic.classes * dataset.synthetic.images_per_class
+    # A folder of one's own is counted by preparation only.
     known = KNOWN_IMAGES.get(dataset.classes)
     if known is None or dataset.classes == "imagenet1k":  # it has a validation split of its own
         return known

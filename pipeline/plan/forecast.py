@@ -159,6 +159,7 @@ def alternatives(
     forecasts = []
     for variant in _variants(plan):
         chosen = variant.best()
+        # A variant that does not fit is shown too, so that its memory can be seen.
         entry = as_written(variant, device, images)
         if chosen is None or _is_allowed(job, stage, variant, chosen.images):
             forecasts.append(entry)

@@ -65,6 +65,7 @@ def _stage(job: Job, stage: str, options: PlanOptions) -> Iterator[str]:
     device = options.facts
     device_bytes = float("inf") if device.gib is None else device.gib * GIB
     plan = stage_plan(job, stage, options.world_size, device_bytes)
+    # Before any figure: a batch that cannot be shared has none.
     batches(plan.train, options.world_size)  # raises if the batch cannot be shared
     images = options.images or training_images(job, stage)
     chosen = as_written(plan, device, images)

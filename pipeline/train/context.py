@@ -76,7 +76,7 @@ class StageContext:
         }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageLog:
     """Logs to the stage's events, on rank 0 only.
 

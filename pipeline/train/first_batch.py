@@ -28,6 +28,7 @@ def try_full_batch(context: StageContext, step: TrainingStep, eval_batch: int) -
     passes = 2 if context.job.model.stored_columns == "auto" else 1
     for _ in range(passes):
         step.rehearse(_grey_batch(micro_batch, config.image_size))
+    # The largest batch of an evaluation: without gradients, but twice as many images.
     engine.eval()
     with torch.no_grad():
         size = config.image_size

@@ -34,9 +34,9 @@ class MemoryMetrics:
         }
 
     @contextlib.contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count the tensors of a CPU inside the block; no effect on a GPU."""
-        if self._device.type != "cpu":
+    def counted(self, wanted: bool) -> Iterator[None]:
+        """Count the tensors of a CPU inside the block, if ``wanted``; no effect on a GPU."""
+        if self._device.type != "cpu" or not wanted:
             yield
             return
         state = live_tensor_bytes()

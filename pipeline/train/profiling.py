@@ -29,6 +29,7 @@ def profiled(context: StageContext, step: int, log: Log) -> Iterator[None]:
         yield
         if context.device.type == "cuda":
             torch.cuda.synchronize()  # kernels that are still running belong to the step
+    # A trace is for looking at: if it cannot be written, training continues.
     path = context.run_dir.profile(context.stage, step, context.dist_env.rank)
     try:
         write_with(path, lambda temporary: recorded.export_chrome_trace(str(temporary)))

@@ -51,6 +51,7 @@ def rank_spread(seconds: Mapping[str, float]) -> dict[str, float]:
     Compared is what a rank does alone, data and forward pass: in the rest the ranks wait for each
     other. (Under ZeRO 3 they also do in the forward pass.)
     """
+    # On the host: a GPU is not asked, and the collective of the hosts waits for no kernel.
     own = torch.tensor([seconds.get(DATA, 0.0) + seconds.get(FORWARD, 0.0)])
     times = [torch.zeros(1) for _ in range(dist.get_world_size())]
     dist.all_gather(times, own)

@@ -46,6 +46,7 @@ class Throughput:
     def take(self) -> dict[str, float]:
         """Seconds by part since the last call. Waiting for data is no part of the steps."""
         self.begin(self._part)
+        # The loader measures its waits itself, inside the steps.
         waited = self._loader.data_wait - self._waited
         self._waited = self._loader.data_wait
         seconds = self._seconds

@@ -5,7 +5,6 @@ Ray actors and ``pipeline train`` call ``train_stage``.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -73,7 +72,7 @@ def train_stage(
             device=device,
             data=open_job_dataset(job, run_dir, stage, whole=config.on_bad_sample == "stop"),
         )
-        log = StageLog(world.is_main)
+        log = StageLog(is_main=world.is_main)
         try:
             with settings_named(context):
                 setup = set_up(context, log)
@@ -168,8 +167,11 @@ class Trainer:
             done = step + 1  # steps as users count them, from 1
             last = done == total_steps
             logged = done % config.log_every_steps == 0 or last
+            # Only the updates that are logged are looked at: a look costs a few kernels.
             self.metrics.norms.active = logged
-            with profiled(self.context, done, self.log), self._counted(first=step == 0):
+            # Of two profilers, only one can record a step.
+            counts = step == 0 and done not in config.profile_steps
+            with profiled(self.context, done, self.log), self.metrics.memory.counted(counts):
                 self.step.run(step, self.loader)
             if logged:
                 self._log_metrics(done)
@@ -192,16 +194,10 @@ class Trainer:
         stop.close()
         self.throughput.begin(CHECKPOINT)  # what follows writes the result
 
-    def _counted(self, *, first: bool) -> contextlib.AbstractContextManager[None]:
-        """Count the memory of the first step of a stage, where nothing else does."""
-        # Of two profilers, only one can record a step.
-        if not first or 1 in self.context.config.profile_steps:
-            return contextlib.nullcontext()
-        return self.metrics.memory.counted()
-
     def _log_metrics(self, done: int) -> None:
         """Log the metrics of the steps since the last log. Collective; waits for the device."""
         context = self.step.context
+        # Before the reading: its own time belongs to the next interval.
         seconds = self.throughput.take()
         alphas = alpha_range(context.state)
         scalars = self.metrics.read(done, alphas, seconds)

@@ -30,10 +30,11 @@ def utilisation(context: StageContext, network: Network, images_per_s: float) ->
     if device is None:
         return {}
     stored = network.spec.stored_columns
-    if stored == "auto":
+    if stored == "auto":  # decided by now, unless the device is still being measured
         stored = network.activation_budget.stored_columns or 0
     sizes = network_sizes(context.job.model, config, context.num_classes)
     work = image_work(sizes, config.precision, min(stored, context.job.model.columns))
+    # The devices of a run are alike, so the slowest one decides for all.
     peak = device.peak[config.precision] * cores * context.dist_env.size
     return {
         tags.MFU: images_per_s * work.model_flops / peak,

@@ -112,7 +112,9 @@ def depth(name: str) -> int:
         return 0
     if parts[0] != "columns":
         return sum(DEPTHS) + COLUMNS
-    column, level, kind = int(parts[1]), int(parts[3]), parts[4]
+    column = int(parts[1])
+    level = int(parts[3])
+    kind = parts[4]
     if kind == "alpha":
         return column + 1
     block = int(parts[5]) if kind == "blocks" else 0

@@ -74,10 +74,12 @@ def last_step(run_dir: RunDir) -> Event:
 
 def test_norms_per_column_are_those_of_the_checkpoints(measured: tuple[RunDir, Job]) -> None:
     run_dir, _ = measured
-    before, after = weights_after(run_dir, STEPS - 1), weights_after(run_dir, STEPS)
+    before = weights_after(run_dir, STEPS - 1)
+    after = weights_after(run_dir, STEPS)
     scalars = last_step(run_dir).scalars
     for part in ("stem", "column_0", "column_3", "heads"):
-        old, new = of_part(before, part), of_part(after, part)
+        old = of_part(before, part)
+        new = of_part(after, part)
         moved = norm([b - a for a, b in zip(old, new, strict=True)])
         # Fragments of more than 1024 elements are sampled.
         assert scalars[tags.weight_norm(part)] == pytest.approx(norm(old), rel=0.03)
@@ -96,7 +98,8 @@ def test_alpha_and_headroom_per_column(measured: tuple[RunDir, Job]) -> None:
     weights = weights_after(run_dir, STEPS)
     for t in range(4):
         alphas = [weights[f"columns.{t}.levels.{i}.alpha"].abs() for i in range(4)]
-        smallest, largest = scalars[tags.smallest_alpha(t)], scalars[tags.largest_alpha(t)]
+        smallest = scalars[tags.smallest_alpha(t)]
+        largest = scalars[tags.largest_alpha(t)]
         assert smallest == pytest.approx(float(min(alpha.min() for alpha in alphas)))
         assert largest == pytest.approx(float(max(alpha.max() for alpha in alphas)))
     headrooms = [scalars[tags.headroom(t)] for t in range(4)]
