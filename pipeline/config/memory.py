@@ -75,12 +75,11 @@ class StageMemory:
         """Peak bytes of a step with ``micro_batch`` images."""
         return self.state + max(self.update, micro_batch * self.image)
 
-    def in_words(self, micro_batch: int) -> str:
+    def in_words(self) -> str:
         """What it consists of, for messages."""
         return (
-            f"{self.needed(micro_batch) / GIB:.1f} GiB: {self.state / GIB:.1f} of weights, "
-            f"gradients and optimizer, and {self.image / GIB:.2f} per image or "
-            f"{self.update / GIB:.1f} for the update"
+            f"{self.state / GIB:.1f} GiB of weights, gradients and optimizer, and "
+            f"{self.image / GIB:.2f} GiB per image or {self.update / GIB:.1f} GiB for the update"
         )
 
     def fits(self, micro_batch: int, device_bytes: float) -> bool:

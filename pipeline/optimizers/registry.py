@@ -73,11 +73,12 @@ def readers(key: str) -> list[str]:
 
 def _read(path: Path) -> OptimizerFacts:
     description = plugins.description(path)
-    keys = plugins.assigned(path, "KEYS")
-    moments = plugins.assigned(path, "MOMENTS")
+    return OptimizerFacts(description, _literals(path, "KEYS"), _literals(path, "MOMENTS"))
+
+
+def _literals(path: Path, name: str) -> tuple[str, ...]:
+    assigned = plugins.assigned(path, name)
     try:
-        return OptimizerFacts(
-            description, tuple(ast.literal_eval(keys)), tuple(ast.literal_eval(moments))
-        )
+        return tuple(ast.literal_eval(assigned))
     except (ValueError, TypeError):
-        raise ValueError(f"{path}: KEYS and MOMENTS must be tuples of literals") from None
+        raise ValueError(f"{path}: {name} must be a tuple of literals") from None

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from pipeline.config import job_queries
-from pipeline.config.memory import stage_memory
+from pipeline.config.memory import GIB, stage_memory
 from pipeline.errors import StageError
 from pipeline.model.compiled_level import TooManyGraphs
 from pipeline.runtime.device_memory import out_of_memory_named
@@ -49,4 +49,4 @@ def _estimate(context: StageContext, micro_batch: int) -> str:
         world_size=context.dist_env.size,
         stored=1 if stored == "auto" else stored,
     )
-    return f"Estimate: {memory.in_words(micro_batch)}"
+    return f"Estimate: {memory.needed(micro_batch) / GIB:.1f} GiB ({memory.in_words()})"

@@ -22,8 +22,8 @@ data: {set: {synthetic: {classes: 3, images_per_class: 40}}}
 stages:
   prepare: {}
   pretrain:
-    {image_size: 32, epochs: 30, global_batch: 8, precision: fp32, base_lr: 1e-3,
-     log_every_steps: 1, checkpoint_every_steps: 5}
+    {image_size: 32, epochs: 8, global_batch: 8, precision: fp32, base_lr: 1e-3,
+     log_every_steps: 1, checkpoint_every_steps: 5, eval_every_epochs: 4}
 """
 
 

@@ -62,7 +62,8 @@ def _cause(plan: StagePlan, images: int) -> str:
     memory = plan.memory(plan.least_stored)
     if images * memory.elements >= MAX_ELEMENTS:
         return f"{images} images make tensors of 2^31 elements or more, beyond 32-bit indexing"
-    whole = f"{plan.device_bytes / GIB:.1f}"
-    part = f"{usable(plan.device_bytes) / GIB:.1f}"
-    need = f"{images} images need {memory.in_words(images)}"
-    return f"{need}; of a GPU, {part} of {whole} GiB are usable"
+    return (
+        f"{images} images need {memory.needed(images) / GIB:.1f} GiB per GPU "
+        f"({memory.in_words()}), "
+        f"and {usable(plan.device_bytes) / GIB:.1f} of {plan.device_bytes / GIB:.1f} GiB are usable"
+    )
