@@ -14,8 +14,8 @@ from pipeline.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 PASS_ON_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
-# By file: machines and prepared runs are shared by the tests of a file. Three workers for two cores,
-# as tests of clusters wait for schedulers and time limits. The order is that of tests/conftest.py.
+# By file: the tests of a file share machines and prepared runs. Three workers for two cores, as
+# tests of clusters wait for schedulers and time limits. The order is that of tests/conftest.py.
 _ALL_TESTS = ["-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
 _FAST_TESTS = ["-m", "not slow"]  # tests/conftest.py marks the slow ones
 
