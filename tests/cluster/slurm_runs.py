@@ -128,7 +128,7 @@ class Submitter:
                 min_nodes=min_nodes or nodes,
                 partition=partition,
                 wait=wait,
-                setup=json.dumps(["renice -n 19 $$ > /dev/null", *setup]),
+                setup=json.dumps(list(setup)),
                 runs=self.job.folder,
             )
         )

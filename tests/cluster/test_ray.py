@@ -90,7 +90,7 @@ def test_a_call_without_the_token_is_refused(
         token.write_text("0" * 64)
     if kind != "absent":
         variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    command = ["nice", "-n", "19", sys.executable, "-m", "tests.cluster.ask_token"]
+    command = [sys.executable, "-m", "tests.cluster.ask_token"]
     done = site.fabric["n1"].run(*command, environment=variables, check=False)
     seconds, code, *words = done.stdout.split()
     record_property("refused after", f"{seconds} s")
@@ -237,7 +237,7 @@ def test_ranks_are_numbered_by_machine_in_twenty_groups(
 ) -> None:
     site = two_machines
     variables = {**site.ray.environment, "PIPELINE_RAY_ADDRESS": site.ray.gcs}
-    command = ["nice", "-n", "19", sys.executable, "-m", "tests.cluster.form_groups"]
+    command = [sys.executable, "-m", "tests.cluster.form_groups"]
     done = site.fabric["n1"].run(*command, shared_folder, "20", environment=variables, timeout=600)
     line = "ranks 0-1 on n1 (10.77.0.1), ranks 2-3 on n2 (10.77.0.2); local 0 1 0 1"
     groups = Counter(done.stdout.splitlines())
@@ -266,7 +266,7 @@ def test_preparation_spreads_and_survives_the_loss_of_a_machine(
     cluster = CLUSTER.format(nodes=3, devices=1, min_nodes=2, wait=60)
     job.write_text(PREPARATION.format(root=source) + cluster)
     local = RunDir(shared_folder / "many-local")
-    command = ["nice", "-n", "19", sys.executable, "-m", "pipeline", "run", str(job)]
+    command = [sys.executable, "-m", "pipeline", "run", str(job)]
     command += ["--run-dir", str(local.path), "--set", "cluster={device: cpu}"]
     subprocess.run(command, check=True, env=environment_of_machine())
     counts = {}
