@@ -22,7 +22,6 @@ from tests.cluster.fabric import Fabric, FabricMachine, environment_of_machine
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_runs import CHECKPOINT_STEPS, CLUSTER, ClusterRun
 from tests.cluster.ray_site import RaySite
-from tests.e2e.job_runs import results
 from tests.e2e.test_preparation_killed import JOB as PREPARATION
 from tests.e2e.test_preparation_killed import files
 from tests.prepare.source_folders import write_tar
@@ -58,9 +57,9 @@ def two_machines(built: RaySite) -> RaySite:
 
 @pytest.fixture(scope="module")
 def reference(built: RaySite) -> RunDir:
-    """The whole job on one machine."""
+    """The job on one machine."""
     run_dir = built.job.start_copy("reference")
-    built.job.local(run_dir.path, "--set", "cluster.processes=2")
+    built.job.local(run_dir.path, *PRETRAIN, "--set", "cluster.processes=2")
     return run_dir
 
 
@@ -101,13 +100,11 @@ def test_a_call_without_the_token_is_refused(
     assert "RAY_AUTH_TOKEN_PATH" in " ".join(words)
 
 
-def test_every_stage_gives_the_files_of_a_run_on_one_machine(
+def test_a_machine_without_ranks_may_die(
     site: RaySite, reference: RunDir, record_property: Recorder
 ) -> None:
-    """Also: the checks before the first stage pass, and an idle machine may die."""
-    run_dir = RunDir(site.job.folder / "whole")
-    run_dir.path.mkdir()
-    run = site.start(run_dir, checks=True)
+    """Also: the checks before the first stage pass."""
+    run = site.start(site.job.start_copy("idle-dies"), *PRETRAIN, checks=True)
     run.wait_for_step(CHECKPOINT_STEPS)
     [idle] = {"n2", "n3"} - set(run.machines) or {"n3"}
     if idle not in run.machines:
@@ -116,7 +113,7 @@ def test_every_stage_gives_the_files_of_a_run_on_one_machine(
     record_property("groups of pretraining", len(run.starts))
     assert "check run directory:" in output
     assert len(run.starts) == 1
-    assert results(run_dir.path) == results(reference.path)
+    assert weights(run.run_dir) == weights(reference)
 
 
 @pytest.mark.parametrize(
