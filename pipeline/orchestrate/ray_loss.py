@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -38,7 +39,11 @@ class LossWatch(threading.Thread):
         self._left = threading.Event()
 
     def __enter__(self) -> LossWatch:
+        # Signals are for the main thread: this one, which inherits that they are blocked, would
+        # take them while Ray's own handler is installed.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return self
 
     def __exit__(
