@@ -28,7 +28,7 @@ from tests.data.small_datasets import jpeg
 from tests.docs.markdown import Block, blocks, commands
 
 CHECKOUT = ("launch.sh", "requirements", "pipeline", "configs", "jobs", "pyproject.toml")
-QUICKSTART_S = 600
+QUICKSTART_S = 1200
 
 
 def blocks_of(title: str, language: str = "bash") -> list[Block]:
