@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pipeline.errors import ConfigError, StageError
 from pipeline.orchestrate.machines import ID_LABEL, Machine
 from pipeline.orchestrate.ray_connection import ray_connection
-from pipeline.orchestrate.ray_session import RayLost, RaySession
+from pipeline.orchestrate.ray_loss import RayLost
+from pipeline.orchestrate.ray_session import RaySession
 from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment

@@ -282,7 +282,8 @@ def address(number: int) -> str:
 
 def environment_of_machine(added: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment of a command: this checkout's Python, a home folder of the machine's own."""
-    left_out = ("RAY_", "PYTEST_", "SLURM", "PIPELINE_")
+    # TORCHINDUCTOR_: tests that compile have set it; a machine's cache is where TMPDIR says.
+    left_out = ("RAY_", "PYTEST_", "SLURM", "PIPELINE_", "TORCHINDUCTOR_")
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -108,7 +108,7 @@ class ClusterRun:
         output = run_dir.path.with_suffix(".out")
         with open(output, "a") as file:
             process = machine.popen(
-                *["nice", "-n", "19", "python", "-m", "pipeline", "run", job],
+                *["python", "-m", "pipeline", "run", job],
                 *["--run-dir", run_dir.path, *arguments],
                 environment={
                     **cluster.environment,

@@ -91,7 +91,7 @@ class Site:
         """Start ``pipeline ARGUMENTS`` in the folder."""
         self._started += 1
         output = self.folder / f"output-{self._started}.txt"
-        words = [*("env", "-C", str(self.folder), "nice", "-n", "19"), sys.executable, "-m"]
+        words = ["env", "-C", str(self.folder), sys.executable, "-m"]
         words += ["pipeline", *arguments]
         with open(output, "w") as file:
             if self.machine is not None:

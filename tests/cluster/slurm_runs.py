@@ -128,7 +128,7 @@ class Submitter:
                 min_nodes=min_nodes or nodes,
                 partition=partition,
                 wait=wait,
-                setup=json.dumps(["renice -n 19 $$ > /dev/null", *setup]),
+                setup=json.dumps(list(setup)),
                 runs=self.job.folder,
             )
         )
@@ -170,7 +170,7 @@ def left_behind(slurm: SlurmMachines) -> dict[str, list[str]]:
     return left
 
 
-def wait_for_nothing_left(slurm: SlurmMachines, seconds: float = 60) -> None:
+def wait_for_nothing_left(slurm: SlurmMachines, seconds: float = 180) -> None:
     """Wait until no process and no file of a job is left on any machine."""
     try:
         wait_until(lambda: not left_behind(slurm), "clean machines", seconds, 0.5)

@@ -28,18 +28,18 @@ from tests.data.small_datasets import jpeg
 from tests.docs.markdown import Block, blocks, commands
 
 CHECKOUT = ("launch.sh", "requirements", "pipeline", "configs", "jobs", "pyproject.toml")
-QUICKSTART_S = 600
+QUICKSTART_S = 1200
 
 
-def steps_of(title: str) -> list[Block]:
-    """The shell blocks of a section of docs/clusters.md."""
+def blocks_of(title: str, language: str = "bash") -> list[Block]:
+    """The blocks of a section of docs/clusters.md."""
     document = ROOT / "docs" / "clusters.md"
     lines = document.read_text().splitlines()
     first = lines.index(f"## {title}") + 1
     last = next((i for i in range(first, len(lines)) if lines[i].startswith("## ")), len(lines))
     return [
         block
-        for block in blocks("bash")
+        for block in blocks(language)
         if block.document == document and first < block.line <= last
     ]
 
@@ -68,11 +68,17 @@ class Reader:
     replaced: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def words(self, command: list[str]) -> list[str]:
-        line = shlex.join(command)
+    def own(self, text: str) -> str:
         for name, value in self.replaced.items():
-            line = line.replace(name, value)
-        return shlex.split(line)
+            text = text.replace(name, value)
+        return text
+
+    def words(self, command: list[str]) -> list[str]:
+        return shlex.split(self.own(shlex.join(command)))
+
+    def write(self, name: str, block: Block) -> None:
+        """Write a file of the reader's own."""
+        (self.checkout / name).write_text(self.own(block.text))
 
     def export(self, command: list[str]) -> None:
         """``export NAME=VALUE ...``"""
@@ -153,7 +159,7 @@ def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_first_run_on_a_ray_cluster(
     fabric: Fabric, shared_folder: Path, checkout: Path, on_one_machine: dict[str, str]
 ) -> None:
-    start, use = (list(commands(block)) for block in steps_of("First run on a Ray cluster"))
+    start, use = (list(commands(block)) for block in blocks_of("First run on a Ray cluster"))
     n1, n2, user = (fabric.up(name) for name in ("n1", "n2", "user"))
     token = shared_folder / "token"
     token.touch(mode=0o600)
@@ -176,8 +182,9 @@ def test_first_run_on_a_ray_cluster(
             "/shared/runs": str(shared_folder / "runs"),
         },
     )
-    reader.export(use[0])
-    doctor, submit, fetch, predict = use[1:]
+    [cluster] = blocks_of("First run on a Ray cluster", "yaml")
+    reader.write("two.yaml", cluster)
+    doctor, submit, fetch, predict = use
     assert "check versions: " in reader.run(user, doctor)
     # What is in the user's own environment stays there.
     planted = secrets.token_hex(32)
@@ -193,14 +200,24 @@ def test_first_run_on_a_ray_cluster(
     assert exported(checkout / "runs" / "quickstart") == on_one_machine
     assert "one.jpg" in reader.run(user, predict)
     shutil.rmtree(checkout / "runs")
+    shutil.rmtree(shared_folder / "runs")
 
 
 def test_first_run_and_first_failure_under_slurm(
-    slurm: SlurmMachines, checkout: Path, on_one_machine: dict[str, str]
+    slurm: SlurmMachines,
+    shared_folder: Path,
+    checkout: Path,
+    on_one_machine: dict[str, str],
 ) -> None:
-    [first_run] = (list(commands(block)) for block in steps_of("First run under Slurm"))
-    [failure] = (list(commands(block)) for block in steps_of("First failure"))
-    reader = Reader(checkout=checkout, environment=dict(slurm.environment))
+    [first_run] = (list(commands(block)) for block in blocks_of("First run under Slurm"))
+    [failure] = (list(commands(block)) for block in blocks_of("First failure"))
+    reader = Reader(
+        checkout=checkout,
+        replaced={"/shared/runs": str(shared_folder / "runs")},
+        environment=dict(slurm.environment),
+    )
+    [cluster] = blocks_of("First run under Slurm", "yaml")
+    reader.write("two.yaml", cluster)
     doctor, submit, runs = first_run
     assert "check versions: " in reader.run(slurm.login, doctor)
     submitted = reader.start(slurm.login, submit)
@@ -213,7 +230,7 @@ def test_first_run_and_first_failure_under_slurm(
     assert re.search(r"quickstart +interrupted", reader.run(slurm.login, runs))
     output = reader.run(slurm.login, again)
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output
-    assert exported(checkout / "runs" / "quickstart") == on_one_machine
+    assert exported(shared_folder / "runs" / "quickstart") == on_one_machine
 
 
 @pytest.fixture(scope="module")
