@@ -22,9 +22,12 @@ Steps that are done again count as steps the second time: their first time count
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
@@ -163,6 +166,14 @@ class Goodput:
                     self.seconds[part] -= seconds
                     self.seconds[RECOVERY] += seconds
         self._steps[stage] = [entry for entry in steps if entry[0] <= step]
+
+
+def process_start() -> float:
+    """When this process was started (seconds since 1970)."""
+    # The 22nd value, counted from before the name in brackets: clock ticks since the machine began.
+    stat = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - age
 
 
 class Timeline:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import psutil
 from rich.console import Console
 
 from pipeline.config import job_queries, machine, render
@@ -22,7 +21,7 @@ from pipeline.files import write_text
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
-from pipeline.monitor.goodput import EVALUATION, PREPARE, START, Timeline
+from pipeline.monitor.goodput import EVALUATION, PREPARE, START, Timeline, process_start
 from pipeline.orchestrate import artifacts, preflight, resume_policy
 from pipeline.orchestrate.joined_ray import ADDRESS, JoinedRay, joined_ray
 from pipeline.orchestrate.judgement import Judge
@@ -83,9 +82,7 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
             stop.install()
             run_state = RunState(run_dir, job.name)
             run_state.declare(job_queries.stage_names(job))
-            timeline = Timeline(
-                run_dir, job_queries.training_stages(job), started=psutil.Process().create_time()
-            )
+            timeline = Timeline(run_dir, job_queries.training_stages(job), started=process_start())
             try:
                 yield JobRunner(
                     loaded=loaded,

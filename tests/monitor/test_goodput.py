@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from pipeline.monitor.goodput import (
     STEP,
     Goodput,
     Timeline,
+    process_start,
 )
 
 
@@ -119,6 +123,14 @@ def test_a_run_is_added_up_from_its_files(tmp_path: Path) -> None:
     assert again.goodput.total == pytest.approx(total)
     assert again.goodput.seconds == pytest.approx(timeline.goodput.seconds)
     again.close()
+
+
+def test_a_process_knows_when_it_was_started() -> None:
+    code = "from pipeline.monitor.goodput import process_start; print(process_start())"
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert before - 0.05 < float(done.stdout) < time.time()
+    assert process_start() < before
 
 
 def test_the_words_name_the_largest_parts_first() -> None:
