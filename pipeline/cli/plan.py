@@ -11,7 +11,7 @@ from pipeline.cli.options import RUNS, Overrides
 Job = Annotated[
     str,
     typer.Argument(
-        metavar="[JOB]", help="A job file, or the name of a shipped job.", show_default=False
+        metavar="JOB", help="A job file, or the name of a shipped job.", show_default=False
     ),
 ]
 Gpus = Annotated[

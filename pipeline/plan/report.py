@@ -136,7 +136,8 @@ def _bytes(job: Job, stage: str, chosen: Forecast) -> Iterator[str]:
     )
     dataset = job.data.get(dataset_name(job, stage))
     if dataset is not None:
-        if chosen.images is not None:
+        # The figures are those of photographs; generated images are small.
+        if chosen.images is not None and dataset.synthetic is None:
             yield _line("dataset", on_disk(dataset_bytes(dataset, chosen.images)))
         cores = loader_cores(dataset, chosen.images_per_s)
         yield _line("loader", f"{cores:,.1f} cores on all machines together")
