@@ -38,6 +38,9 @@ MODEL_WEIGHTS = "model.safetensors"
 MODEL_JSON = "model.json"
 SELF_TEST = "selftest.safetensors"
 PUBLISHED_WEIGHTS = "revcol.pth"  # only where the published code has such a network
+SHARDED_WEIGHTS = "model.safetensors.index.json"  # names the files that share out large weights
+HUB = "hub"  # folder for timm and transformers
+HUB_CONFIG = "config.json"  # its description
 EXPORT_FILES = (MODEL_WEIGHTS, MODEL_JSON, SELF_TEST, PUBLISHED_WEIGHTS)
 
 

@@ -4,9 +4,9 @@
     model = load_export("runs/quickstart/export")
     model.predict("cat.jpg")                      # [(class id, name, probability), ...]
 
-Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg and xxhash.
-The last four read images exactly as training does. ray, deepspeed, pydantic and all other packages
-of the pipeline are not needed; a test blocks them.
+Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg, pillow and
+xxhash. The last five read images exactly as training does. ray, deepspeed, pydantic and all other
+packages of the pipeline are not needed; a test blocks them.
 
 ``python -m pipeline.export.reload DIR`` repeats the export's self-test in a fresh process.
 """
@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoint.weights_file import verify_weights_file
-from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
+from pipeline.data.preprocessing import Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.files import DIGEST, matches_digest
@@ -38,11 +38,12 @@ from pipeline.model import Network, NetworkSpec
 Prediction = tuple[str, str, float]  # class id, name, probability
 
 
-class Preprocessing(TypedDict):
+class PreprocessingDescription(TypedDict):
     """From an image file to the network's input; ``image_size`` in pixels."""
 
     image_size: int
-    resize: float
+    mode: NotRequired[Mode]  # see ``data/preprocessing.py``; exports of 0.1.0 have ``resize``
+    resize: NotRequired[float]
     mean: list[float]
     std: list[float]
     color: str
@@ -53,7 +54,7 @@ class ModelDescription(TypedDict):
     """The content of ``model.json``."""
 
     network: Mapping[str, object]  # the fields of NetworkSpec
-    preprocessing: Preprocessing
+    preprocessing: PreprocessingDescription
     classes: list[str]
     class_names: list[str]
     trained: dict[str, float]  # metrics of the training
@@ -71,6 +72,12 @@ class Exported:
     network: Network
     description: ModelDescription
 
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared for the network."""
+        settings = self.description["preprocessing"]
+        mode = settings.get("mode") or ("whole" if settings.get("resize") == 1 else "fast")
+        return Preprocessing(settings["image_size"], mode)
+
     def prepare(self, path: str | Path) -> Tensor:
         """Image file -> (1, 3, H, W), bit for bit as in evaluation.
 
@@ -81,7 +88,7 @@ class Exported:
         size = settings["image_size"]
         pixels: Image = np.empty((size, size, 3), dtype=np.uint8)
         try:
-            transform = EvalTransform(size, settings["resize"])
+            transform = self.preprocessing().transform()
             transform(memoryview(Path(path).read_bytes()), pixels)
         except (OSError, ValueError) as error:
             raise DataError(

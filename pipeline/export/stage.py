@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import pipeline
 from pipeline.checkpoint.description import WeightsDescription
-from pipeline.checkpoint.weights import weights_path
+from pipeline.checkpoint.weights import weights_of
 from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.config.schema import Job
 from pipeline.data.device import MEAN, STD
@@ -28,7 +28,7 @@ from pipeline.evaluate.network import load_network, preprocessing, require_same_
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
 from pipeline.export.reload import ModelDescription
-from pipeline.files import atomic, file_digest, with_digest, write_json, write_with
+from pipeline.files import atomic, with_digest, write_json, write_with
 from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, PUBLISHED_WEIGHTS, SELF_TEST, RunDir
 from pipeline.model import Network
 
@@ -62,21 +62,20 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     if stage is None:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
     data = open_job_dataset(job, run_dir, "export")
-    image_size, resize = preprocessing(job, run_dir, stage.initial)
+    prepared = preprocessing(job, run_dir, stage.initial)
     require_same_classes(run_dir, stage.initial, data)
     network = load_network(job, run_dir, stage.initial, data)
-    weights = weights_path(run_dir, stage.initial)
-    trained = WeightsDescription.read(weights)
+    weights = weights_of(run_dir, stage.initial)
+    trained = WeightsDescription.read(*weights)
     description: ModelDescription = {
         "network": asdict(network.spec),
         "preprocessing": {
-            "image_size": image_size,
-            "resize": resize,
+            "image_size": prepared.image_size,
+            "mode": prepared.mode,
             "mean": list(MEAN),
             "std": list(STD),
             "color": "RGB",
-            "steps": "short side to image_size * resize (area; cubic where that enlarges), "
-            "centre crop, / 255, - mean, / std",
+            "steps": prepared.steps,
         },
         "classes": data.classes,
         "class_names": data.class_names,
@@ -88,7 +87,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     }
     evaluation = EvaluationRecord.read(run_dir)
     # Only of these weights: a job may evaluate other ones than it exports.
-    if evaluation is not None and evaluation.weights == file_digest(weights):
+    if evaluation is not None and evaluation.weights == weights.digest():
         description["evaluated"] = evaluation.summary()
     target = run_dir.export
     try:

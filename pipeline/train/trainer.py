@@ -19,6 +19,7 @@ from pipeline.data.device import DeviceAugment, DeviceBatch
 from pipeline.data.job_dataset import open_job_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.network_inputs import batch_sheet, network_inputs
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import CheckpointError, Interrupted, StageError
 from pipeline.evaluate.accuracy import Evaluation, validate
 from pipeline.evaluate.metrics import COMPARED, LOSS, TOP1, tagged
@@ -249,8 +250,7 @@ class Trainer:
         )
         with EvalLoader(
             context.data.split(split),
-            image_size=config.image_size,
-            resize=config.eval_resize,
+            preprocessing=Preprocessing(config.image_size, config.preprocessing),
             # Without gradients, twice as many images fit into memory.
             batch=min(MAX_EVAL_BATCH, 2 * engine.train_micro_batch_size_per_gpu()),
             rank=context.dist_env.rank,
@@ -323,7 +323,7 @@ def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> di
     description = WeightsDescription(
         classes=context.data.classes,
         image_size=config.image_size,
-        resize=config.eval_resize,
+        preprocessing=config.preprocessing,
         precision=config.precision,
         data=context.data.fingerprint,
         metrics=metrics,

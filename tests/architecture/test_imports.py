@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "blocks": {"plugins"},
     "optimizers": {"plugins"},
     "sources": GROUND,
-    "checkpoint": GROUND,
+    "checkpoint": GROUND | {"blocks", "sources"},
     "config": GROUND | {"blocks", "checkpoint", "optimizers", "sources"},
     "model": {"blocks"},
     "data": GROUND | {"config", "sources"},

@@ -66,7 +66,7 @@ DECISIONS: dict[tuple[str, ...], str] = {
         cluster.prefetch_mib data.<name>.root data.<name>.prepared data.<name>.max_rejected
         stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
-        stages.train.eval_every_epochs stages.train.eval_resize stages.train.log_every_steps
+        stages.train.eval_every_epochs stages.train.preprocessing stages.train.log_every_steps
         stages.train.checkpoint_every_steps stages.train.keep_checkpoints
         stages.evaluate.data stages.evaluate.from stages.evaluate.batch stages.export.from
     """,
@@ -86,7 +86,8 @@ DECISIONS: dict[tuple[str, ...], str] = {
         model.channels model.depths model.columns model.huge model.block model.stem_stride
     """,
     OWN_STAGE: """
-        stages.prepare.data stages.evaluate.image_size stages.train.keep
+        stages.prepare.data stages.evaluate.image_size stages.evaluate.preprocessing
+        stages.train.keep
         stages.train.image_size stages.train.epochs stages.train.max_steps
         stages.train.global_batch stages.train.order stages.train.window_shards
         stages.train.repeated_augmentation stages.train.balance

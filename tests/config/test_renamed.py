@@ -47,6 +47,7 @@ TABLE = [
     Renamed("stages.pretrain", "log_steps", "log_every_steps", "7"),
     Renamed("stages.pretrain", "checkpoint_steps", "checkpoint_every_steps", "8"),
     Renamed("stages.pretrain", "eval_epochs", "eval_every_epochs", "2.0"),
+    Renamed("stages.pretrain", "eval_resize", "preprocessing", "whole"),
     Renamed("stages.pretrain.augment", "erasing", "random_erasing", "0.2"),
     Renamed("stages.pretrain.augment", "cutmix_share", "mixup_switch_prob", "0.3"),
     Renamed("data.toy", "generate", "synthetic", "{seed: 4}"),

@@ -108,7 +108,8 @@ def test_the_test_split_is_reported_by_name_and_the_export_quotes_it(tmp_path: P
     export_stage(staging.job(), run_dir)
     means = {name: metrics[name] for name in ("top1", "top5", "loss")}
     description = load_export(run_dir.export).description
-    assert description["evaluated"] == {"split": "test", "images": 14, **means}
+    pixels = {"preprocessing": "fast", "image_size": 64}
+    assert description["evaluated"] == {"split": "test", "images": 14, **pixels, **means}
     # Other weights were not evaluated.
     file = run_dir.weights("finetune")
     save_file({name: value * 2 for name, value in load_file(file).items()}, file)
@@ -174,7 +175,7 @@ def _relabelled(run_dir: RunDir, folder_classes: list[str], model_classes: list[
     entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(folder_classes)]
     write_json(dataset / "classes.json", entries)
     weights = run_dir.weights("finetune")
-    description = WeightsDescription(image_size=64, resize=1.143, classes=model_classes)
+    description = WeightsDescription(image_size=64, preprocessing="fast", classes=model_classes)
     description.write(weights.parent)
 
 
