@@ -41,7 +41,15 @@ PUBLISHED_WEIGHTS = "revcol.pth"  # only where the published code has such a net
 SHARDED_WEIGHTS = "model.safetensors.index.json"  # names the files that share out large weights
 HUB = "hub"  # folder for timm and transformers
 HUB_CONFIG = "config.json"  # its description
-EXPORT_FILES = (MODEL_WEIGHTS, MODEL_JSON, SELF_TEST, PUBLISHED_WEIGHTS)
+HUB_CODE = "modeling_revcol.py"  # its network
+HUB_CARD = "README.md"
+VERIFICATION = "verification.json"  # how a format compares with the exported network
+ONNX_MODEL = "model.onnx"
+ONNX_UINT8_MODEL = "model_uint8.onnx"  # takes pixels as they are decoded
+ONNX_FEATURES = "features.onnx"
+EXPORTED_PROGRAM = "model.pt2"
+FORMAT_FOLDERS = ("torch_export", "onnx", HUB)  # of an exported model, named as its formats
+EXPORT_FILES = (MODEL_WEIGHTS, MODEL_JSON, SELF_TEST, PUBLISHED_WEIGHTS, VERIFICATION)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from pipeline.layout import SHARDED_WEIGHTS
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")  # .tar: of torch.save, as in older codes
 SUFFIXES = (".safetensors", f"/{SHARDED_WEIGHTS}", *TORCH_SUFFIXES)
-ALL_SUFFIXES = ".safetensors, .pth, .pt or .bin"  # in words
 
 
 class WeightsSource(NamedTuple):

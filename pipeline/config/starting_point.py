@@ -9,6 +9,9 @@ A job may have a stage ``finetune`` with an empty ``from``, for those who have t
 
 from __future__ import annotations
 
+import os
+
+from pipeline.checkpoint.weights_source import is_weights_file
 from pipeline.config.job_queries import ORDER, TRAINING
 from pipeline.config.yaml_tree.reading import Node
 
@@ -26,7 +29,7 @@ def choose_start(tree: Node) -> tuple[Node, list[str]]:
     notes: list[str] = []
     initial = tree.get("stages", "finetune", "from")
     pretrain = tree.get("stages", "pretrain")
-    outside = initial is not None and bool(initial.value) and initial.value not in ORDER
+    outside = initial is not None and _is_outside(initial.value)
     if pretrain is not None and pretrain.value is not None and initial is not None:
         if not initial.value:
             tree = tree.replaced(("stages", "finetune"), None)
@@ -36,6 +39,13 @@ def choose_start(tree: Node) -> tuple[Node, list[str]]:
                 f"{pretrain.origin}: stages.pretrain is left out: no stage uses its result"
             )
     return _with_model(_with_last_training(tree), outside), notes
+
+
+def _is_outside(initial: object) -> bool:
+    """True for weights that no stage of a job produces; a mistyped stage is none."""
+    if not isinstance(initial, str) or initial in ORDER:
+        return False
+    return is_weights_file(initial) or os.path.isdir(os.path.expanduser(initial))
 
 
 def _is_used(tree: Node, stage: str) -> bool:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.decode import Image
+from pipeline.data.device import MEAN, STD
 from pipeline.data.preprocessing import Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
@@ -50,6 +51,18 @@ class PreprocessingDescription(TypedDict):
     steps: str  # the same in words
 
 
+def describe_preprocessing(preprocessing: Preprocessing) -> PreprocessingDescription:
+    """The entry of ``model.json``."""
+    return {
+        "image_size": preprocessing.image_size,
+        "mode": preprocessing.mode,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "color": "RGB",
+        "steps": preprocessing.steps,
+    }
+
+
 class ModelDescription(TypedDict):
     """The content of ``model.json``."""
 
@@ -60,6 +73,11 @@ class ModelDescription(TypedDict):
     trained: dict[str, float]  # metrics of the training
     # Name of the split, number of its images, and the metrics on it; if the model was evaluated.
     evaluated: NotRequired[dict[str, str | int | float]]
+    # Name of the job, name of the dataset, and the training in the words of a job file. Without
+    # paths: a card with them may be published.
+    name: NotRequired[str]
+    data: NotRequired[str]
+    job: NotRequired[str]
     # The file with the published names, or why there is none. Exports of 0.1.0 lack the field.
     published_names: NotRequired[str]
     pipeline: str  # version that exported the model
@@ -174,7 +192,7 @@ def self_test(directory: Path) -> float:
     expected = load_file(directory / SELF_TEST)
     exported = load_export(directory)
     networks = [exported.network]
-    if official.has_published_names(exported.network.spec):
+    if (directory / PUBLISHED_WEIGHTS).is_file():
         weights = torch.load(directory / PUBLISHED_WEIGHTS, weights_only=True)["model"]
         published = make_network(exported.description).eval()
         official.load(published, weights)

@@ -21,6 +21,7 @@ from pipeline.layout import (
     CLASSES_JSON,
     DATASET_JSON,
     EXPORT_FILES,
+    FORMAT_FOLDERS,
     WEIGHTS_FILE,
     WEIGHTS_JSON,
     RunDir,
@@ -171,6 +172,8 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
     elif stage == "export":
         # Which files there are depends on the network.
         paths = [run_dir.export / name for name in EXPORT_FILES]
+        for folder in FORMAT_FOLDERS:
+            paths += sorted((run_dir.export / folder).rglob("*"))
         files = {path: "" for path in paths if path.is_file()}
     return {
         str(path.relative_to(run_dir.path)): Artifact.of(path, digest or None)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.command import command
 from pipeline.config import job_queries
+from pipeline.config.export_formats import FORMATS
 from pipeline.metric_text import metric_text
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
@@ -67,7 +68,14 @@ def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
     shown = list(_METRICS[stage])
     if stage == "evaluate":
         shown += [name for name in metrics if name not in (*shown, "loss")]
-    return "  ".join(metric_text(name, metrics[name]) for name in shown if name in metrics)
+    texts = [metric_text(name, metrics[name]) for name in shown if name in metrics]
+    if stage == "export":
+        texts += [
+            f"{name} not written: {facts.install}"
+            for name, facts in FORMATS.items()
+            if f"{name}_missing" in metrics
+        ]
+    return "  ".join(texts)
 
 
 def _relative(path: Path) -> str:

@@ -43,7 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "train": GROUND
     | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "optimizers"}
     | {"runtime"},
-    "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
+    "export": GROUND
+    | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "runtime", "sources"},
     "bench": GROUND
     | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
     "cluster": GROUND | {"config", "runtime"},

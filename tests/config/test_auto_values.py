@@ -275,7 +275,7 @@ def test_missing_source_names_the_override_that_sets_it(monkeypatch: pytest.Monk
     monkeypatch.delenv("OWN_IMAGES", raising=False)
     with pytest.raises(
         ConfigError,
-        match=r"own_images\.yaml:8: data\.images\.root: no folder of images is given"
+        match=r"own_images\.yaml:9: data\.images\.root: no folder of images is given"
         r"\n  -> --set data\.root=DIR",
     ):
         load_job(OWN)

@@ -173,7 +173,7 @@ def test_c5_evaluation_on_other_classes_than_the_head_has_is_refused(tmp_path: P
         (
             ("from: pretrain", "from: pretrian"),
             "job.yaml:11: stages.finetune.from: 'pretrian' is neither a training stage nor a "
-            ".safetensors file"
+            "weights file"
             "\n  -> did you mean 'pretrain'?",
         ),
         (

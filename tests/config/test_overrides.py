@@ -183,7 +183,6 @@ def test_paths_of_sources_and_weights_become_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "", "w.safetensors")
     job = load_job(
         write(tmp_path, JOB), ["data.root=images", "stages.pretrain.from=w.safetensors"]
     ).job

@@ -79,7 +79,7 @@ def job_with(renamed: Renamed, key: str) -> tuple[str, int]:
 
 def test_the_cases_cover_the_whole_table() -> None:
     assert {renamed.old: renamed.new for renamed in TABLE} == RENAMED_KEYS
-    assert RENAMED_VALUES == {"on_mismatch": {"redo": "retry"}}
+    assert set(RENAMED_VALUES) == {"on_mismatch", "preprocessing"}
 
 
 @every_key
@@ -179,6 +179,17 @@ def test_old_value_of_on_mismatch_is_an_error(tmp_path: Path, entrance: str) -> 
         f"{place}: stages.pretrain.on_mismatch: 'redo' was renamed to 'retry'"
         "\n  -> write on_mismatch: retry"
     )
+
+
+@pytest.mark.parametrize(("resize", "mode"), [("1.143", "fast"), ("1.0", "whole")])
+def test_the_factor_of_an_old_run_becomes_its_preprocessing(
+    resize: str, mode: str, tmp_path: Path
+) -> None:
+    text = edited("epochs: 3", f"eval_resize: {resize}")
+    job = load_job(write(tmp_path, text), migrate=True).job
+    assert job.stages.pretrain is not None
+    assert job.stages.pretrain.preprocessing == mode
+    assert f"write preprocessing: {mode}" in error_message(tmp_path, text)
 
 
 def test_two_old_names_in_one_key_are_reported_together(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.checkpoint.weights_source import ALL_SUFFIXES, is_weights_file, weights_source
+from pipeline.checkpoint.weights_source import is_weights_file, weights_source
 from pipeline.config.checks.architecture import check_architecture
 from pipeline.config.checks.checker import Checker
 from pipeline.config.job_queries import (
@@ -49,7 +49,7 @@ def _weights_file(checker: Checker, stage: str, source: str) -> None:
     key = f"stages.{stage}.from"
     if not is_weights_file(source):
         remedy = did_you_mean(source, training_stages(checker.job), "the job's training stages")
-        cause = f"'{source}' is neither a training stage nor a weights file ({ALL_SUFFIXES})"
+        cause = f"'{source}' is neither a training stage nor a weights file"
         checker.report(key, cause, remedy)
     elif not weights_source(source).path.is_file():
         remedy = "correct the path, or name a training stage"

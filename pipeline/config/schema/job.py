@@ -7,17 +7,21 @@ job is validated against this schema.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from pipeline.config.export_formats import FORMATS
 from pipeline.config.schema.cluster import ClusterConfig
 from pipeline.config.schema.data import DatasetConfig, DatasetName
 from pipeline.config.schema.model import ModelConfig
 from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
-from pipeline.config.schema.section import Preprocessing, Section, Seed
+from pipeline.config.schema.section import Preprocessing, Section, Seed, known_name
 from pipeline.config.schema.shrink import LONGEST_NAME, small_image_size, with_suffix
 from pipeline.config.schema.train import TrainConfig
+
+
+_FORMATS = list(FORMATS)
 
 
 class PrepareStage(Section):
@@ -69,6 +73,19 @@ class ExportStage(Section):
         alias="from",
         description="Weights to export: a training stage (its EMA weights if it has any) or a "
         "weights file, also a published one.",
+    )
+
+
+    formats: list[Annotated[str, known_name(_FORMATS), Field(json_schema_extra={"enum": _FORMATS})]] = (
+        Field(
+            ["native", "published"],
+            description="What is written beside the weights. "
+            + " ".join(f"{name}: {facts.title}." for name, facts in FORMATS.items()),
+        )
+    )
+    hub_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Precision of the weights in the folder of the format 'hub'; bf16 halves it.",
     )
 
 
