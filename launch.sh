@@ -8,7 +8,8 @@
 #   bench   baselines of the benchmarks       ./launch.sh bench loader
 #   s3      s3:// URLs                        ./launch.sh install s3
 #   ray     Ray clusters                      ./launch.sh install ray
-#   onnx    torch.onnx.export of a network    ./launch.sh install onnx
+#   onnx    the export format onnx            ./launch.sh install onnx
+#   hub     the export format hub             ./launch.sh install hub
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.
 set -euo pipefail

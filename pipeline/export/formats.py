@@ -15,7 +15,7 @@ from pipeline.export.hub.card import write_card
 from pipeline.export.hub.write import write_folder
 from pipeline.export.programs import write_onnx, write_torch_export
 from pipeline.export.reload import Exported, load_export
-from pipeline.export.verification import Verification, verify_in_fresh_process
+from pipeline.export.verification import Verification, verify, verify_in_fresh_process
 from pipeline.files import replaced_folder, write_json
 from pipeline.layout import FORMAT_FOLDERS, VERIFICATION
 from pipeline.reporting import Log
@@ -46,7 +46,8 @@ def write_formats(
         "onnx": write_onnx,
         "hub": partial(write_folder, dtype=dtype),
     }
-    verifications = [verify_in_fresh_process("native", export, export)]
+    # Here, and not in a process of its own: the stage has done that already.
+    verifications = [verify("native", export, export)]
     write_json(export / VERIFICATION, verifications[0])
     for name in [name for name in FORMAT_FOLDERS if name in set(names)]:
         log(f"writing {FORMATS[name].title}")

@@ -29,7 +29,7 @@ def plain_network(model: Exported) -> RevColNet:
     arguments = hub_config(model)["model_args"]
     assert isinstance(arguments, dict)
     network = RevColNet(num_classes=len(model.description["classes"]), **arguments)
-    network.load_state_dict(hub_state(model.network.state_dict()))
+    network.load_state_dict(hub_state(model.network))
     return network.eval()
 
 

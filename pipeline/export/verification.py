@@ -49,7 +49,15 @@ class Verification(TypedDict):
 def verify(name: str, folder: Path, export: Path) -> Verification:
     """Load a format, and compare its logits with those of the exported network."""
     # One thread, because the order of floating-point sums depends on the number of threads.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        return _verify(name, folder, export)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _verify(name: str, folder: Path, export: Path) -> Verification:
     images = load_file(export / SELF_TEST)["images"]
     expected = load_export(export).network(images).logits[-1]
     start = time.perf_counter()

@@ -27,7 +27,7 @@ from tests.train import staging
 
 # What an exported model needs (docstring of ``pipeline.export.reload``), and what torch itself
 # uses if it is installed.
-NEEDED = {"torch", "safetensors", "numpy", "cv2", "simplejpeg", "xxhash"}
+NEEDED = {"torch", "safetensors", "numpy", "cv2", "PIL", "simplejpeg", "xxhash"}
 USED_BY_TORCH = {"torchgen", "typing_extensions", "sympy", "mpmath", "tqdm", "dill", "packaging"}
 
 
@@ -155,7 +155,8 @@ def test_an_export_replaces_the_published_file_of_another_network(
     assert model.description["published_names"] == reason
     recorded = outputs(staging.job(block=mixed), "export", RunDir(tmp_path))
     names = {Path(path).name for path in recorded}
-    assert names == {"model.safetensors", "model.json", "selftest.safetensors"}
+    files = {"model.safetensors", "model.json", "selftest.safetensors", "verification.json"}
+    assert names == files
     assert note.exists()  # a user's own file stays, and is no output of the stage
 
 

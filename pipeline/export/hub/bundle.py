@@ -29,23 +29,20 @@ Maps are (N, H, W, C) inside and (N, C, H, W) outside. Example::
 
 def bundle() -> str:
     """The text of the file."""
-    imports: dict[str, set[str]] = {}
+    modules: set[str] = set()
+    names: dict[str, set[str]] = {}
     parts = []
     for name in _PARTS:
         head, _, part = Path(__file__).with_name(f"{name}.py").read_text().partition(_MARK)
         parts.append(part.strip())
-        for module, names in re.findall(r"^from (\S+) import (.+)$", head, re.MULTILINE):
-            if not module.startswith("pipeline"):
-                imports.setdefault(module, set()).update(names.split(", "))
-        for module in re.findall(r"^import (\S+)$", head, re.MULTILINE):
-            imports.setdefault(module, set())
-    lines = ["from __future__ import annotations", ""]
-    imports.pop("__future__")
-    for is_torch in (False, True):
-        chosen = [module for module in sorted(imports) if module.startswith("torch") is is_torch]
-        # Plain imports first, as the formatter has them.
-        for module in sorted(chosen, key=lambda module: bool(imports[module])):
-            names = ", ".join(sorted(imports[module]))
-            lines.append(f"from {module} import {names}" if names else f"import {module}")
-        lines.append("")
-    return _DOCSTRING + "\n".join(lines) + "\n" + "\n\n\n".join(parts) + "\n"
+        modules |= set(re.findall(r"^import (\S+)$", head, re.MULTILINE))
+        for module, imported in re.findall(r"^from (\S+) import (.+)$", head, re.MULTILINE):
+            if not module.startswith(("pipeline", "__future__")):
+                names.setdefault(module, set()).update(imported.split(", "))
+    lines = [f"import {module}" for module in sorted(modules)]
+    lines += [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
+    # The standard library first, as the formatter has it.
+    standard = [line for line in lines if "torch" not in line]
+    others = [line for line in lines if "torch" in line]
+    imports = ["from __future__ import annotations", "", *standard, "", *others]
+    return _DOCSTRING + "\n".join(imports) + "\n\n" + "\n\n\n".join(parts) + "\n"

@@ -115,6 +115,8 @@ class RevColNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.channels = list(channels)
@@ -139,6 +141,7 @@ class RevColNet(nn.Module):
         ]
         self.reset_classifier(num_classes, global_pool)
         self.apply(_initialise)
+        self.to(device=device, dtype=dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; with 0 classes, the pooled and normalised features come out."""
@@ -152,7 +155,7 @@ class RevColNet(nn.Module):
         if norm is not None:
             head.norm = norm  # it belongs to the features
             head.to(norm.weight.device, norm.weight.dtype)
-        self.classifiers = nn.ModuleList([head])
+        self.classifiers = nn.ModuleList([head.train(self.training)])
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

@@ -22,6 +22,7 @@ from pipeline.export.hub.shards import write_sharded
 from pipeline.export.reload import Exported
 from pipeline.files import write_json, write_text
 from pipeline.layout import HUB_CODE, HUB_CONFIG
+from pipeline.model import Network, NetworkSpec
 
 ARCHITECTURE = "revcol"  # name of the network in timm, of whatever size
 
@@ -34,7 +35,7 @@ def write_folder(
     Raises:
         OSError, SafetensorError: a file cannot be written.
     """
-    state = hub_state(model.network.state_dict())
+    state = hub_state(model.network)
     write_sharded(
         folder,
         {
@@ -46,17 +47,27 @@ def write_folder(
     write_text(folder / HUB_CODE, bundle())
 
 
-def hub_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the network in one file: the last classifier alone, and no decoders."""
+def hub_state(network: Network) -> dict[str, Tensor]:
+    """The weights of the plain network: the last classifier alone, and what it reads."""
+    state = network.state_dict()
     head = last_classifier({name: tuple(value.shape) for name, value in state.items()})
+    columns = tuple(f"columns.{column}." for column in range(_columns(network.spec)))
     chosen: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.startswith(head):
             chosen[CLASSIFIER + name.removeprefix(head)] = value
-        elif not name.startswith(("classifiers.", "decoders.")):
+        elif name.startswith(("stem.", *columns)):
             # alpha has four dimensions, as published: timm then applies weight decay to it.
             chosen[name] = value.view(1, -1, 1, 1) if name.endswith(".alpha") else value
     return chosen
+
+
+def _columns(spec: NetworkSpec) -> int:
+    """Columns that the last classifier reads.
+
+    Example: 5 columns with intermediate supervision have classifiers after columns 1, 2, 3 and 4.
+    """
+    return spec.supervised_columns[-1] + 1
 
 
 def hub_config(model: Exported) -> dict[str, object]:
@@ -65,6 +76,7 @@ def hub_config(model: Exported) -> dict[str, object]:
     classes = model.description["classes"]
     names = model.description["class_names"]
     network = json.loads(json.dumps({name: getattr(spec, name) for name in HUB_NETWORK}))
+    network["columns"] = _columns(spec)
     return {
         "architecture": ARCHITECTURE,
         "num_classes": len(classes),
