@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.bench.small_images import TEST, TRAIN, load_split
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.runtime.torchvision_import import import_torchvision
 
 EVALUATIONS = 8  # points of the learning curve; each costs a pass over the test images

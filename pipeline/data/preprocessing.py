@@ -26,6 +26,8 @@ from PIL import Image as Pillow
 from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
 
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
 Mode = Literal["published", "fast", "whole"]
 # Short side before the crop, as a multiple of the image size.
 _RESIZE: dict[str, float] = {"fast": 1.143, "whole": 1.0}

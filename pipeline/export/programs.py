@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.export.hub.network import RevColNet
 from pipeline.export.hub.write import hub_config, hub_state
 from pipeline.export.reload import Exported

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.decode import Image
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.data.preprocessing import Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official

@@ -16,7 +16,7 @@ from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.weights_reader import WeightsReader
 from pipeline.checkpoint.weights_source import weights_source
 from pipeline.config.shipped_models import model_named
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.export.weights_model import load_weights

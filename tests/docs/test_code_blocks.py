@@ -22,6 +22,7 @@ from pipeline.config.render import explain
 from pipeline.errors import PipelineError
 from pipeline.export import official
 from pipeline.shipped import JOBS
+from tests.checkpoint.published_files import write_published
 from tests.config.jobs import describe_export
 from tests.docs.command_line import arguments_after_program, parse
 from tests.docs.markdown import DOCUMENTS, FENCE, ROOT, Block, blocks, commands
@@ -51,6 +52,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return describe_export(tmp_path_factory.mktemp("export"))
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published file, for the placeholder FILE.pth."""
+    with torch.device("meta"):
+        model = pipeline.model.build("revcol_base", num_classes=3)
+    state = official.to_published(model)
+    # One zero, seen as many: a small file.
+    zeros = {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
+    return write_published(tmp_path_factory.mktemp("weights") / "published.pth", zeros)
+
+
 @pytest.fixture(autouse=True)
 def published_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The variables that the jobs for ImageNet need."""
@@ -67,7 +79,9 @@ def test_every_block_names_its_language() -> None:
 
 
 @pytest.mark.parametrize(("block", "words"), LINES)
-def test_command_is_understood(block: Block, words: list[str], images: Path, export: Path) -> None:
+def test_command_is_understood(
+    block: Block, words: list[str], images: Path, export: Path, weights: Path
+) -> None:
     arguments = arguments_after_program(words)
     if arguments is None:
         check_other_program(words)
@@ -75,7 +89,7 @@ def test_command_is_understood(block: Block, words: list[str], images: Path, exp
     command, parameters = parse(arguments)
     for name, value in job_settings(command, parameters):
         if name == "job":
-            check_job(str(value), parameters, {"DIR": images, "EXPORT": export})
+            check_job(str(value), parameters, {"DIR": images, "EXPORT": export, "FILE.pth": weights})
         elif name == "key":
             assert explain(str(value), None)
 
@@ -159,7 +173,14 @@ def test_python_block_compiles_and_its_imports_exist(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in blocks("python") if "runs/" not in block.text], ids=str
+    "block",
+    # Those of backbone.md run in processes of their own: tests/docs/test_backbone.py.
+    [
+        block
+        for block in blocks("python")
+        if "runs/" not in block.text and block.document.name != "backbone.md"
+    ],
+    ids=str,
 )
 def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ from pipeline.checkpoint.description import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.data.augment import EvalTransform
 from pipeline.data.dataset import open_dataset
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluate.metrics import metrics_of
 from pipeline.evaluate.network import load_network

@@ -95,6 +95,7 @@ def test_metadata_has_the_command_and_the_extras(installed: Path) -> None:
         "bench",
         "s3",
         "onnx",
+        "hub",
         "export",
         "ray",
     }
