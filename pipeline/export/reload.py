@@ -28,8 +28,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.decode import Image
-from pipeline.data.preprocessing import MEAN, STD
-from pipeline.data.preprocessing import Mode, Preprocessing
+from pipeline.data.preprocessing import MEAN, STD, Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.files import DIGEST, matches_digest

@@ -26,6 +26,7 @@ from pipeline.config import job_queries
 from pipeline.config.export_formats import FORMATS
 from pipeline.config.load import plain_values
 from pipeline.config.schema import Job
+from pipeline.data.dataset import PreparedDataset
 from pipeline.data.job_dataset import open_job_dataset
 from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing, require_same_classes
@@ -75,29 +76,9 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     if stage is None:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
     data = open_job_dataset(job, run_dir, "export")
-    prepared = preprocessing(job, run_dir, stage.initial)
     require_same_classes(run_dir, stage.initial, data)
     network = load_network(job, run_dir, stage.initial, data)
-    weights = weights_of(run_dir, stage.initial)
-    trained = WeightsDescription.read(*weights)
-    description: ModelDescription = {
-        "network": asdict(network.spec),
-        "preprocessing": describe_preprocessing(prepared),
-        "classes": data.classes,
-        "class_names": data.class_names,
-        "trained": {
-            name: value for name, value in trained.metrics.items() if name in MODEL_METRICS
-        },
-        "name": job.name,
-        "data": job_queries.dataset_name(job, "export"),
-        "job": _training(job),
-        "published_names": _published_names(network, stage.formats),
-        "pipeline": pipeline.__version__,
-    }
-    evaluation = EvaluationRecord.read(run_dir)
-    # Only of these weights: a job may evaluate other ones than it exports.
-    if evaluation is not None and evaluation.weights == weights.digest():
-        description["evaluated"] = evaluation.summary()
+    description = _describe(job, run_dir, network, data)
     target = run_dir.export
     try:
         _write(network, description, target)
@@ -125,6 +106,35 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     }
 
 
+def _describe(
+    job: Job, run_dir: RunDir, network: Network, data: PreparedDataset
+) -> ModelDescription:
+    """The content of model.json."""
+    stage = job.stages.export
+    assert stage is not None
+    weights = weights_of(run_dir, stage.initial)
+    trained = WeightsDescription.read(*weights)
+    description: ModelDescription = {
+        "network": asdict(network.spec),
+        "preprocessing": describe_preprocessing(preprocessing(job, run_dir, stage.initial)),
+        "classes": data.classes,
+        "class_names": data.class_names,
+        "trained": {
+            name: value for name, value in trained.metrics.items() if name in MODEL_METRICS
+        },
+        "name": job.name,
+        "data": job_queries.dataset_name(job, "export"),
+        "job": _training(job),
+        "published_names": _published_names(network, stage.formats),
+        "pipeline": pipeline.__version__,
+    }
+    evaluation = EvaluationRecord.read(run_dir)
+    # Only of these weights: a job may evaluate other ones than it exports.
+    if evaluation is not None and evaluation.weights == weights.digest():
+        description["evaluated"] = evaluation.summary()
+    return description
+
+
 def _published_names(network: Network, formats: list[str]) -> str:
     missing = official.not_published(network.spec)
     if missing:
@@ -142,7 +152,9 @@ def _training(job: Job) -> str:
         }
         for name in job_queries.training_stages(job)
     }
-    return yaml.safe_dump({"name": job.name, "model": values["model"], "stages": stages}, sort_keys=False)
+    return yaml.safe_dump(
+        {"name": job.name, "model": values["model"], "stages": stages}, sort_keys=False
+    )
 
 
 def _write(network: Network, description: ModelDescription, target: Path) -> None:

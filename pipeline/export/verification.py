@@ -40,7 +40,7 @@ class Verification(TypedDict):
     images: int
     largest_difference: float  # of logits
     relative_difference: float  # the same, as a share of the largest logit
-    argmax_agreement: float  # share of the images
+    same_argmax: float  # share of the images
     load_seconds: float
     images_per_s: float
 
@@ -71,7 +71,7 @@ def _verify(name: str, folder: Path, export: Path) -> Verification:
         images=len(images),
         largest_difference=difference,
         relative_difference=difference / float(expected.abs().max()),
-        argmax_agreement=float((logits.argmax(1) == expected.argmax(1)).double().mean()),
+        same_argmax=float((logits.argmax(1) == expected.argmax(1)).double().mean()),
         load_seconds=round(load_seconds, 2),
         images_per_s=round(_images_per_s(predict, images), 1),
     )

@@ -10,8 +10,8 @@ import torch
 
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.device import DeviceAugment, DeviceBatch, beta_quantiles
-from pipeline.data.preprocessing import MEAN, STD
 from pipeline.data.hashing import key_of, uniforms
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.data.rng import uniform
 
 CLASSES = 7

@@ -69,7 +69,9 @@ def test_every_kind_of_pixel_becomes_rgb(mode: str) -> None:
     image = noise(60, 50).convert(mode)
     form = "TIFF" if mode == "CMYK" else "PNG"
     data = encoded(image, form)
-    expected = Image.open(io.BytesIO(data)).convert("RGB").resize((320, 320), Image.Resampling.BICUBIC)
+    expected = (
+        Image.open(io.BytesIO(data)).convert("RGB").resize((320, 320), Image.Resampling.BICUBIC)
+    )
     assert np.array_equal(prepared(data, 320), np.asarray(expected))
 
 

@@ -89,7 +89,9 @@ def test_command_is_understood(
     command, parameters = parse(arguments)
     for name, value in job_settings(command, parameters):
         if name == "job":
-            check_job(str(value), parameters, {"DIR": images, "EXPORT": export, "FILE.pth": weights})
+            check_job(
+                str(value), parameters, {"DIR": images, "EXPORT": export, "FILE.pth": weights}
+            )
         elif name == "key":
             assert explain(str(value), None)
 

@@ -77,3 +77,12 @@ def run_python(code: str, *arguments: object, offline: bool = True, **variables:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# What both libraries are compared with.
+EXPECTED = """
+from safetensors.torch import load_file
+expected = load_file(folder.parent / "expected.safetensors")
+images, logits = expected["images"], expected["logits"]
+image_file = str(folder.parent / "cat.jpg")
+"""

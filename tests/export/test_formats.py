@@ -105,7 +105,11 @@ def test_a_program_passes_the_full_check_and_describes_itself(name: str, run_dir
     onnx.checker.check_model(path, full_check=True)
     program = onnx.load(path)
     assert max(entry.version for entry in program.opset_import if not entry.domain) >= 18
-    metadata = {entry.key: json.loads(entry.value) for entry in program.metadata_props if entry.key in ("classes", "preprocessing")}
+    metadata = {
+        entry.key: json.loads(entry.value)
+        for entry in program.metadata_props
+        if entry.key in ("classes", "preprocessing")
+    }
     assert metadata["classes"] == [f"c{label}" for label in range(staging.CLASSES)]
     assert metadata["preprocessing"]["image_size"] == 64
 
@@ -144,7 +148,9 @@ def test_a_process_that_has_only_torch_runs_the_program(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     batches = [torch.randn(batch, 3, 64, 64) for batch in (1, 2, 5)]
-    torch.save([(images, model.network(images).logits[-1]) for images in batches], tmp_path / "v.pt")
+    torch.save(
+        [(images, model.network(images).logits[-1]) for images in batches], tmp_path / "v.pt"
+    )
     torch.set_num_threads(threads)
     program = run_dir.export / "torch_export" / "model.pt2"
     subprocess.run([sys.executable, "-c", ONLY_TORCH, program, tmp_path / "v.pt"], check=True)
@@ -156,9 +162,9 @@ def test_a_verification_can_be_repeated(name: str, run_dir: RunDir) -> None:
     recorded = json.loads((folder / "verification.json").read_text())
     again = verify(name, folder, run_dir.export)
     # Times differ from call to call.
-    stable = {"format", "libraries", "images", "largest_difference", "argmax_agreement"}
+    stable = {"format", "libraries", "images", "largest_difference", "same_argmax"}
     assert {key: recorded[key] for key in stable} == {key: again[key] for key in stable}
-    assert recorded["argmax_agreement"] == 1.0
+    assert recorded["same_argmax"] == 1.0
     assert recorded["images_per_s"] > 0
     assert recorded["largest_difference"] == 0 or name == "onnx"
 
@@ -206,7 +212,7 @@ def test_a_format_that_computes_something_else_is_removed(
     assert not [path for path in copy.iterdir() if path.name.startswith(".")]
 
 
-def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "pipeline.config.export_formats.find_spec", lambda name: None if name == "onnx" else name
     )

@@ -57,14 +57,15 @@ def test_gradients_of_a_step_are_those_of_stored_activations(wiring: dict[str, A
     loss = torch.nn.functional.cross_entropy
     loss(network(images).logits[-1], labels).backward()
     loss(plain(images), labels).backward()
-    theirs = dict(plain.named_parameters())
+    # Sums may be taken in another order, and some gradients are sums of large terms that cancel.
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    largest = max(float(gradient.norm()) for gradient in gradients.values() if gradient is not None)
     for name, parameter in network.named_parameters():
-        gradient = theirs[name].grad
+        gradient = gradients[name]
         assert parameter.grad is not None
         assert gradient is not None, name
-        difference = (gradient.view_as(parameter.grad) - parameter.grad).norm()
-        # Sums of gradients may be taken in another order.
-        assert difference <= 1e-4 * parameter.grad.norm(), name
+        difference = float((gradient.view_as(parameter.grad) - parameter.grad).norm())
+        assert difference <= 1e-5 * largest, name
 
 
 def test_recomputed_columns_give_the_same_gradients() -> None:

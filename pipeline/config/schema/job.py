@@ -20,7 +20,6 @@ from pipeline.config.schema.section import Preprocessing, Section, Seed, known_n
 from pipeline.config.schema.shrink import LONGEST_NAME, small_image_size, with_suffix
 from pipeline.config.schema.train import TrainConfig
 
-
 _FORMATS = list(FORMATS)
 
 
@@ -75,13 +74,12 @@ class ExportStage(Section):
         "weights file, also a published one.",
     )
 
-
-    formats: list[Annotated[str, known_name(_FORMATS), Field(json_schema_extra={"enum": _FORMATS})]] = (
-        Field(
-            ["native", "published"],
-            description="What is written beside the weights. "
-            + " ".join(f"{name}: {facts.title}." for name, facts in FORMATS.items()),
-        )
+    formats: list[
+        Annotated[str, known_name(_FORMATS), Field(json_schema_extra={"enum": _FORMATS})]
+    ] = Field(
+        ["native", "published"],
+        description="What is written beside the weights. "
+        + " ".join(f"{name}: {facts.title}." for name, facts in FORMATS.items()),
     )
     hub_precision: Literal["fp32", "bf16"] = Field(
         "fp32",

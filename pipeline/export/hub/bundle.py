@@ -40,7 +40,9 @@ def bundle() -> str:
             if not module.startswith(("pipeline", "__future__")):
                 names.setdefault(module, set()).update(imported.split(", "))
     lines = [f"import {module}" for module in sorted(modules)]
-    lines += [f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)]
+    lines += [
+        f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names)
+    ]
     # The standard library first, as the formatter has it.
     standard = [line for line in lines if "torch" not in line]
     others = [line for line in lines if "torch" in line]

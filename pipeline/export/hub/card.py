@@ -179,6 +179,6 @@ def _checks(verifications: Sequence[Verification]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in check["libraries"].items())
         lines.append(
             f"| {check['format']} | {versions} | {check['largest_difference']:.1e} | "
-            f"{check['argmax_agreement']:.0%} | {check['images_per_s']:,.1f} |"
+            f"{check['same_argmax']:.0%} | {check['images_per_s']:,.1f} |"
         )
     return "\n".join(lines) + "\n"

@@ -150,12 +150,12 @@ class RevColNet(nn.Module):
                 raise ValueError(f"global_pool must be 'avg', 'max' or '', got {global_pool!r}")
             self.global_pool = global_pool
         self.num_classes = num_classes
-        norm = self.classifiers[0].norm if hasattr(self, "classifiers") else None
         head = PlainClassifier(self.num_features, num_classes, self.drop_rate)
-        if norm is not None:
-            head.norm = norm  # it belongs to the features
-            head.to(norm.weight.device, norm.weight.dtype)
-        self.classifiers = nn.ModuleList([head.train(self.training)])
+        if hasattr(self, "classifiers"):
+            head.norm = self.classifiers[0].norm  # it belongs to the features
+            weight = next(self.parameters())
+            head.to(weight.device, weight.dtype)
+        self.classifiers = nn.ModuleList([head]).train(self.training)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
@@ -174,7 +174,7 @@ class RevColNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The coarsest map, (N, C, H, W)."""
-        return channels_first(self.features(images)[3])
+        return channels_first(self.features(images)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The classifier on ``forward_features``; before its linear layer with ``pre_logits``."""
@@ -198,7 +198,7 @@ class RevColNet(nn.Module):
         assert output_fmt == "NCHW", "maps are (N, C, H, W)"
         maps = [channels_first(level) for level in self.features(x)]
         chosen = [maps[i] for i in _levels(indices)]
-        return chosen if intermediates_only else (maps[3], chosen)
+        return chosen if intermediates_only else (maps[-1], chosen)
 
     def prune_intermediate_layers(
         self,
@@ -206,10 +206,20 @@ class RevColNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the classifier. All levels stay: each column needs them."""
+        """Remove the classifier, and the levels that the maps of ``indices`` do not need.
+
+        Example: the last column needs levels 0 and 1 for the map of level 1; level 1 reads level 2
+        of the column before, and so on. With the wiring of RevCol-H, level 0 reads level 3.
+        """
+        levels = _levels(indices)
+        for distance, column in enumerate(reversed(list(self.columns))):
+            deepest = 3 if self.huge and distance else max(levels) + distance
+            del column.levels[deepest + 1 :]  # type: ignore[operator, union-attr]
         if prune_head:
             self.reset_classifier(0, "")
-        return _levels(indices)
+        if prune_norm:
+            self.classifiers[0].norm = nn.Identity()
+        return levels
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str] | Callable[[str], int]:
         """Groups of the layer-wise learning-rate decay, by the published rule."""

@@ -27,9 +27,7 @@ from pipeline.model import Network, NetworkSpec
 ARCHITECTURE = "revcol"  # name of the network in timm, of whatever size
 
 
-def write_folder(
-    model: Exported, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
+def write_folder(model: Exported, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write everything but the card, with weights of ``dtype``.
 
     Raises:
@@ -99,6 +97,8 @@ def hub_config(model: Exported) -> dict[str, object]:
             "mean": model.description["preprocessing"]["mean"],
             "std": model.description["preprocessing"]["std"],
         },
+        # Which transformers derives from the class of the model, unless that is our own.
+        "image_processor_type": "TimmWrapperImageProcessor",
         "auto_map": {
             "AutoConfig": f"{Path(HUB_CODE).stem}.RevColConfig",
             "AutoModelForImageClassification": (
