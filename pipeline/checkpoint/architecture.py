@@ -44,6 +44,7 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> Architecture | None:
     for match in blocks:
         depths[int(match[1])] = max(depths[int(match[1])], 1 + int(match[2]))
     heads = {int(match[1]): name for name in shapes if (match := _CLASSIFIER.match(name))}
+    # Another network, or a part of one.
     if set(channels) != set(range(LEVELS)) or set(depths) != set(channels):
         return None
     columns = {int(match[1]) for name in shapes if (match := _ALPHA.match(name))}
@@ -51,6 +52,7 @@ def architecture_of(shapes: Mapping[str, Sequence[int]]) -> Architecture | None:
         channels=[channels[level] for level in range(LEVELS)],
         depths=[depths[level] for level in range(LEVELS)],
         columns=1 + max(columns),
+        # The last classifier is the model's.
         num_classes=shapes[heads[max(heads)]][0] if heads else 0,
         huge=any(".up_top." in name for name in shapes),
         supervised=len(heads) > 1,

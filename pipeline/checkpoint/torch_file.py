@@ -51,7 +51,9 @@ def read_torch_file(path: Path) -> TorchFile:
             of the operating system.
     """
     try:
+        # Reads the instructions of the pickle without following them.
         stand_ins = sorted(get_unsafe_globals_in_checkpoint(str(path)))
+        # The reader refuses these itself, with the advice to trust the file. That is bad advice.
         _refuse_system_calls(stand_ins)
         names = [(_Mapping if _is_class(name) else _Inert, name) for name in stand_ins]
         with safe_globals(names):  # type: ignore[arg-type]
@@ -116,6 +118,7 @@ def _first_sentence(error: Exception) -> str:
 def _state_dicts(content: object) -> dict[str, dict[str, Tensor]]:
     if not isinstance(content, Mapping):
         return {}
+    # A training code may store an average that it does not use as None.
     candidates = {name: content.get(name) for name in _ENTRIES} | {WHOLE: content}
     return {
         name: tensors
@@ -134,6 +137,7 @@ def _tensors(value: Mapping[object, object]) -> dict[str, Tensor]:
 
 def _image_size(content: object) -> int | None:
     """DATA.IMG_SIZE of the published code's configuration."""
+    # Its class is a stand-in by now: an ordinary dictionary.
     for key in ("config", "DATA", "IMG_SIZE"):
         content = content.get(key) if isinstance(content, Mapping) else None
     return content if isinstance(content, int) else None

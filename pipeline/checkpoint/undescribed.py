@@ -26,6 +26,8 @@ def describe(path: Path, entry: str = "") -> WeightsDescription:
     if architecture is None or "block" not in architecture:
         return WeightsDescription()
     network: dict[str, object] = dict(architecture)
+    # Of weights of our own that lost their description, only the network is known: neither the
+    # classes nor the image size are in them.
     if not reader.published:
         return WeightsDescription(network=network)
     listed = published_classes(architecture["num_classes"])

@@ -65,6 +65,7 @@ class _SafeTensorFiles:
         return {
             name: tuple(entry.get_shape())
             for name, entry in slices.items()
+            # Counters of BatchNorm are integers, and no network needs them.
             if entry.get_dtype().startswith(("F", "BF"))
         }
 
@@ -98,6 +99,7 @@ class WeightsReader:
         stored = self._open(path, entry)
         shapes = stored.shapes()
         self.prefix = _common_prefix(shapes)
+        # Three names per tensor: in the file, without prefix, and ours.
         bare = {name.removeprefix(self.prefix): name for name in shapes}
         self.published = are_published(bare)
         renamed = our_names(bare) if self.published else {name: name for name in bare}
@@ -114,6 +116,7 @@ class WeightsReader:
     def full(self, name: str) -> Tensor:
         """The whole parameter, fp32."""
         tensor = self._stored.tensor(self._stored_names[name])
+        # In fp32, whatever the file has: the master weights of every stage are.
         return tensor.float().reshape(self.shapes[name])
 
     def _open(self, path: Path, entry: str) -> _Stored:

@@ -23,6 +23,7 @@ class WeightsSource(NamedTuple):
 
     def digest(self) -> str:
         """Digest of the weights. Raises OSError."""
+        # The entry counts: another one in the same file means other weights.
         digest = file_digest(self.path)
         return f"{digest}#{self.entry}" if self.entry else digest
 

@@ -21,6 +21,7 @@ class FormatFacts:
     @property
     def missing(self) -> list[str]:
         """The packages that are not installed."""
+        # Looked up, not imported: that takes seconds, and a job is checked before every run.
         return [name for name in self.packages if find_spec(name) is None]
 
     @property

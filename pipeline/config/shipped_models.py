@@ -32,6 +32,7 @@ def model_named(network: Mapping[str, object]) -> str:
 def architecture(network: Mapping[str, object]) -> dict[str, object]:
     """The values that decide names and shapes, in one form: lists, and defaults written out."""
     fields = ModelConfig.model_fields
+    # A file in configs/model leaves out what has its default, such as the stem.
     values = {key: network.get(key, fields[key].default) for key in ARCHITECTURE}
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in values.items()

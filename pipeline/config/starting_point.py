@@ -30,6 +30,7 @@ def choose_start(tree: Node) -> tuple[Node, list[str]]:
     initial = tree.get("stages", "finetune", "from")
     pretrain = tree.get("stages", "pretrain")
     outside = initial is not None and _is_outside(initial.value)
+    # Only where a job has both stages is there something to choose.
     if pretrain is not None and pretrain.value is not None and initial is not None:
         if not initial.value:
             tree = tree.replaced(("stages", "finetune"), None)
@@ -57,6 +58,7 @@ def _with_last_training(tree: Node) -> Node:
     """Evaluate and export the last training stage where the job does not say what."""
     trained = [stage for stage in TRAINING if _runs(tree, stage)]
     for stage in USES_WEIGHTS:
+        # The schema's default is finetune, which a job need not have.
         if trained and _runs(tree, stage) and tree.get("stages", stage, "from") is None:
             node = Node(trained[-1], "chosen: the last training stage")
             tree = tree.replaced(("stages", stage, "from"), node)
@@ -70,6 +72,7 @@ def _runs(tree: Node, stage: str) -> bool:
 
 def _with_model(tree: Node, trained_elsewhere: bool) -> Node:
     """Replace ``model: auto``, or ``base: auto`` in it; without a base, the weights give one."""
+    # `--set model.drop_path=0.2` has made a mapping of the name.
     for path in (("model",), ("model", "base")):
         node = tree.get(*path)
         if node is not None and node.value == AUTO:

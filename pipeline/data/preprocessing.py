@@ -98,6 +98,7 @@ class PublishedTransform:
         size = self.image_size
         image = _decode(data)
         if size > MOST_CROPPED:
+            # Pillow's filter widens as it shrinks an image: antialiasing.
             out[...] = np.asarray(image.resize((size, size), Pillow.Resampling.BICUBIC))
             return
         width, height = _resized(*image.size, published_short_side(size))
@@ -126,6 +127,7 @@ def _decode(data: memoryview) -> Pillow.Image:
 
 def _resized(width: int, height: int, short_side: int) -> tuple[int, int]:
     """(width, height) with the short side scaled to ``short_side``; the other one is cut off."""
+    # The product comes before the quotient, as in torchvision: the rounding of both differs.
     if width <= height:
         return short_side, int(short_side * height / width)
     return int(short_side * width / height), short_side

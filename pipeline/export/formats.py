@@ -54,6 +54,8 @@ def write_formats(
         most = MOST_DIFFERENT[name]
         if name == "hub" and hub_precision == "bf16":
             most = MOST_DIFFERENT_BF16
+        # A format that fails its check leaves neither its own files nor those of an earlier export
+        # in doubt: the folder appears only after the check.
         with replaced_folder(export / name) as folder:
             try:
                 writers[name](model, folder)

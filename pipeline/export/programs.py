@@ -29,6 +29,7 @@ def plain_network(model: Exported) -> RevColNet:
     arguments = hub_config(model)["model_args"]
     assert isinstance(arguments, dict)
     network = RevColNet(num_classes=len(model.description["classes"]), **arguments)
+    # Strict: a parameter that is missing here would be random in every format.
     network.load_state_dict(hub_state(model.network))
     return network.eval()
 
@@ -59,6 +60,7 @@ class FromPixels(nn.Module):
         self.register_buffer("shift", torch.tensor(MEAN) / std)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        # The same order of operations as in training and evaluation.
         images = pixels.float() * self.scale - self.shift
         logits: Tensor = self.network(images.permute(0, 3, 1, 2))
         return logits
@@ -81,6 +83,7 @@ def write_onnx(model: Exported, folder: Path) -> None:
     size = model.preprocessing().image_size
     pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     # Two different sides, so that they are not taken for the same number.
+    # A multiple of the stride, as the other sides, so that no rule for odd sizes is recorded.
     any_image = torch.zeros(2, 3, size, size + model.network.spec.stride)
     maps = ["stride4", "stride8", "stride16", "stride32"]
     if model.network.spec.stem_stride != 4:
@@ -101,6 +104,7 @@ def write_onnx(model: Exported, folder: Path) -> None:
             verbose=False,
         )
         assert program is not None
+        # Whoever has the file alone can prepare images and name the classes.
         program.model.metadata_props.update(_metadata(model))
         program.save(folder / name, external_data=_bytes(network) > EXTERNAL_BYTES)
 

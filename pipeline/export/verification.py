@@ -64,6 +64,7 @@ def _verify(name: str, folder: Path, export: Path) -> Verification:
     predict, libraries = LOADERS[name](folder)
     load_seconds = time.perf_counter() - start
     logits = predict(images)
+    # The largest one, not the mean: a wrong class of a single image must show.
     difference = float((logits - expected).abs().max())
     return Verification(
         format=name,
@@ -99,6 +100,7 @@ def _torch_export(folder: Path) -> tuple[Predict, list[str]]:
 def _onnx(folder: Path) -> tuple[Predict, list[str]]:
     runtime = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
+    # As for torch: comparable speeds, and sums in one order.
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(
         folder / ONNX_MODEL, options, providers=["CPUExecutionProvider"]
@@ -132,6 +134,7 @@ def _hub(folder: Path) -> tuple[Predict, list[str]]:
             raise ValueError("timm and transformers compute different logits")
         return logits
 
+    # Once, and not in each pass whose speed is measured.
     compared(torch.zeros(1, 3, 64, 64))
     return predict, ["timm", "transformers", "torch"]
 

@@ -37,6 +37,7 @@ def load_weights(initial: str) -> Exported:
         )
     mode = cast(Mode, description.preprocessing or Preprocessing.mode)
     prepared = Preprocessing(description.image_size, mode)
+    # Without a class list, a number is better than a wrong name.
     outputs = int(str(description.network["num_classes"]))
     classes = description.classes or [str(output) for output in range(outputs)]
     names = class_names()
@@ -50,6 +51,7 @@ def load_weights(initial: str) -> Exported:
     }
     network = make_network(model)
     state = {name: reader.full(name) for name in reader.shapes}
+    # Not strict, because the error below names what is wrong in words.
     missing, unexpected = network.load_state_dict(state, strict=False)
     # Counters of BatchNorm are integers and not among the weights.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]

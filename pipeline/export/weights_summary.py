@@ -41,6 +41,7 @@ def weights_summary(target: str) -> Iterator[tuple[str, str]]:
             place=str(source),
             remedy="name weights of a reversible column network",
         )
+    # A description knows more than names and shapes, such as the kind of blocks.
     network = {**architecture, **description.network}
     parameters = sum(math.prod(shape) for shape in reader.shapes.values())
     yield "file", f"{source.path}, {source.path.stat().st_size / MIB:,.1f} MiB"
@@ -52,6 +53,7 @@ def weights_summary(target: str) -> Iterator[tuple[str, str]]:
     yield "head", _head(reader)
     yield "classes", _classes(architecture["num_classes"], description, reader)
     if description.image_size is not None:
+        # A size that nobody states is a guess, and shown as such.
         stated = reader.image_size is not None or description.place
         assumed = "" if stated else " (not in the file: assumed)"
         yield "image size", f"{description.image_size} pixels{assumed}"

@@ -132,6 +132,11 @@ for name in NAMES:
             {"ray", "deepspeed", "datasets"},
         ),
         (["pipeline.train.trainer", "pipeline.cli"], {"ray", "datasets"}),
+        # The formats of an export: their packages are asked for when they are written.
+        (
+            ["pipeline.train.trainer", "pipeline.export.stage", "pipeline.export.formats"],
+            {"timm", "transformers", "onnx", "onnxscript", "onnxruntime", "torchvision"},
+        ),
         (["pipeline.export.reload"], {"ray", "deepspeed", "datasets", "tensorboard"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

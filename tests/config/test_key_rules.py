@@ -87,6 +87,7 @@ DECISIONS: dict[tuple[str, ...], str] = {
     """,
     OWN_STAGE: """
         stages.prepare.data stages.evaluate.image_size stages.evaluate.preprocessing
+        stages.export.formats stages.export.hub_precision
         stages.train.keep
         stages.train.image_size stages.train.epochs stages.train.max_steps
         stages.train.global_batch stages.train.order stages.train.window_shards
@@ -111,7 +112,7 @@ def decided_by_the_schema() -> dict[tuple[str, ...], set[str]]:
     """Every key by the stages whose result it changes; both training stages as "train"."""
     decided: dict[tuple[str, ...], set[str]] = {}
     for key in describe.all_keys():
-        # `stages.export` has a single key; `keys` and `section` are empty for values.
+        # `keys` and `section` are empty for values.
         if key.keys or key.section:
             continue
         stages = tuple(stage for stage in ORDER if changes_result(Job, key.path, stage))

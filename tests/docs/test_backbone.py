@@ -27,8 +27,9 @@ def in_mode(block: Block, mode: str) -> str:
 def test_an_example_trains(block: Block, mode: str, tmp_path: Path) -> None:
     processes = 2 if "init_process_group" in block.text else 1
     code = "import torch; torch.manual_seed(0)\n" + in_mode(block, mode)
-    # Every parameter that is trained must get a gradient: a head that is not connected learns none.
-    code += "\nassert all(torch.isfinite(p.grad).all() for p in backbone.parameters() if p.requires_grad)"
+    # Every parameter that is trained must get a gradient.
+    code += "\ntrained = [p for p in backbone.parameters() if p.requires_grad]"
+    code += "\nassert all(torch.isfinite(p.grad).all() for p in trained)"
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code],

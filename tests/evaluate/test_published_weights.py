@@ -82,7 +82,9 @@ def test_another_head_is_refused_with_both_numbers(
 ) -> None:
     run_dir = staging.prepared_run(tmp_path, train=1)
     file = published_file(tmp_path / "revcol.pth", **network)
-    error = run(run_dir, job_from("evaluate", file, model={"columns": 6} if "columns" in network else {}))
+    error = run(
+        run_dir, job_from("evaluate", file, model={"columns": 6} if "columns" in network else {})
+    )
     assert isinstance(error, CheckpointError)
     assert cause in error.message
     assert error.remedy
@@ -102,7 +104,13 @@ def test_a_head_of_22k_classes_does_not_know_a_class_of_1k(tmp_path: Path) -> No
 
 def log_of_finetuning(run_dir: RunDir, file: Path) -> str:
     """Messages of a fine-tuning of one step without learning, from a file."""
-    settings = {"max_steps": 1, "epochs": 1, "ema_decay": 0.0, "base_lr": 1e-30, "weight_decay": 0.0}
+    settings = {
+        "max_steps": 1,
+        "epochs": 1,
+        "ema_decay": 0.0,
+        "base_lr": 1e-30,
+        "weight_decay": 0.0,
+    }
     job = job_from("finetune", file, **settings, min_lr=0.0, warmup_epochs=0.0, warmup_lr=0.0)
     (result,) = staging.run_stage(run_dir, 1, job, "finetune")
     assert isinstance(result, dict), result

@@ -1,4 +1,4 @@
-"""Small exported models with every wiring, and programs that read them in processes of their own."""
+"""Small exported models of every wiring, and programs that read them, in processes of their own."""
 
 from __future__ import annotations
 

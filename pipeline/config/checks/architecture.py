@@ -20,6 +20,7 @@ def check_architecture(checker: Checker, stage: str, initial: str) -> None:
         return  # not known before the parameters are compared one by one
     of_file = architecture(description.network)
     of_job = architecture(checker.job.model.model_dump(mode="json"))
+    # The name of a shipped model says more than a list of widths.
     name = model_named(of_file)
     for key, value in of_file.items():
         if value != of_job[key]:

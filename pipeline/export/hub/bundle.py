@@ -13,7 +13,7 @@ from pipeline.layout import HUB_CODE
 
 _MARK = "# --- bundled from here on ---\n"
 _PARTS = ("layers", "network", "libraries")
-_DOCSTRING = f'''"""RevCol (Cai et al., Reversible Column Networks, ICLR 2023) in one file. It needs torch.
+_DOCSTRING = f'''"""RevCol (Cai et al., Reversible Column Networks, ICLR 2023). Needs torch.
 
 Where timm is installed, importing this file registers the models with timm. Where transformers is
 installed, it defines the classes that ``trust_remote_code=True`` asks for. The network is computed
@@ -33,6 +33,7 @@ def bundle() -> str:
     names: dict[str, set[str]] = {}
     parts = []
     for name in _PARTS:
+        # What is bundled stands below the mark; above it, imports and what only the package needs.
         head, _, part = Path(__file__).with_name(f"{name}.py").read_text().partition(_MARK)
         parts.append(part.strip())
         modules |= set(re.findall(r"^import (\S+)$", head, re.MULTILINE))

@@ -82,6 +82,7 @@ def front_matter(model: Exported) -> dict[str, object]:
         "pipeline_tag": "image-classification",
         "tags": ["timm", "transformers", "image-classification", "revcol"],
     }
+    # An accuracy is claimed only if it was measured on these weights.
     evaluated = model.description.get("evaluated")
     if evaluated is None:
         return matter
@@ -91,6 +92,7 @@ def front_matter(model: Exported) -> dict[str, object]:
         for key in names
         if key in evaluated
     ]
+    # The hub asks for an identifier and a name. A private dataset has only its name in the job.
     dataset = str(model.description.get("data", "images"))
     matter["model-index"] = [
         {
@@ -126,6 +128,7 @@ def _description(model: Exported) -> str:
 
 
 def _usage(*, with_onnx: bool) -> str:
+    # The paths in the blocks are those seen from the folder itself.
     blocks = {
         "timm (it runs no code of a folder: import it yourself)": _TIMM,
         "transformers (without `trust_remote_code` too, after `import modeling_revcol`)": (

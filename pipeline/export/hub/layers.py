@@ -33,6 +33,8 @@ def _drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
     return branch * keep / (1 - rate)
 
 
+# The names of the layers and of their parts are those of the pipeline's own network, so that the
+# weights of both have the same names.
 class _Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return channels_last(super().forward(channels_first(x)))
@@ -45,6 +47,7 @@ class _ConvNorm(nn.Module):
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, linear: bool = False
     ) -> None:
         super().__init__()
+        # Odd kernels are centred on a pixel. Even ones cover the pixels that they merge.
         padding = kernel // 2 if kernel % 2 else 0
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
@@ -58,6 +61,7 @@ class _ConvNorm(nn.Module):
 class _Stem(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        # 4x4 patches that do not overlap, as published; 3x3 for a finer stride.
         kernel = 4 if stride == 4 else 3
         self.conv = _Conv(inputs, outputs, kernel, stride, kernel % 2)
         self.norm = LAYER_NORM(outputs)
@@ -93,6 +97,7 @@ class _ConvNeXt(nn.Module):
         self.norm = LAYER_NORM(channels)
         self.expand = nn.Linear(channels, 4 * channels)
         self.project = nn.Linear(4 * channels, channels)
+        # Layer scale: a block begins as nearly nothing beside its shortcut.
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
         self.drop_path = drop_path
 
@@ -104,6 +109,7 @@ class _ConvNeXt(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
+        # Example: 96 channels have 3 heads of 32; 80 channels have 2 heads of 40.
         most = max(1, channels // _HEAD_CHANNELS)
         self.heads = next(heads for heads in range(most, 0, -1) if channels % heads == 0)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -111,6 +117,7 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, channels = x.shape
+        # Every pixel attends to all pixels of its map.
         qkv = self.qkv(x).view(n, height * width, 3, self.heads, channels // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
@@ -155,6 +162,7 @@ class _C2f(nn.Module):
         self.merge = _ConvNorm(3 * half, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # The output sees three depths: both halves, and the second after two convolutions.
         a, b = self.split(x).chunk(2, -1)
         return self.merge(torch.cat([a, b, self.second(self.first(b))], -1))  # type: ignore[no-any-return]
 
@@ -162,6 +170,7 @@ class _C2f(nn.Module):
 class _ResidualStem(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        # The pooling takes the last factor of 2, so that the convolution sees the finer pixels.
         self.pooling = min(stride, 2)
         self.conv = nn.Conv2d(inputs, outputs, 3, stride // self.pooling, 1, bias=False)
         self.norm = nn.BatchNorm2d(outputs)

@@ -28,6 +28,7 @@ try:
 except ImportError:  # timm is not needed to compute
     register_model = None
 
+# The file may be imported twice: under its own name, and by transformers under another.
 if register_model is not None and not is_model("revcol"):
     _CFG = {
         "num_classes": 1000,
@@ -54,6 +55,7 @@ if register_model is not None and not is_model("revcol"):
             )
             return model
 
+        # timm registers a function under its name.
         create.__name__ = name
         create.__doc__ = f"RevCol {name.removeprefix('revcol').strip('_')}"
         register_model(create)
@@ -97,6 +99,8 @@ if PreTrainedModel is not None:
     class RevColForImageClassification(PreTrainedModel):  # type: ignore[misc]
         """The classifier of transformers; with ``labels`` also the cross entropy."""
 
+        # Weights of the folder have no prefix. transformers puts them below the module that
+        # `base_model_prefix` names.
         config_class = RevColConfig
         main_input_name = "pixel_values"
         base_model_prefix = "network"
@@ -117,6 +121,7 @@ if PreTrainedModel is not None:
             output_hidden_states: bool | None = None,
             **options: Any,
         ) -> Any:
+            # Maps are computed anyway, but most callers do not want to keep them.
             logits, maps = None, None
             if output_hidden_states:
                 last, chosen = self.network.forward_intermediates(pixel_values)

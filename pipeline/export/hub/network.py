@@ -30,6 +30,7 @@ class PlainLevel(nn.Module):
         super().__init__()
         channels = net.channels
         block, _, down, up = KINDS[net.blocks[level]]
+        # The first column has no column before it; the coarsest level has no coarser one.
         has_upper = column > 0 and level < 3
         has_top = column > 0 and level == 0 and net.huge
         self.down = down(channels[level - 1], channels[level]) if level > 0 else None
@@ -58,6 +59,7 @@ class PlainColumn(nn.Module):
     def __init__(self, net: RevColNet, column: int, drop_path: float) -> None:
         super().__init__()
         blocks = sum(net.depths)
+        # The rate grows over the blocks of a column from 0. Example: 3 blocks and 0.2: 0, 0.1, 0.2.
         rates = [drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
         begins = [sum(net.depths[:level]) for level in range(5)]
         self.levels = nn.ModuleList(
@@ -82,6 +84,7 @@ class PlainClassifier(nn.Module):
 
     def forward(self, x: Tensor, pooling: str, pre_logits: bool) -> Tensor:
         """(N, H, W, C) -> (N, classes), or a map of them without pooling."""
+        # Without pooling, the classifier is applied at every position.
         if pooling:
             x = x.mean((1, 2)) if pooling == "avg" else x.amax((1, 2))
         x = self.dropout(self.norm(x))
@@ -101,6 +104,8 @@ class RevColNet(nn.Module):
         global_pool: "avg", "max", or "" for maps.
         drop_rate: dropout before the classifier. drop_path_rate: stochastic depth.
     """
+
+    classifiers: nn.ModuleList  # of one
 
     def __init__(
         self,
@@ -127,6 +132,7 @@ class RevColNet(nn.Module):
         self.num_features = self.head_hidden_size = self.channels[3]
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        # The stem is that of the finest level's blocks.
         self.stem = KINDS[self.blocks[0]][1](in_chans, self.channels[0], stem_stride)
         self.columns = nn.ModuleList(
             PlainColumn(self, column, drop_path_rate) for column in range(columns)
@@ -159,13 +165,14 @@ class RevColNet(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
-        return self.classifiers[0].linear  # type: ignore[return-value, union-attr]
+        return self.classifiers[0].linear  # type: ignore[return-value]
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
         """The four maps of the last column, (N, H, W, C), finest first."""
         x = self.stem(images)
         maps: tuple[Tensor, ...] = ()
         for column in self.columns:
+            # The maps of one column are all that the next one needs.
             if self.grad_checkpointing and self.training:
                 maps = checkpoint(column, x, *maps, use_reentrant=False)
             else:
@@ -195,6 +202,7 @@ class RevColNet(nn.Module):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """The maps of the levels ``indices`` (an int: the last ones), and the coarsest map."""
+        # `norm` and `stop_early` change nothing: maps have no norm, and need all columns.
         assert output_fmt == "NCHW", "maps are (N, C, H, W)"
         maps = [channels_first(level) for level in self.features(x)]
         chosen = [maps[i] for i in _levels(indices)]
@@ -229,6 +237,7 @@ class RevColNet(nn.Module):
 
     def _depth_of(self, name: str) -> int:
         """Stem 0; alpha t + 1; block b of column t b + t + 1; heads after all of them."""
+        # A level's down and up modules have the depth of its first block.
         match = re.match(r"columns\.(\d+)\.levels\.(\d)\.(?:(alpha)|blocks\.(\d+)|)", name)
         if match is None:
             return 0 if name.startswith("stem") else sum(self.depths) + len(self.columns)

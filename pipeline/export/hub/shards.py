@@ -34,6 +34,7 @@ def write_sharded(folder: Path, state: Mapping[str, Tensor]) -> list[Path]:
         # Copies: loaded weights are views of one mapped file, which would count as shared memory.
         tensors = {key: state[key].detach().clone().contiguous() for key in shard}
         write_weights_file(folder / name, tensors, metadata=_LABELS)
+    # An index beside a single file, or one file beside several, would be read first.
     for path in folder.glob(f"{Path(MODEL_WEIGHTS).stem}*.safetensors"):
         if path.name not in names:
             path.unlink()
@@ -52,6 +53,7 @@ def _divide(state: Mapping[str, Tensor]) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for name, value in state.items():
+        # In the order of the network, so that a part of it lies in one file.
         if shards[-1] and size + _bytes(value) > SHARD_BYTES:
             shards.append([])
             size = 0

@@ -49,6 +49,7 @@ def hub_state(network: Network) -> dict[str, Tensor]:
     """The weights of the plain network: the last classifier alone, and what it reads."""
     state = network.state_dict()
     head = last_classifier({name: tuple(value.shape) for name, value in state.items()})
+    # What lies behind the last classifier does not change its logits.
     columns = tuple(f"columns.{column}." for column in range(_columns(network.spec)))
     chosen: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -74,6 +75,7 @@ def hub_config(model: Exported) -> dict[str, object]:
     classes = model.description["classes"]
     names = model.description["class_names"]
     network = json.loads(json.dumps({name: getattr(spec, name) for name in HUB_NETWORK}))
+    # Tuples become lists, so that the written and the read configuration are equal.
     network["columns"] = _columns(spec)
     return {
         "architecture": ARCHITECTURE,
@@ -111,6 +113,7 @@ def hub_config(model: Exported) -> dict[str, object]:
 def timm_pixels(preprocessing: Preprocessing) -> dict[str, object]:
     """The transform of timm that equals ``published``, and comes closest to the other ways."""
     size = preprocessing.image_size
+    # "squash": timm's word for resizing to the square.
     if not preprocessing.crops:
         return {"input_size": [3, size, size], "crop_pct": 1.0, "crop_mode": "squash"} | _FILTER
     # timm divides by this share and cuts off: 224 / 0.875 = 256.
@@ -118,4 +121,5 @@ def timm_pixels(preprocessing: Preprocessing) -> dict[str, object]:
     return {"input_size": [3, size, size], "crop_pct": share, "crop_mode": "center"} | _FILTER
 
 
+# Antialiasing is part of Pillow's filter.
 _FILTER: dict[str, object] = {"interpolation": "bicubic"}
