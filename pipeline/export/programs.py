@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.network.forward_intermediates(images, intermediates_only=True)
-        return list(maps)
+        return cast(list[Tensor], maps)
 
 
 class FromPixels(nn.Module):

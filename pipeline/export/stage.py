@@ -152,9 +152,8 @@ def _training(job: Job) -> str:
         }
         for name in job_queries.training_stages(job)
     }
-    return yaml.safe_dump(
-        {"name": job.name, "model": values["model"], "stages": stages}, sort_keys=False
-    )
+    shown = {"name": job.name, "model": values["model"], "stages": stages}
+    return str(yaml.safe_dump(shown, sort_keys=False))
 
 
 def _write(network: Network, description: ModelDescription, target: Path) -> None:

@@ -158,7 +158,8 @@ class RevColNet(nn.Module):
         self.num_classes = num_classes
         head = PlainClassifier(self.num_features, num_classes, self.drop_rate)
         if hasattr(self, "classifiers"):
-            head.norm = self.classifiers[0].norm  # it belongs to the features
+            # The norm belongs to the features.
+            head.norm = self.classifiers[0].norm  # type: ignore[assignment]
             weight = next(self.parameters())
             head.to(weight.device, weight.dtype)
         self.classifiers = nn.ModuleList([head]).train(self.training)
