@@ -38,7 +38,8 @@ class EvaluationRecord:
         """All but the weights and with the metrics, for the description of a model."""
         values = asdict(self)
         del values["weights"]
-        return {**values, **values.pop("metrics")}
+        metrics = values.pop("metrics")
+        return {**values, **metrics}
 
     def write(self, run_dir: RunDir) -> None:
         write_json(run_dir.evaluation, asdict(self))

@@ -21,6 +21,7 @@ from pipeline.config.load import load_job
 from pipeline.config.render import explain
 from pipeline.errors import PipelineError
 from pipeline.export import official
+from pipeline.runtime.torchvision_import import import_torchvision
 from pipeline.shipped import JOBS
 from tests.checkpoint.published_files import write_published
 from tests.config.jobs import describe_export
@@ -163,6 +164,8 @@ def test_yaml_block_is_a_valid_job(block: Block, tmp_path: Path, images: Path) -
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_block_compiles_and_its_imports_exist(block: Block) -> None:
     tree = ast.parse(block.text, str(block))
+    if "torchvision" in block.text:
+        import_torchvision()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
