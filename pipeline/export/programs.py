@@ -6,6 +6,7 @@ The example batch has two images, because a dimension of 1 would be taken for a 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -77,7 +78,11 @@ def write_torch_export(model: Exported, folder: Path) -> None:
 
 
 @torch.no_grad()
-def write_onnx(model: Exported, folder: Path) -> None:
+def write_onnx(
+    model: Exported,
+    folder: Path,
+    names: Sequence[str] = (ONNX_MODEL, ONNX_UINT8_MODEL, ONNX_FEATURES),
+) -> None:
     """Write the classifier, the same from pixels, and the pyramid for images of any size."""
     network = plain_network(model)
     images = _example(model)
@@ -94,6 +99,8 @@ def write_onnx(model: Exported, folder: Path) -> None:
         (ONNX_UINT8_MODEL, FromPixels(network).eval(), pixels, (["pixels"], ["logits"], ANY_BATCH)),
         (ONNX_FEATURES, Pyramid(network).eval(), any_image, (["images"], maps, ANY_SIZE)),
     ):
+        if name not in names:
+            continue
         program = torch.onnx.export(
             module,
             (example,),

@@ -147,8 +147,10 @@ def test_weights_that_do_not_fit_are_refused_by_parameter_name(tmp_path: Path) -
     staging.with_weights(tmp_path, num_classes=9)
     with pytest.raises(CheckpointError, match="the classifier has 9 outputs, set has 12 classes"):
         raise evaluate(run_dir, 2)
+    other = prepared_run(tmp_path / "other")
+    with_weights(other.path)
     with pytest.raises(CheckpointError, match=r"parameter stem\.conv\.weight of the model"):
-        raise evaluate(run_dir, 1, staging.job(channels=[16, 16, 24, 32]))
+        raise evaluate(other, 1, staging.job(channels=[16, 16, 24, 32]))
 
 
 def test_a_weights_file_without_a_description_needs_an_image_size(tmp_path: Path) -> None:

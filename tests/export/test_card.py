@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from pipeline.export.formats import write_onnx
 from pipeline.export.hub.card import write_card
+from pipeline.export.programs import write_onnx
 from pipeline.export.reload import Exported
 from pipeline.export.verification import Verification
 from tests.data.small_datasets import jpeg
@@ -55,7 +55,7 @@ def folder(evaluated: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """An export with the formats whose use the card shows."""
     export = tmp_path_factory.mktemp("export")
     (export / "onnx").mkdir()
-    write_onnx(evaluated, export / "onnx")
+    write_onnx(evaluated, export / "onnx", ["model_uint8.onnx"])
     folder = write_hub(export / "hub", evaluated)
     write_card(folder, evaluated, [verification(name) for name in ("native", "onnx", "hub")])
     (folder / "IMAGE.jpg").write_bytes(jpeg(2, 90, 100))

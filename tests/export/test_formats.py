@@ -18,6 +18,7 @@ import torch
 from pipeline.config.export_formats import FORMATS
 from pipeline.errors import ConfigError
 from pipeline.export import formats
+from pipeline.export.programs import write_onnx, write_torch_export
 from pipeline.export.reload import Exported, load_export
 from pipeline.export.stage import export_stage
 from pipeline.export.verification import verify
@@ -177,9 +178,7 @@ def test_weights_that_a_program_cannot_hold_lie_beside_it(
     model: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.export.programs.EXTERNAL_BYTES", 1000)
-    from pipeline.export.programs import write_onnx
-
-    write_onnx(model, tmp_path)
+    write_onnx(model, tmp_path, ["model.onnx"])
     assert (tmp_path / "model.onnx.data").stat().st_size > 1000
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -198,8 +197,6 @@ def test_a_format_that_computes_something_else_is_removed(
     def write_wrong(model: Exported, folder: Path) -> None:
         with torch.no_grad():
             wrong.network.classifiers[-1].linear.bias.add_(1.0)  # type: ignore[union-attr, operator]
-        from pipeline.export.programs import write_torch_export
-
         write_torch_export(wrong, folder)
 
     monkeypatch.setattr(formats, "write_torch_export", write_wrong)

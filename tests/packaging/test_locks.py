@@ -146,8 +146,7 @@ def third_party_imports() -> dict[str, str]:
 def test_direct_dependencies_are_those_that_are_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported = third_party_imports()
-    # The benchmarks, where torchvision is imported by name; and the file for those who have them.
-    optional = {"webdataset", "timm", "transformers"}
+    optional = {"webdataset"}  # the benchmarks; torchvision is imported by name
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared
     started_by_name = {"tensorboard"}  # `python -m tensorboard.main`, torch.utils.tensorboard

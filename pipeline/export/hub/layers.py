@@ -33,7 +33,7 @@ def _drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
     return branch * keep / (1 - rate)
 
 
-# The names of the layers and of their parts are those of the pipeline's own network, so that the
+# The names of the layers and of their parts are those of the network in training, so that the
 # weights of both have the same names.
 class _Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:

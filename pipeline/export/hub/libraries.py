@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,13 +24,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "revcol_huge": {**_LARGE, "channels": (360, 720, 1440, 2880), "huge": True},
 }
 
-try:
-    from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
-except ImportError:  # timm is not needed to compute
-    register_model = None
 
+def _library(name: str) -> Any:
+    """A library that is not needed to compute; None where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+_timm = _library("timm.models")
 # The file may be imported twice: under its own name, and by transformers under another.
-if register_model is not None and not is_model("revcol"):
+if _timm is not None and not _timm.is_model("revcol"):
     _CFG = {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -42,11 +48,11 @@ if register_model is not None and not is_model("revcol"):
         "classifier": "classifiers.0.linear",
         "license": "apache-2.0",
     }
-    default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in SIZES})
+    default_cfgs = _timm.generate_default_cfgs({f"{name}.untrained": _CFG for name in SIZES})
 
     def _register(name: str) -> None:
         def create(pretrained: bool = False, **options: Any) -> nn.Module:
-            model: nn.Module = build_model_with_cfg(
+            model: nn.Module = _timm.build_model_with_cfg(
                 RevColNet,
                 name,
                 pretrained,
@@ -58,20 +64,15 @@ if register_model is not None and not is_model("revcol"):
         # timm registers a function under its name.
         create.__name__ = name
         create.__doc__ = f"RevCol {name.removeprefix('revcol').strip('_')}"
-        register_model(create)
+        _timm.register_model(create)
 
     for _name in SIZES:
         _register(_name)
 
-try:
-    from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import ImageClassifierOutput
-except ImportError:  # transformers is not needed to compute
-    PreTrainedModel = None
+_transformers = _library("transformers")
+if _transformers is not None:
 
-if PreTrainedModel is not None:
-
-    class RevColConfig(PretrainedConfig):  # type: ignore[misc]
+    class RevColConfig(_transformers.PretrainedConfig):
         """``config.json`` as transformers sees it: the arguments of the network, and the labels."""
 
         model_type = "revcol"
@@ -96,7 +97,7 @@ if PreTrainedModel is not None:
             self.label_names = label_names
             self.label_descriptions = label_descriptions
 
-    class RevColForImageClassification(PreTrainedModel):  # type: ignore[misc]
+    class RevColForImageClassification(_transformers.PreTrainedModel):
         """The classifier of transformers; with ``labels`` also the cross entropy."""
 
         # Weights of the folder have no prefix. transformers puts them below the module that
@@ -130,4 +131,6 @@ if PreTrainedModel is not None:
             else:
                 logits = self.network(pixel_values)
             loss = None if labels is None else functional.cross_entropy(logits, labels)
-            return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=maps)
+            return _transformers.modeling_outputs.ImageClassifierOutput(
+                loss=loss, logits=logits, hidden_states=maps
+            )
