@@ -71,8 +71,10 @@ if _timm is not None and not _timm.is_model("revcol"):
 
 _transformers = _library("transformers")
 if _transformers is not None:
+    _Config: Any = _transformers.PretrainedConfig
+    _Model: Any = _transformers.PreTrainedModel
 
-    class RevColConfig(_transformers.PretrainedConfig):
+    class RevColConfig(_Config):  # type: ignore[misc]
         """``config.json`` as transformers sees it: the arguments of the network, and the labels."""
 
         model_type = "revcol"
@@ -97,7 +99,7 @@ if _transformers is not None:
             self.label_names = label_names
             self.label_descriptions = label_descriptions
 
-    class RevColForImageClassification(_transformers.PreTrainedModel):
+    class RevColForImageClassification(_Model):  # type: ignore[misc]
         """The classifier of transformers; with ``labels`` also the cross entropy."""
 
         # Weights of the folder have no prefix. transformers puts them below the module that
