@@ -66,7 +66,10 @@ def images(run_dir: RunDir) -> tuple[Tensor, Tensor]:
     batches = []
     labels = []
     with EvalLoader(
-        data.split("test"), preprocessing=preprocessing, batch=500, threads=os.cpu_count() or 1
+        data.split(data.description.reported_split()),
+        preprocessing=preprocessing,
+        batch=500,
+        threads=os.cpu_count() or 1,
     ) as loader:
         for batch in loader:
             given = batch.labels
