@@ -31,6 +31,7 @@ from pathlib import Path
 
 DATASET_JSON = "dataset.json"
 CLASSES_JSON = "classes.json"
+SOURCE_TIMES = "source.times"  # of a prepared dataset: when its source was last changed
 WEIGHTS_FILE = "weights.safetensors"
 WEIGHTS_JSON = "weights.json"
 # Of an exported model:

@@ -7,7 +7,7 @@ Keys: ``model.stem_stride``, ``data.<name>.validation_fraction`` and those of a 
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -23,7 +23,7 @@ from pipeline.config.schema import (
     TrainConfig,
 )
 from pipeline.config.yaml_tree.reading import Node
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.sources.inspection import SourceSummary, inspect_source
 from pipeline.sources.survey import unknown_splits
 
@@ -146,13 +146,27 @@ def _inspect(tree: Node, name: str) -> SourceSummary:
         raise ConfigError(cause, place=place, remedy=f"--set {key}=DIR")
     layout_name = str(layout.value) if layout is not None else AUTO
     splits = _splits(dataset.get("splits"))
+    names: dict[str, Any] = {
+        key: node.value
+        for key in ("classes", "image_column", "label_column")
+        if (node := dataset.get(key)) is not None
+    }
     config = DatasetConfig.model_construct(
-        root=os.path.expanduser(root.value), layout=layout_name, splits=splits
+        root=os.path.expanduser(root.value), layout=layout_name, splits=splits, **names
     )
+    is_local = "://" not in root.value and layout_name != "huggingface"
+    if is_local and not os.path.isdir(config.root):
+        key = f"data.{name}.root"
+        cause = f"{key}: there is no folder {root.value}"
+        raise ConfigError(cause, place=root.origin, remedy=f"--set {key}=DIR")
     for split, (cause, remedy) in unknown_splits(config).items():
         node = dataset.get("splits", split) or dataset
         raise ConfigError(f"data.{name}.splits.{split}: {cause}", place=node.origin, remedy=remedy)
-    return inspect_source(root.value, layout_name, f"data.{name}.root", root.origin, splits)
+    try:
+        return inspect_source(config)
+    except DataError as error:
+        cause = f"data.{name}.root: {error.place or root.value}: {error.cause}"
+        raise ConfigError(cause, place=root.origin, remedy=error.remedy) from None
 
 
 def _splits(node: Node | None) -> SplitsConfig | Literal["none"] | None:

@@ -1,6 +1,7 @@
 """Survey a source: its layout, classes and splits, cut into units of work.
 
-Reads names and sizes, no image.
+Reads names and sizes, no image. The automatic values of the configuration (``inspection``) and the
+preparation use the same survey.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import os
 
 from pipeline.errors import DataError
-from pipeline.sources import registry, splits
+from pipeline.sources import contents, registry, splits
 from pipeline.sources.class_order import visible_entries
 from pipeline.sources.remote import Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
@@ -78,8 +79,4 @@ def _detect_layout(storage: Storage, root: str, config: SourceConfig) -> str:
     for name, layout in registry.in_detection_order():
         if layout.detect(storage, root, config, entries):
             return name
-    remedy = (
-        "provide class tars or class folders (at the top, or below train/ and val/), "
-        "or set `layout`"
-    )
-    raise DataError("holds no images in a layout that is known", place=config.root, remedy=remedy)
+    raise contents.describe(storage, root, config)

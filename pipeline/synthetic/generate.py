@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.files import atomic, write_text
 from pipeline.sources.class_lists import class_list
 from pipeline.sources.class_order import SYNSETS_FILE
-from pipeline.sources.layouts.imagenet_tars import OUTER_TRAIN, OUTER_VALIDATION, SYNSET_LABELS
+from pipeline.sources.layouts.imagenet_tars import OUTER_TRAIN, OUTER_VALIDATION
 from pipeline.synthetic.archives import join_tars, nest_tars, write_folder, write_tar
 from pipeline.synthetic.contents import CORRUPT_KINDS, SyntheticFile, members
 
@@ -218,5 +218,4 @@ def _assemble_imagenet(config: DatasetConfig, target: Path) -> None:
         if not path.exists():
             with atomic(path) as archive:
                 write(archive, [file.path for file in files if file.outer == path])
-    write_text(target / SYNSET_LABELS, "".join(f"{wnid}\n" for wnid in _flat_labels(config)))
     shutil.rmtree(target / PARTS_FOLDER, ignore_errors=True)

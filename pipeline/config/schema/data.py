@@ -155,6 +155,11 @@ class DatasetConfig(Section):
     label_column: str = Field(
         "label", description="Name of the label column, for layout 'huggingface'."
     )
+    exif_orientation: Literal["apply", "ignore"] = Field(
+        "ignore",
+        description="'apply': images that a camera stored rotated are turned upright and encoded "
+        "again. 'ignore': pixels are used as stored, as the published recipes do.",
+    )
     short_side: PositiveInt | Literal["keep"] = Field(
         "keep",
         description="Target for the short side (pixels): larger images are scaled down to it. "
