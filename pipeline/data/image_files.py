@@ -213,7 +213,10 @@ def _decode_strictly(data: bytes) -> Image:
         # libjpeg says so both when pixels are missing and when only the end marker is. With a
         # marker appended, the second kind decodes without a warning.
         with contextlib.suppress(ValueError):
-            return simplejpeg.decode_jpeg(data + _JPEG_END, "RGB", fastdct=True, strict=True)
+            whole: Image = simplejpeg.decode_jpeg(
+                data + _JPEG_END, "RGB", fastdct=True, strict=True
+            )
+            return whole
     elif any(warning in problem for warning in _HARMLESS_WARNINGS):
         try:
             return decode_jpeg(data)

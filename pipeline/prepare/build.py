@@ -144,7 +144,8 @@ def _require_images(plan: DatasetPlan, context: BuildContext, units: Sequence[Un
         if not is_wanted or plan.labels[split].any():
             continue
         remedy = (
-            "raise validation_fraction, or add a val/ folder to the source"
+            "add images (every class keeps one for training), raise validation_fraction, or add "
+            "a val/ folder to the source"
             if split == "validation"
             else "add images"
         )

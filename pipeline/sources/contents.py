@@ -49,11 +49,20 @@ def require_classes(
     raise describe(storage, root, config)
 
 
-def describe(storage: Storage, root: str, config: SourceConfig) -> DataError:
-    """The error about a source without a layout: what lies there, and what to do about it."""
+def require_not_deeper(storage: Storage, root: str) -> None:
+    """Raise DataError if only one of the folders in the root holds the folders of the classes."""
     deeper = class_root(storage, root)
     if deeper and deeper != root:
-        return _one_step_deeper(storage, root, deeper)
+        raise _one_step_deeper(storage, root, deeper)
+
+
+def describe(storage: Storage, root: str, config: SourceConfig) -> DataError:
+    """The error about a source without a layout: what lies there, and what to do about it.
+
+    Raises:
+        DataError: the same, if the classes lie in a folder below.
+    """
+    require_not_deeper(storage, root)
     kinds: Counter[str] = Counter()
     _count(storage, root, kinds, depth=0)
     seen = ", ".join(

@@ -30,10 +30,10 @@ _WORDS: dict[str, SplitName] = {
 }
 _ORDER = {word: number for number, word in enumerate(_WORDS)}
 _USUAL = """
-set sets split splits data dataset datasets folder folders dir subset part class classes image images
-img imgs photo photos pic pics picture pictures jpg jpeg png small full raw original resized cropped
-processed clean final labeled labelled seg cls loc imagenet imagenet1k imagenet21k imagenet22k
-imagenet100 ilsvrc ilsvrc2012 tiny mini
+set sets split splits data dataset datasets folder folders dir subset part class classes image
+images img imgs photo photos pic pics picture pictures jpg jpeg png small full raw original resized
+cropped processed clean final labeled labelled seg cls loc imagenet imagenet1k imagenet21k
+imagenet22k imagenet100 ilsvrc ilsvrc2012 tiny mini
 """
 _WITHOUT_MEANING = frozenset(_USUAL.split())
 

@@ -11,6 +11,7 @@ import os
 from pipeline.errors import DataError
 from pipeline.sources import contents, registry, splits
 from pipeline.sources.class_order import visible_entries
+from pipeline.sources.class_survey import class_like
 from pipeline.sources.remote import Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import SplitName, Survey
@@ -79,4 +80,5 @@ def _detect_layout(storage: Storage, root: str, config: SourceConfig) -> str:
     for name, layout in registry.in_detection_order():
         if layout.detect(storage, root, config, entries):
             return name
+    splits.folders(config, storage, root, class_like(entries))  # may be unclear, or misspelled
     raise contents.describe(storage, root, config)

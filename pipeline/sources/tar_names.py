@@ -45,7 +45,7 @@ def require_one_class_each(storage: Storage, tars: Sequence[tuple[str, int]]) ->
         folders = {posixpath.basename(posixpath.dirname(name)) for name in names}
         if len(folders) > 1 and len(tars) <= _FEW:
             raise DataError(
-                f"holds the images of several classes: {', '.join(sorted(folders)[:_FEW])}",
+                f"holds folders of several classes: {', '.join(sorted(folders)[:_FEW])}",
                 place=place,
                 remedy="unpack it: one folder per class is a layout that can be read",
             )

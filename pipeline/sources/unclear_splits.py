@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import DataError
+from pipeline.sources import contents
 from pipeline.sources.class_order import visible_entries
 from pipeline.sources.layout import Entries
 from pipeline.sources.names import class_of_tar, may_be_image
@@ -85,6 +86,7 @@ def _require_different_folders(inside: Mapping[str, _Inside], root: str, storage
     common = frozenset.intersection(*folders)
     # Two classes of the same names are enough to tell apart from images/ and thumbnails/.
     if 2 * len(common) >= min(map(len, folders)) and len(common) > 1:
+        contents.require_not_deeper(storage, root)
         _raise_unclear(storage, root, list(inside))
 
 
@@ -97,13 +99,18 @@ def _look_into(storage: Storage, root: str, name: str) -> _Inside:
     return _Inside(folders, has_images)
 
 
+def _is_train(name: str) -> bool:
+    like = split_like(name)
+    return like is not None and like.split == "train"
+
+
 def _raise_unclear(storage: Storage, root: str, folders: Collection[str]) -> None:
     listed = ", ".join(list(folders)[:_NAMED]) + (", ..." if len(folders) > _NAMED else "")
-    first = next(iter(folders))
+    train = next((name for name in folders if _is_train(name)), "FOLDER")
     raise DataError(
         f"it is unclear which of its folders are splits and which are classes: {listed}",
         place=storage.shown(root),
         remedy="set the key `splits` of the dataset: --set "
-        f"'data.splits={{train: {first}, validation: FOLDER}}'; "
+        f"'data.splits={{train: {train}, validation: FOLDER}}'; "
         "or --set data.splits=none if each of these folders is a class",
     )

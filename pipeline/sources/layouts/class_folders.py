@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import posixpath
+import re
 
+from pipeline.errors import DataError
 from pipeline.sources.class_survey import ClassParts, class_entries, survey_classes
 from pipeline.sources.folder_files import folder_files
 from pipeline.sources.layout import Entries, Layout
-from pipeline.sources.names import class_name, is_litter, may_be_image
+from pipeline.sources.names import class_name, is_litter, may_be_image, suffix_of
 from pipeline.sources.remote import Entry, Storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_FILES, Part, Survey
+
+_NUMBER = re.compile(r"\d{4,}")  # of the parts that a downloader fills one after the other
+_CAPTION_SUFFIXES = (".txt", ".json", ".caption")
 
 
 def _detect(storage: Storage, root: str, config: SourceConfig, entries: Entries) -> bool:
@@ -19,7 +24,22 @@ def _detect(storage: Storage, root: str, config: SourceConfig, entries: Entries)
 
 
 def _survey(storage: Storage, root: str, config: SourceConfig) -> Survey:
-    return survey_classes(storage, root, config, layout="class_folders", find_parts=_cut_folder)
+    survey = survey_classes(storage, root, config, layout="class_folders", find_parts=_cut_folder)
+    if config.splits is None and all(_NUMBER.fullmatch(name) for name, _ in survey.classes):
+        _require_no_captions(storage, survey.units[0].parts[0], config)
+    return survey
+
+
+def _require_no_captions(storage: Storage, part: Part, config: SourceConfig) -> None:
+    """Raise DataError for numbered folders in which every image has a caption."""
+    listing = folder_files(storage, part.path).files
+    names = [path for path, _ in listing if suffix_of(path) in _CAPTION_SUFFIXES]
+    if part.images and len(names) >= part.images:
+        raise DataError(
+            f"its folders are numbered, and every image has a caption ({names[0]}): no classes",
+            place=config.root,
+            remedy="sort the images by class; or --set data.splits=none if the numbers are classes",
+        )
 
 
 def _cut_folder(storage: Storage, path: str, _: Entry) -> ClassParts:

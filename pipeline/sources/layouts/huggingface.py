@@ -1,60 +1,39 @@
 """Anything that `datasets.load_dataset` reads.
 
-Hugging Face datasets on disk, in a store or on the hub.
-
-``datasets`` is imported inside functions: it takes seconds to import, and most jobs never need it.
-Its objects have no types that can be checked, so the few members used here are written down as
-protocols.
+Hugging Face datasets on disk, in a store or on the hub. ``hub_loading`` loads them, ``hub_labels``
+judges their labels.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import posixpath
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import cast
 
 import fsspec
 
 from pipeline.errors import DataError
 from pipeline.sources import class_sets, hub_labels, splits
 from pipeline.sources.class_order import ordered_classes, visible_entries
-from pipeline.sources.folder_files import folder_files
+from pipeline.sources.hub_loading import (
+    SAVED_FILES,
+    HubDataset,
+    HubSplit,
+    is_saved,
+    load,
+)
 from pipeline.sources.layout import Entries, Layout
 from pipeline.sources.member import Member, Rejection
 from pipeline.sources.names import is_image
-from pipeline.sources.remote import Storage, open_storage, without_secrets
+from pipeline.sources.remote import Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.split_names import TRAIN_NAMES, split_like
 from pipeline.sources.units import UNIT_FILES, FingerprintItem, Part, SplitName, Survey, Unit
 
-if TYPE_CHECKING:
-    import pyarrow
-
-_LFS_POINTER = b"version https://git-lfs"
 _LOOKED_AT = 8  # folders and files
-SAVED_FILES = ("dataset_dict.json", "state.json")  # save_to_disk writes one of them
-
-
-class HubSplit(Protocol):
-    """The members of ``datasets.Dataset`` that are used here."""
-
-    column_names: list[str]
-    features: Mapping[str, object]
-    data: pyarrow.Table
-    _fingerprint: str
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, row: int, /) -> Mapping[str, object]: ...
-    def cast_column(self, column: str, feature: object) -> HubSplit: ...
-
-
-HubDataset = Mapping[str, HubSplit]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +55,23 @@ def inspect_dataset(config: SourceConfig) -> HubSummary:
     """
     import pyarrow.types
 
-    dataset = _load(config.root)
+    dataset = load(config.root)
     splits.require_known(config, list(dataset))
     division = _divide(config, list(dataset))
-    notes = list(division.notes)
     chosen = dict(division.splits)
-    test = chosen.get("test")
-    if config.splits is None and test and _is_unlabelled(dataset[test], config.label_column):
-        del chosen["test"]
-        notes.append(f"the split {test} is not used: its images have no labels")
+    unlabelled = _unlabelled_test(dataset, division.splits, config)
+    for split in unlabelled:
+        del chosen[split]
+    if "train" in chosen and "validation" not in chosen:
+        chosen = {"" if split == "train" else split: name for split, name in chosen.items()}
+    division = replace(division, stand_in="") if "validation" in unlabelled else division
+    notes = [
+        *division.notes,
+        *(
+            f"the split {division.splits[split]} is not used: its images have no labels"
+            for split in unlabelled
+        ),
+    ]
     for name in chosen.values():
         _require_columns(name, dataset[name], config)
     used = {split: dataset[name] for split, name in chosen.items()}
@@ -146,6 +133,22 @@ def _divide(config: SourceConfig, present: Sequence[str]) -> splits.Division:
     return replace(division, splits=named, unused=unused)
 
 
+def _unlabelled_test(
+    dataset: HubDataset, chosen: Mapping[SplitName, str], config: SourceConfig
+) -> list[SplitName]:
+    """The splits that hold the hidden test images of a competition; none that the job names."""
+    if config.splits is not None:
+        return []
+    return [
+        split
+        for split, name in chosen.items()
+        if (like := split_like(name)) is not None
+        and like.split == "test"
+        and split in ("validation", "test")
+        and _is_unlabelled(dataset[name], config.label_column)
+    ]
+
+
 def _is_unlabelled(split: HubSplit, column: str) -> bool:
     """True if every label is missing; -1 stands for a hidden label in published datasets."""
     if column not in split.column_names:
@@ -189,14 +192,10 @@ def _identity(root: str, fingerprints: Sequence[str]) -> FingerprintItem:
     folder = Path(root)
     if not folder.is_dir():
         return (root, *fingerprints)  # a URL, or a name on the hub
-    if _is_saved(folder):
+    if is_saved(folder):
         return tuple(fingerprints)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple((str(path.relative_to(folder)), path.stat().st_size) for path in files)
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in SAVED_FILES)
 
 
 def read_part(part: Part, config: SourceConfig, labels: Mapping[str, int]) -> Iterator[Member]:
@@ -204,7 +203,7 @@ def read_part(part: Part, config: SourceConfig, labels: Mapping[str, int]) -> It
     import datasets
 
     # decode=False: preparation wants the file's own bytes, not the pixels.
-    dataset = _load(config.root)[part.path].cast_column(
+    dataset = load(config.root)[part.path].cast_column(
         config.image_column, datasets.Image(decode=False)
     )
     names = hub_labels.class_names(dataset.features[config.label_column])
@@ -253,7 +252,7 @@ def split_names(root: str) -> list[str]:
             return ["train"]
         return [str(name) for name in datasets.load_dataset_builder(root).config.data_files]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise _cannot_load(root, error) from None
+        raise _cannotload(root, error) from None
 
 
 def _is_dataset(storage: Storage, root: str, _config: SourceConfig, entries: Entries) -> bool:
@@ -289,60 +288,6 @@ def _require_columns(name: str, split: HubSplit, config: SourceConfig) -> None:
             place=config.root,
             remedy="choose another split: splits: {train: NAME, validation: NAME, test: NAME}",
         )
-
-
-@functools.lru_cache(maxsize=4)
-def _load(root: str) -> HubDataset:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        loaded = _load_remote(root) if "://" in root else _load_local(root)
-    except Exception as error:  # its readers raise whatever they meet in a damaged file
-        raise _cannot_load(root, error) from None
-    is_dict = isinstance(loaded, dict)  # DatasetDict; a single Dataset has no splits
-    return cast("HubDataset", loaded if is_dict else {"train": loaded})
-
-
-def _cannot_load(root: str, error: Exception) -> DataError:
-    folder = Path(root)
-    files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
-    if any(file.read_bytes()[: len(_LFS_POINTER)] == _LFS_POINTER for file in files[:_LOOKED_AT]):
-        return DataError(
-            "its files are pointers of Git LFS", place=root, remedy=f"git -C {root} lfs pull"
-        )
-    text = without_secrets(str(error)) or type(error).__name__
-    return DataError(
-        f"`datasets` cannot load it: {text}",
-        place=without_secrets(root),
-        remedy="give a folder of Parquet files or images, a folder that save_to_disk wrote, "
-        "or a dataset's name on the hub",
-    )
-
-
-def _load_local(root: str) -> object:
-    import datasets
-
-    if _is_saved(Path(root)):
-        return cast("object", datasets.load_from_disk(root))
-    return cast("object", datasets.load_dataset(root))
-
-
-def _load_remote(root: str) -> object:
-    """Load a folder that save_to_disk wrote, or Parquet files such as "train-00000.parquet"."""
-    import datasets
-
-    storage, path = open_storage(root)
-    files = [name for name, _ in folder_files(storage, path).files]
-    if any(f"{path}/{name}" in files for name in SAVED_FILES):
-        return cast("object", datasets.load_from_disk(root))
-    files_of: dict[str, list[str]] = {}
-    for file in files:
-        if file.endswith(".parquet"):
-            prefix = re.split(r"[-_.]", posixpath.basename(file))[0].lower()
-            split = prefix if split_like(prefix) is not None else "train"
-            files_of.setdefault(split, []).append(storage.fs.unstrip_protocol(file))
-    return cast("object", datasets.load_dataset("parquet", data_files=files_of))
 
 
 LAYOUT = Layout(
