@@ -8,6 +8,7 @@
 #   bench   baselines of the benchmarks       ./launch.sh bench loader
 #   s3      s3:// URLs                        ./launch.sh install s3
 #   ray     Ray clusters                      ./launch.sh install ray
+#   heif    HEIC images, as phones take them  ./launch.sh install heif
 #   onnx    torch.onnx.export of a network    ./launch.sh install onnx
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.
@@ -15,6 +16,11 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv="$here/.venv"
 locks="$here/requirements"
+if [[ $here == *:* ]]; then
+    echo "launch.sh: the path of the checkout has a colon, which separates paths: $here" >&2
+    echo "  -> move it" >&2
+    exit 2
+fi
 export DS_BUILD_OPS=0 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 export PIPELINE_COMMAND="$0"  # usage texts and remedies name the command as it was typed
 
@@ -77,7 +83,9 @@ install() {
     fi
     echo "launch.sh: installing ${sets[*]} into .venv (once, a few minutes)" >&2
     for set in "${sets[@]}"; do files+=(-r "$locks/$set.txt"); done
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}" &
+    # PIP_USER and the like would install beside the environment.
+    PIP_USER=0 env -u PIP_TARGET -u PIP_PREFIX \
+        "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}" &
     wait $!
     for set in "${sets[@]}"; do digest "$set" >"$venv/.installed-$set"; done
 }

@@ -141,6 +141,24 @@ def decode_file(data: bytes, header: ImageHeader) -> Image:
     return upright(image, header.orientation)
 
 
+def plain_image(data: bytes, *, orientation: bool) -> bytes:
+    """An image file that ``decode`` reads as preparation would have read this one.
+
+    A whole, upright JPEG as it is; anything else as a PNG of the same pixels.
+
+    Args:
+        orientation: apply the EXIF orientation.
+
+    Raises:
+        UnusableImage: it is no image, or damaged.
+    """
+    header = read_header(data, orientation=orientation)
+    pixels = decode_file(data, header)  # a JPEG too: only decoding shows damage
+    if header.kind == "JPEG" and not header.is_cmyk and header.orientation == 1:
+        return data
+    return bytes(cv2.imencode(".png", np.ascontiguousarray(pixels[..., ::-1]))[1])
+
+
 def upright(image: Image, orientation: int) -> Image:
     """The image as it was taken. ``orientation``: of EXIF; 1 changes nothing."""
     if orientation in (5, 6, 7, 8):

@@ -4,8 +4,8 @@
     model = load_export("runs/quickstart/export")
     model.predict("cat.jpg")                      # [(class id, name, probability), ...]
 
-Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg and xxhash.
-The last four read images exactly as training does. ray, deepspeed, pydantic and all other packages
+Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg, Pillow and
+xxhash. All but the first two read images exactly as preparation and training do. ray, deepspeed, pydantic and all other packages
 of the pipeline are not needed; a test blocks them.
 
 ``python -m pipeline.export.reload DIR`` repeats the export's self-test in a fresh process.
@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
+from pipeline.data.image_files import plain_image
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.files import DIGEST, matches_digest
@@ -46,6 +47,8 @@ class Preprocessing(TypedDict):
     mean: list[float]
     std: list[float]
     color: str
+    # As the training images were prepared: "apply" turns an image upright, "ignore" does not.
+    exif_orientation: NotRequired[str]
     steps: str  # the same in words
 
 
@@ -82,7 +85,9 @@ class Exported:
         pixels: Image = np.empty((size, size, 3), dtype=np.uint8)
         try:
             transform = EvalTransform(size, settings["resize"])
-            transform(memoryview(Path(path).read_bytes()), pixels)
+            upright = settings.get("exif_orientation") == "apply"
+            data = plain_image(Path(path).read_bytes(), orientation=upright)
+            transform(memoryview(data), pixels)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"not a readable image: {error}", place=str(path), remedy="give an image file"

@@ -75,6 +75,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
             "mean": list(MEAN),
             "std": list(STD),
             "color": "RGB",
+            "exif_orientation": str(data.description.settings.get("exif_orientation", "ignore")),
             "steps": "short side to image_size * resize (area; cubic where that enlarges), "
             "centre crop, / 255, - mean, / std",
         },

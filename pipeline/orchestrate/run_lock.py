@@ -109,6 +109,18 @@ class RunOwner(BaseModel):
         return self.host == os.uname().nodename and boot != own_boot  # the machine has restarted
 
 
+def make_folder(path: Path) -> None:
+    """Create the folder of a run. Raises ConfigError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be created: {error.strerror} ({error.filename})",
+            place=str(path),
+            remedy="choose another folder with --run-dir, or mount the disk that it lies on",
+        ) from None
+
+
 def read_owner(run_dir: RunDir) -> RunOwner | None:
     """The driver that works on a run, or that did until it was killed; None without one."""
     try:  # open() asks the server of a network file system; exists() may not
@@ -141,9 +153,9 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Hold the lock of a run, see above. A driver that is replaced gets SIGTERM.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or the folder cannot be created.
     """
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir.path)
     # The file stays after the run: if it were removed, one process could hold the lock of the
     # removed file, another that of a new one.
     with open(run_dir.lock, "a+") as file:

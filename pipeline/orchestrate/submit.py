@@ -37,7 +37,7 @@ from pipeline.orchestrate.cluster_run import (
 from pipeline.orchestrate.follow import follow
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.judgement import Judge
-from pipeline.orchestrate.run_lock import is_locked, read_owner
+from pipeline.orchestrate.run_lock import is_locked, make_folder, read_owner
 from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
@@ -234,7 +234,7 @@ def _submission(
 @contextlib.contextmanager
 def _submit_lock(run_dir: RunDir) -> Iterator[None]:
     """Let one command at a time decide about a run: two would both submit it."""
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir.path)
     with open(run_dir.submit_lock, "w") as file:
         with contextlib.suppress(OSError):  # a file system without locks; the run has its own
             fcntl.flock(file, fcntl.LOCK_EX)

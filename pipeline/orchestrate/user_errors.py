@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 
-from pipeline.errors import PipelineError, StageError
+from pipeline.errors import ConfigError, PipelineError, StageError
 
+# The user, the mount or the path does not permit what a command has to do.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 RERUN = "rerun the same command to resume"  # the remedy of everything that can be resumed
 
 
@@ -18,5 +20,12 @@ def user_error(error: BaseException) -> PipelineError | None:
             "the disk is full",
             place=str(error.filename or ""),
             remedy=f"free some space, then {RERUN}",
+        )
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+        return ConfigError(
+            f"cannot be used: {error.strerror}",
+            place=str(error.filename),
+            remedy="correct its permissions, or choose another path (--run-dir for a run, --out "
+            "for an image)",
         )
     return None

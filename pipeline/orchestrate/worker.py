@@ -21,6 +21,7 @@ from pathlib import Path
 from pipeline.config import machine
 from pipeline.errors import PipelineError
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.environment import forget_other_launchers
 
 # Runs one rank. Arguments: its coordinates, and a function that is true after a stop request.
 # Returns the metrics of the stage.
@@ -106,6 +107,7 @@ class Worker:
             fence: file of the newest generation. This process ends when it has been replaced.
             environment: variables to set before torch and DeepSpeed are imported.
         """
+        forget_other_launchers()
         os.environ.update(environment)
         dist_env = DistEnv.from_environment()
         rank = dist_env.rank

@@ -9,6 +9,16 @@ import json
 import os
 from pathlib import Path
 
+# Of torchrun and of MPI: a process of ours that finds them takes itself for one of theirs.
+# DeepSpeed asks MPI for the ranks, and torch waits for the store of an agent.
+_OTHER_LAUNCHERS = ("TORCHELASTIC_", "PET_", "OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_", "I_MPI_")
+
+
+def forget_other_launchers() -> None:
+    """Remove the variables that another launcher around ``run`` has set from this process."""
+    for name in [name for name in os.environ if name.startswith(_OTHER_LAUNCHERS)]:
+        del os.environ[name]
+
 
 def is_requeued() -> bool:
     """True if Slurm has started this job again, after a preemption or its time limit."""

@@ -120,6 +120,7 @@ def _entries_of_kind(storage: Storage, folder: str, layout: str) -> tuple[list[E
     named: dict[str, str] = {}
     for entry in of_kind:
         path = entry["name"].rstrip("/")
+        _require_text(path)
         other = named.setdefault(names.class_name(posixpath.basename(path)), path)
         if other != path:
             raise DataError(
@@ -130,6 +131,18 @@ def _entries_of_kind(storage: Storage, folder: str, layout: str) -> tuple[list[E
     others = [name for name in entries if names.class_name(name) not in named]
     note = f"not used beside the classes in {folder}: {', '.join(others)}"
     return of_kind, [note] if others and of_kind else []
+
+
+def _require_text(path: str) -> None:
+    """Raise DataError for a name that cannot be written: its bytes are no UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "the name of a class is no text in UTF-8",
+            place=path.encode("utf-8", "backslashreplace").decode(),
+            remedy="rename it; for many names, see the program convmv",
+        ) from None
 
 
 def _parts_of_all(

@@ -178,6 +178,12 @@ def load_initial(source: RangeReader, sharded: ShardedState, place: str, log: Lo
     """
     names = backbone_names(source, sharded.shapes, place)
     _load(source, sharded, {}, set(names))
+    # Every rank reads its own share, and all of them have to raise.
+    are_finite = all(bool(values.isfinite().all()) for *_, values in sharded.tensors())
+    gathered = [are_finite] * dist.get_world_size()
+    dist.all_gather_object(gathered, are_finite)
+    if not all(gathered):
+        raise _not_finite(place)
     new = len(sharded.shapes) - len(names)
     log(f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new")
 
@@ -245,5 +251,15 @@ def _write_weights(
     kind = "ema" if "ema" in manifest.kinds else "master"
     stored_kind = BEST if description.keep == "best" else kind
     tensors = {name: reader.full(stored_kind, name) for name in sorted(manifest.shapes)}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise _not_finite(str(checkpoint))
     write_weights_file(directory / WEIGHTS_FILE, tensors)
     replace(description, network=asdict(spec), weights=kind).write(directory)
+
+
+def _not_finite(place: str) -> CheckpointError:
+    return CheckpointError(
+        "holds weights that are not finite: their training has diverged",
+        place=place,
+        remedy="train them again with a lower learning rate, or take other weights",
+    )

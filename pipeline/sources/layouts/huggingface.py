@@ -252,7 +252,7 @@ def split_names(root: str) -> list[str]:
             return ["train"]
         return [str(name) for name in datasets.load_dataset_builder(root).config.data_files]
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        raise _cannotload(root, error) from None
+        raise cannot_load(root, error) from None
 
 
 def _is_dataset(storage: Storage, root: str, _config: SourceConfig, entries: Entries) -> bool:
