@@ -6,6 +6,7 @@ Keys: ``model.stem_stride``, ``data.<name>.validation_fraction`` and those of a 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, Literal
 
@@ -201,6 +202,16 @@ def _training_images(tree: Node, name: str, source: SourceSummary) -> int:
     return max(1, round(source.images * (1 - fraction)))
 
 
+def _fewest(source: SourceSummary, images: int) -> int:
+    """Training images that remain for certain: each image is held out by chance, on its own.
+
+    Example: of 6 images in 2 classes, 5 are expected and 2 are certain, one of each class.
+    """
+    held_out = source.images - images
+    deviation = math.sqrt(held_out * images / max(1, source.images))
+    return max(source.classes, min(images, int(images - 3 * deviation)))
+
+
 def _cluster(tree: Node) -> ClusterConfig:
     """The keys of the cluster section that decide device and number of processes."""
     written = {
@@ -238,10 +249,12 @@ def _facts(tree: Node, stage: str, source: SourceSummary) -> StageFacts:
         node = tree.get(*path)
         return node.value if node is not None and isinstance(node.value, int) else default
 
+    images = _training_images(tree, _dataset_of(tree, stage), source)
     cluster = _cluster(tree)
     initial = tree.get("stages", stage, "from")
     return StageFacts(
-        images=_training_images(tree, _dataset_of(tree, stage), source),
+        images=images,
+        fewest_images=images if source.has_validation else _fewest(source, images),
         short_side=source.short_side,
         device=device(cluster),
         processes=world_size(cluster),

@@ -5,8 +5,8 @@
     model.predict("cat.jpg")                      # [(class id, name, probability), ...]
 
 Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg, Pillow and
-xxhash. All but the first two read images exactly as preparation and training do. ray, deepspeed, pydantic and all other packages
-of the pipeline are not needed; a test blocks them.
+xxhash. All but the first two read images exactly as preparation and training do. ray, deepspeed,
+pydantic and all other packages of the pipeline are not needed; a test blocks them.
 
 ``python -m pipeline.export.reload DIR`` repeats the export's self-test in a fresh process.
 """

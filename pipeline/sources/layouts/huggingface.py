@@ -22,6 +22,7 @@ from pipeline.sources.hub_loading import (
     SAVED_FILES,
     HubDataset,
     HubSplit,
+    cannot_load,
     is_saved,
     load,
 )
