@@ -140,6 +140,8 @@ def _global_batch(facts: StageFacts) -> Choice:
     An even batch per process, because mixup and cutmix pair the images of a micro-batch.
     """
     batch = 2 * facts.processes
+    if batch > facts.fewest_images:
+        batch = facts.processes  # nothing is mixed then
     # Too few steps per epoch train badly however many epochs follow; with tiny batches even a few
     # steps are worth doubling for. Example: 360 images, 2 processes: 4 -> 8 -> 16, see above.
     while 2 * batch <= facts.budget.batch:
@@ -193,6 +195,8 @@ def _mixing(strong: float, mild: float) -> Rule:
     """Mixing of images, which keeps a network from learning them by heart but slows it down."""
 
     def choose(facts: StageFacts) -> Choice:
+        if facts.global_batch < 2 * facts.processes:
+            return Choice(0.0, "one image per process and step has no other to mix with")
         reason = f"each image is shown {facts.epochs} times"
         if facts.epochs >= MANY_EPOCHS:
             return Choice(strong, reason)

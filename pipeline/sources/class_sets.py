@@ -50,9 +50,9 @@ def require_same(counts: Counts, config: SourceConfig) -> None:
 
 def notes(counts: Counts) -> list[str]:
     """Classes without images, and training classes that are not evaluated."""
-    total = sum(counts.values(), Counter())
     lines = []
-    empty = sorted(name for name, images in total.items() if not images)
+    present = {name for images in counts.values() for name in images}
+    empty = sorted(present - {name for images in counts.values() for name in +images})
     if empty:
         lines.append(f"{len(empty)} classes have no image: {', '.join(empty[:_NAMED])}")
     for split in ("validation", "test"):

@@ -42,7 +42,8 @@ def require_classes(
     folder = next(iter(folders))
     if classes:
         # A class of one folder with images in folders may be a step too high: data/{cat,dog}.
-        deeper = class_root(storage, f"{folder}/{classes[0]}")
+        inside = f"{folder}/{classes[0]}"
+        deeper = class_root(storage, inside) if storage.is_folder(inside) else ""
         if deeper and folder == root:
             raise _one_step_deeper(storage, root, deeper)
         return

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from pipeline.errors import DataError
-from pipeline.sources.names import is_class_tar, is_litter
+from pipeline.sources.names import class_of_tar, is_class_tar, is_litter, may_be_image
 from pipeline.sources.remote import HEADER_BLOCK, Storage
 
 _FIRST = 500  # files whose names are read
@@ -42,8 +42,12 @@ def require_one_class_each(storage: Storage, tars: Sequence[tuple[str, int]]) ->
                 place=place,
                 remedy="unpack it once: a folder of class tars is a layout that can be read",
             )
-        folders = {posixpath.basename(posixpath.dirname(name)) for name in names}
-        if len(folders) > 1 and len(tars) <= _FEW:
+        folders = {posixpath.dirname(name) for name in names if may_be_image(name)}
+        # Images beside the folders, or a folder of the tar's name, belong to a tar of one class.
+        is_one = folders & {"", "."} or any(
+            class_of_tar(posixpath.basename(path)) in folder.split("/") for folder in folders
+        )
+        if len(folders) > 1 and not is_one and len(tars) <= _FEW:
             raise DataError(
                 f"holds folders of several classes: {', '.join(sorted(folders)[:_FEW])}",
                 place=place,

@@ -218,4 +218,5 @@ def _assemble_imagenet(config: DatasetConfig, target: Path) -> None:
         if not path.exists():
             with atomic(path) as archive:
                 write(archive, [file.path for file in files if file.outer == path])
+    write_text(target / SYNSET_LABELS, "".join(f"{wnid}\n" for wnid in _flat_labels(config)))
     shutil.rmtree(target / PARTS_FOLDER, ignore_errors=True)

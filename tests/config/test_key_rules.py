@@ -72,7 +72,8 @@ DECISIONS: dict[tuple[str, ...], str] = {
     """,
     ("prepare",): """
         data.<name>.layout data.<name>.classes data.<name>.validation_fraction
-        data.<name>.image_column data.<name>.label_column data.<name>.short_side
+        data.<name>.image_column data.<name>.label_column
+        data.<name>.exif_orientation data.<name>.short_side
         data.<name>.jpeg_quality data.<name>.min_side data.<name>.max_pixels data.<name>.shard_rows
         data.<name>.synthetic.classes data.<name>.synthetic.images_per_class
         data.<name>.synthetic.validation_per_class data.<name>.synthetic.min_size

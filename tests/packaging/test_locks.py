@@ -37,6 +37,7 @@ DISTRIBUTION_OF = {
     "cv2": "opencv-python-headless",
     "PIL": "pillow",
     "yaml": "pyyaml",
+    "pillow_heif": "pillow-heif",
     "pydantic_core": "pydantic",  # of the same project, always installed together
 }
 
@@ -143,7 +144,8 @@ def third_party_imports() -> dict[str, str]:
 def test_direct_dependencies_are_those_that_are_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported = third_party_imports()
-    optional = {"webdataset"}  # the benchmarks; torchvision is imported by name
+    # The benchmarks, and an extra; torchvision is imported by name.
+    optional = {"webdataset", "pillow-heif"}
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared
     started_by_name = {"tensorboard"}  # `python -m tensorboard.main`, torch.utils.tensorboard

@@ -51,7 +51,7 @@ _PEEKED = 12  # names of the first shard
 _NO_CLASS = ("", "-1", "None", "null")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Shard:
     """What the scan of a shard gathers: of every file, its offset and its sample's key."""
 
@@ -159,7 +159,7 @@ def _key_and_kind(name: str) -> tuple[str, str]:
 
 def _scan(storage: Storage, entry: Entry) -> _Shard:
     path = entry["name"]
-    shard = _Shard(path, int(entry["size"] or 0))
+    shard = _Shard(path=path, size=int(entry["size"] or 0))
     block = HEADER_BLOCK if storage.is_local else BLOCK
     try:
         with (
