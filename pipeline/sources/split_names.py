@@ -51,6 +51,11 @@ class SplitLike(NamedTuple):
         return all(word in _WITHOUT_MEANING or word.isdigit() for word in self.others)
 
 
+def means_nothing(name: str) -> bool:
+    """True for names of containers, such as "images" or "data"."""
+    return name.lower() in _WITHOUT_MEANING
+
+
 def split_like(name: str) -> SplitLike | None:
     """The split in a name; None if no word, or more than one, names a split."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", class_of_tar(name))

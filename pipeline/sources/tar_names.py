@@ -10,6 +10,7 @@ from itertools import islice
 from pipeline.errors import DataError
 from pipeline.sources.names import class_of_tar, is_class_tar, is_litter, may_be_image
 from pipeline.sources.remote import HEADER_BLOCK, Storage
+from pipeline.sources.split_names import means_nothing
 
 _FIRST = 500  # files whose names are read
 _FEW = 3  # tars: more of them are rather classes than parts of one dataset
@@ -44,8 +45,9 @@ def require_one_class_each(storage: Storage, tars: Sequence[tuple[str, int]]) ->
             )
         folders = {posixpath.dirname(name) for name in names if may_be_image(name)}
         # Images beside the folders, or a folder of the tar's name, belong to a tar of one class.
-        is_one = folders & {"", "."} or any(
-            class_of_tar(posixpath.basename(path)) in folder.split("/") for folder in folders
+        stem = class_of_tar(posixpath.basename(path))
+        is_one = folders & {"", "."} or (
+            not means_nothing(stem) and any(stem in folder.split("/") for folder in folders)
         )
         if len(folders) > 1 and not is_one and len(tars) <= _FEW:
             raise DataError(
