@@ -43,7 +43,7 @@ def require_classes(
     if classes:
         # A class of one folder with images in folders may be a step too high: data/{cat,dog}.
         inside = f"{folder}/{classes[0]}"
-        deeper = class_root(storage, inside) if storage.is_folder(inside) else ""
+        deeper = class_root(storage, inside, depth=1) if storage.is_folder(inside) else ""
         if deeper and folder == root:
             raise _one_step_deeper(storage, root, deeper)
         return

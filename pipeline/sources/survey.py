@@ -12,6 +12,7 @@ from pipeline.errors import DataError
 from pipeline.sources import contents, registry, splits
 from pipeline.sources.class_order import visible_entries
 from pipeline.sources.class_survey import class_like
+from pipeline.sources.folder_files import folder_files, require_access
 from pipeline.sources.remote import Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import SplitName, Survey
@@ -26,8 +27,20 @@ def survey(config: SourceConfig) -> Survey:
             lacks (D5).
     """
     storage, root = open_root(config)
+    _require_access(storage, root)
     name = config.layout if config.layout != "auto" else _detect_layout(storage, root, config)
     return registry.layout(name).survey(storage, root, config)
+
+
+def _require_access(storage: Storage, root: str) -> None:
+    """Raise DataError if the folders in the root may not be read; it names all that may not."""
+    if not storage.is_local or not os.path.isdir(root):
+        return
+    with os.scandir(root) as entries:
+        folders = [entry.path for entry in entries if entry.is_dir()]
+    # Detection would end at the first of them.
+    if not all(os.access(path, os.R_OK | os.X_OK) for path in folders):
+        require_access(folder_files(storage, root, check_access=True).refused)
 
 
 def open_root(config: SourceConfig) -> tuple[Storage, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,9 +97,8 @@ def synset_labels(root: Path, album: Album) -> None:
 
 @pytest.mark.parametrize("make", [tiny_imagenet, imagenet, synset_labels])
 def test_a_flat_validation_folder_is_read_with_its_file_of_labels(
-    make: object, tmp_path: Path
+    make: Callable[[Path, Album], None], tmp_path: Path
 ) -> None:
-    assert callable(make)
     make(tmp_path / "in", Album())
     root = tmp_path / "in"
     root = root / "ILSVRC/Data/CLS-LOC" if make is imagenet else root

@@ -7,14 +7,16 @@ import re
 
 from pipeline.errors import DataError
 from pipeline.sources.class_survey import ClassParts, class_entries, survey_classes
-from pipeline.sources.folder_files import folder_files
+from pipeline.sources.folder_files import NOT_A_FILE, folder_files
+from pipeline.sources.image_kinds import HEAD_BYTES, image_kind
 from pipeline.sources.layout import Entries, Layout
-from pipeline.sources.names import class_name, is_litter, may_be_image, suffix_of
+from pipeline.sources.names import class_name, is_image, is_litter, may_be_image, suffix_of
 from pipeline.sources.remote import Entry, Storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_FILES, Part, Survey
 
 _NUMBER = re.compile(r"\d{4,}")  # of the parts that a downloader fills one after the other
+_LOOKED_AT = 3  # files of a folder without a usual ending
 _CAPTION_SUFFIXES = (".txt", ".json", ".caption")
 
 
@@ -49,6 +51,10 @@ def _cut_folder(storage: Storage, path: str, _: Entry) -> ClassParts:
     sizes = [max(size or 0, 0) for _, size in listing.files]
     may_be = [may_be_image(name) for name in names]
     others = [name for name in names if not is_litter(name)]
+    if others and not any(map(is_image, others)):
+        # Only the content of odd names tells. One look for a folder: its files are of one kind.
+        has_image = _holds_image(storage, listing.files, names)
+        may_be = [has_image and not is_litter(name) for name in names]
     if others and not any(may_be):
         # Annotations, for example. An empty folder is a class whose images are still to come.
         note = f"{path} is no class: it holds no image but files such as {others[0]}"
@@ -69,6 +75,20 @@ def _cut_folder(storage: Storage, path: str, _: Entry) -> ClassParts:
             )
         )
     return ClassParts(parts=parts, notes=notes, refused=listing.refused)
+
+
+def _holds_image(storage: Storage, files: list[tuple[str, int | None]], names: list[str]) -> bool:
+    """True if one of the first files that are no litter begins like an image."""
+    candidates = [
+        (path, size)
+        for (path, size), name in zip(files, names, strict=True)
+        if not is_litter(name) and size != NOT_A_FILE
+    ]
+    heads = [
+        storage.read(path, 0, min(HEAD_BYTES, size or HEAD_BYTES))
+        for path, size in candidates[:_LOOKED_AT]
+    ]
+    return any(map(image_kind, heads))
 
 
 LAYOUT = Layout(order=5, detect=_detect, survey=_survey)
