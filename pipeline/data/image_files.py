@@ -8,7 +8,8 @@ Every format follows the same rules:
     floating point           from 0 to 1, 255 or 65535, whichever is the first to hold the largest
     negative, NaN, beyond    an error: nobody knows what is black and what is white
     alpha                    dropped: the colours are those that the file stores
-    EXIF orientation         applied where the caller asks for it
+    EXIF orientation         applied where the caller asks for it; of a TIFF, where it tells how
+                             the rows are stored, always
 
 Training reads prepared shards and uses ``decode`` alone, which is faster.
 """
@@ -27,7 +28,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image as Pillow
-from PIL import PngImagePlugin
+from PIL import PngImagePlugin, TiffImagePlugin
 
 from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
 from pipeline.sources.image_kinds import HEAD_BYTES, INSTALL_HEIF, can_read_heif, image_kind
@@ -39,7 +40,8 @@ _DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # of Pillow
 _DEPTHS = (8, 10, 12, 14, 16)  # bits
 _FLOAT_RANGES = (1.0, 255.0, 65535.0)
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
-_BITS_PER_SAMPLE = 258  # tag of TIFF
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_EXTRA = (256, 257, 258, 338)  # tags of TIFF
+_TIFF_PREFIX = 8  # bytes, up to the offset of the first tags
 _PNG_BIT_DEPTH = 24  # offset in the file
 _EXIF = b"Exif\0\0"
 _FIRST_SEGMENTS = 1 << 18  # bytes of a JPEG in which the EXIF data lies
@@ -104,19 +106,16 @@ def read_header(data: bytes, *, orientation: bool) -> ImageHeader:
     kind = image_kind(data[:HEAD_BYTES])
     if kind == "HEIF" and not can_read_heif():
         raise UnusableImage("needs_heif", f"HEIC needs another package: {INSTALL_HEIF}")
+    if kind == "TIFF":
+        return _tiff_header(data)
     with _opened(data, "not_an_image") as image:
-        is_deep = image.mode in _DEEP_MODES or (kind == "PNG" and data[_PNG_BIT_DEPTH] == 16)
-        if image.format == "TIFF":
-            is_deep |= max(_tiff_bits(image)) > 8
-        has_alpha = image.mode in ("RGBA", "RGBa", "LA", "La", "PA")
         return ImageHeader(
             kind=kind or str(image.format),
             width=image.width,
             height=image.height,
             orientation=_orientation(image) if orientation else 1,
-            # OpenCV multiplies the colours of a TIFF by its alpha. It knows no HEIF.
-            needs_pillow=kind == "HEIF" or (image.format == "TIFF" and has_alpha and not is_deep),
-            is_deep=is_deep,
+            needs_pillow=kind == "HEIF",  # OpenCV does not know it
+            is_deep=image.mode in _DEEP_MODES or (kind == "PNG" and data[_PNG_BIT_DEPTH] == 16),
         )
 
 
@@ -302,7 +301,24 @@ def _orientation(image: Pillow.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _tiff_bits(image: Pillow.Image) -> tuple[int, ...]:
-    """Bits per sample of a TIFF."""
-    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))
-    return tuple(bits) if isinstance(bits, tuple) else (int(bits),)
+def _tiff_header(data: bytes) -> ImageHeader:
+    """From the tags alone: Pillow opens no TIFF of three channels in floating point."""
+    try:
+        file = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(_TIFF_PREFIX))
+        file.seek(tags.next)
+        tags.load(file)
+        width = int(tags[_TIFF_WIDTH])
+        height = int(tags[_TIFF_HEIGHT])
+        bits = tags.get(_TIFF_BITS, (8,))
+        is_deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
+    except Exception as error:  # damaged bytes make it raise whatever it meets
+        raise UnusableImage("not_an_image", f"TIFF header: {error!r}") from error
+    return ImageHeader(
+        kind="TIFF",
+        width=width,
+        height=height,
+        # OpenCV multiplies the colours of a TIFF by its alpha.
+        needs_pillow=bool(tags.get(_TIFF_EXTRA)) and not is_deep,
+        is_deep=is_deep,
+    )

@@ -36,6 +36,8 @@ def _require_access(storage: Storage, root: str) -> None:
     """Raise DataError if the folders in the root may not be read; it names all that may not."""
     if not storage.is_local or not os.path.isdir(root):
         return
+    if not os.access(root, os.R_OK | os.X_OK):
+        require_access([root])
     with os.scandir(root) as entries:
         folders = [entry.path for entry in entries if entry.is_dir()]
     # Detection would end at the first of them.
