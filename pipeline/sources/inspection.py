@@ -69,7 +69,7 @@ def inspect_source(config: SourceConfig) -> SourceSummary:
     parts = [part for unit in source.units if unit.split == trained for part in unit.parts]
     classes = {class_id: label for label, (class_id, _) in enumerate(source.classes)}
     sampled = _sampled_images(parts, config, classes)
-    sides = [side for member in sampled if (side := _short_side(member.data))]
+    sides = [side for member in sampled if (side := short_side_of(member.data))]
     if sampled and not any(_is_readable(member.data) for member in sampled):
         raise contents.unreadable(storage, root, [member.key for member in sampled])
     return SourceSummary(
@@ -149,7 +149,7 @@ def _is_readable(data: bytes) -> bool:
     return bool(kind) and (kind != "HEIF" or can_read_heif())
 
 
-def _short_side(data: bytes) -> int:
+def short_side_of(data: bytes) -> int:
     """Short side of an image in pixels, from its header; 0 if it cannot be read."""
     with warnings.catch_warnings():
         # Pillow warns of huge images. Only the header is read here, so they cost nothing.
