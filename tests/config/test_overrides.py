@@ -151,7 +151,8 @@ def test_variables_in_set_are_replaced(job: Path, monkeypatch: pytest.MonkeyPatc
         (
             "data.toy.layout=class_tar",
             "--set: data.toy.layout: expected one of 'class_folders', 'class_tars', 'huggingface', "
-            "'imagenet_tars', 'auto', given \"class_tar\"\n  -> did you mean 'class_tars'?",
+            "'imagenet_tars', 'webdataset', 'auto', given \"class_tar\"\n  -> did you mean "
+            "'class_tars'?",
         ),
     ],
 )

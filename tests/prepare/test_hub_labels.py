@@ -1,4 +1,4 @@
-"""Labels of Hugging Face datasets: what can be trained on is, the rest is told at the survey."""
+"""Labels of Hugging Face datasets: what can be trained on is, the survey refuses the rest."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_labels_of_many_kinds_are_classes(
         ([0.0, float("nan"), 1.0, None, 1.0, 0.0], False),
     ],
 )
-def test_missing_labels_are_told_with_counts_and_split(
+def test_missing_labels_are_refused_with_counts_and_split(
     labels: list[Any], names: bool, tmp_path: Path
 ) -> None:
     write_split(tmp_path, Album(), labels, names=names)
