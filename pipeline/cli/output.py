@@ -59,7 +59,7 @@ def keep_output_alive() -> None:
 def _open_stream(stream: TextIO | None) -> TextIO:
     """The stream, or the null device if whoever started this process has closed it (`>&-`)."""
     if stream is None:
-        return open(os.devnull, "w", encoding="utf-8")
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     # Names of files need not fit the encoding of the terminal, or any encoding.
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
