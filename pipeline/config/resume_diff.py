@@ -12,8 +12,9 @@ four keys:
 Which results a key changes is written beside the key in the schema (``Rules.changes``).
 
 The recorded job may come from another version of the schema. A key that it lacks has its default,
-as it had when there was no such key; with ``Rules.accepts_missing`` it is not compared. A key that the schema no longer has is ignored: nothing reads
-it any more. Renamed keys have their new names already (``migrate_renamed``).
+as it had when there was no such key; with ``Rules.accepts_missing`` it is not compared. A key that
+the schema no longer has is ignored: nothing reads it any more. Renamed keys have their new names
+already (``migrate_renamed``).
 """
 
 from __future__ import annotations
