@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 from pipeline.errors import ConfigError, PipelineError, StageError
 
@@ -22,9 +24,12 @@ def user_error(error: BaseException) -> PipelineError | None:
             remedy=f"free some space, then {RERUN}",
         )
     if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+        path = Path(os.fsdecode(error.filename)).absolute()
+        # A file is first written under a temporary name, which tells the user nothing.
+        is_temporary = path.name.startswith(".") and path.suffix == ".tmp"
         return ConfigError(
             f"cannot be used: {error.strerror}",
-            place=str(error.filename),
+            place=str(path.parent if is_temporary else path),
             remedy="correct its permissions, or choose another path (--run-dir for a run, --out "
             "for an image)",
         )
