@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.config import job_queries
 from pipeline.config.job_queries import TRAINING, dataset_place, prepared_names
 from pipeline.config.schema import DatasetConfig, Job
@@ -121,7 +120,10 @@ def require_intact(
     """
     source = _initial(job, stage)
     if source.endswith(Path(WEIGHTS_FILE).suffix) and Path(source).is_file():
-        # Weights from elsewhere: better now than after a preparation of hours.
+        # Weights from elsewhere: better now than after a preparation of hours. Imported here,
+        # because it imports torch, which takes seconds.
+        from pipeline.checkpoint.weights_file import verify_weights_file
+
         verify_weights_file(Path(source))
     used = {} if stage == "prepare" else {"prepare": run_dir.dataset(_dataset(job, stage))}
     if source in TRAINING:

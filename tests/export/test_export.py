@@ -26,7 +26,7 @@ from tests.train import staging
 
 # What an exported model needs (docstring of ``pipeline.export.reload``), and what torch itself
 # uses if it is installed.
-NEEDED = {"torch", "safetensors", "numpy", "cv2", "simplejpeg", "xxhash"}
+NEEDED = {"torch", "safetensors", "numpy", "cv2", "simplejpeg", "PIL", "xxhash"}
 USED_BY_TORCH = {"torchgen", "typing_extensions", "sympy", "mpmath", "tqdm", "dill", "packaging"}
 
 

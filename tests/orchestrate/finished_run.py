@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from pipeline.config import job_queries
 from pipeline.config.load import LoadedJob, load_job
@@ -92,7 +94,7 @@ def write_training(run_dir: RunDir, stage: str, *, finished: bool = True) -> Non
     if finished:
         weights = run_dir.weights(stage)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        weights.write_text(f"weights of {stage}")
+        save_file({stage: np.zeros(1, np.float32)}, weights)
         weights.with_name(WEIGHTS_JSON).write_text("{}")
 
 
