@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import torch
 from rich.console import Console
-from safetensors.numpy import save_file
 
+from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.config import job_queries
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.files import write_json
@@ -94,7 +94,7 @@ def write_training(run_dir: RunDir, stage: str, *, finished: bool = True) -> Non
     if finished:
         weights = run_dir.weights(stage)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        save_file({stage: np.zeros(1, np.float32)}, weights)
+        write_weights_file(weights, {stage: torch.zeros(1)})
         weights.with_name(WEIGHTS_JSON).write_text("{}")
 
 
