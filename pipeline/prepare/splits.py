@@ -58,8 +58,9 @@ class Splitter:
         # may choose the checkpoint, and no training image has to be given up.
         names = {unit.split for unit in units}
         has_test = "test" in names
-        # With a share of 1, all images are for evaluation.
-        divides = "" in names and config.validation_fraction < 1
+        # Images of a validation split of the source's own are never trained on. With a share of 1,
+        # all images are for evaluation.
+        divides = names <= {"", "test"} and config.validation_fraction < 1
         return cls(
             validation_fraction=config.validation_fraction,
             selection_fraction=0.0 if has_test else config.selection_fraction,
