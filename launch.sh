@@ -9,6 +9,7 @@
 #   s3      s3:// URLs                        ./launch.sh install s3
 #   ray     Ray clusters                      ./launch.sh install ray
 #   onnx    torch.onnx.export of a network    ./launch.sh install onnx
+#   kubernetes  runs on Kubernetes            ./launch.sh install kubernetes
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.
 set -euo pipefail

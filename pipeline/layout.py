@@ -18,6 +18,7 @@ runs/quickstart/
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
+  logs/driver-<job>.log               output of the driver of a job on Kubernetes
   logs/run.log                        messages of the whole run
   tensorboard/<stage>/                event files
   export/                             the exported model
@@ -115,6 +116,10 @@ class RunDir:
     def batch_log(self) -> Path:
         """Output of the driver in a batch job, and of the job's script."""
         return self.logs / "batch.log"
+
+    def driver_log(self, job: str) -> Path:
+        """Output of the driver of a job on Kubernetes, over all of its clusters."""
+        return self.logs / f"driver-{job}.log"
 
     @property
     def machines_log(self) -> Path:

@@ -39,7 +39,8 @@ Cluster = Annotated[
     typer.Option(
         "--on",
         metavar="NAME",
-        help="Run on this cluster: a file in configs/cluster (ray, slurm), or a file of your own.",
+        help="Run on this cluster: a file in configs/cluster (ray, slurm, kubernetes), or a "
+        "file of your own.",
         show_default=False,
     ),
 ]

@@ -45,7 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
-from pipeline.runtime.environment import job_id
+from pipeline.runtime.environment import job_id, restarts
 
 RENEW_S = 4.0
 LEASE_S = 30.0  # without a renewal for so long, the owner is gone
@@ -87,7 +87,7 @@ class RunOwner(BaseModel):
             started=_start_of(os.getpid()),
             token=secrets.token_hex(8),
             job=job_id(),
-            attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            attempt=restarts(),
         )
 
     @property

@@ -59,7 +59,7 @@ def cluster_directory(loaded: LoadedJob, run_dir: RunDir) -> RunDir:
 
     Example: runs: /shared/runs in the cluster file, here runs/a -> /shared/runs/a.
     """
-    runs = loaded.job.cluster.runs
+    runs = loaded.job.cluster.runs_folder
     return RunDir(Path(runs) / run_dir.path.name) if runs else run_dir
 
 
@@ -120,13 +120,15 @@ def checked(loaded: LoadedJob, run_dir: RunDir) -> LoadedJob:
     loaded = check_on_machine(loaded, directory)
     cluster = loaded.job.cluster
     # A folder that the user names in `runs` is shared, whatever this machine sees at that path.
-    if reason := "" if cluster.runs else why_not_shared(directory.path):
+    if reason := "" if cluster.runs_folder else why_not_shared(directory.path):
         raise ConfigError(
             f"the machines of a cluster cannot see this run directory: {reason}",
             place=str(directory.path),
             remedy="--run-dir DIR on a file system that all machines share, or name the cluster's "
             "folder with --set cluster.runs=DIR",
         )
+    if cluster.kind == "kubernetes":
+        return loaded  # pods see their claims, whatever lies at these paths on this machine
     for name, dataset in loaded.job.data.items():
         # What is not here may be on the cluster; its machines look for it before the first stage.
         if "://" in dataset.root or not Path(dataset.root or "/-").exists():

@@ -9,10 +9,14 @@ import json
 import os
 from pathlib import Path
 
+_KUBERNETES_JOB = "PIPELINE_JOB"  # name of the RayJob, in its pods
+_KUBERNETES_RESTARTS = "PIPELINE_RESTARTS"
 
-def is_requeued() -> bool:
-    """True if Slurm has started this job again, after a preemption or its time limit."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+def restarts() -> int:
+    """How often the scheduler has started this job again: after a preemption, a loss, a limit."""
+    count = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get(_KUBERNETES_RESTARTS)
+    return int(count or 0)
 
 
 def deepspeed_import(device: str) -> dict[str, str]:
@@ -94,6 +98,21 @@ def ray_node(grace: float) -> dict[str, str]:
     }
 
 
+def ray_job(grace: float) -> dict[str, str]:
+    """Variables of a driver that Ray's Jobs API starts: time between its SIGTERM and SIGKILL."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace))}
+
+
+def kubernetes_job(name: str) -> dict[str, str]:
+    """Variables of the pods of a RayJob, for ``job_id``."""
+    return {_KUBERNETES_JOB: name}
+
+
+def kubernetes_driver(count: int) -> dict[str, str]:
+    """Variables of the driver of a RayJob, for ``restarts``."""
+    return {_KUBERNETES_RESTARTS: str(count)}
+
+
 def ray_client() -> dict[str, str]:
     """Variables of a process that joins a Ray cluster, before ``import ray``."""
     return {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -101,9 +120,14 @@ def ray_client() -> dict[str, str]:
 
 def job_id() -> str:
     """The scheduler's ID of the job that this process belongs to; "" outside of a job."""
-    if job := os.environ.get("SLURM_JOB_ID", ""):
+    if job := os.environ.get("SLURM_JOB_ID", "") or os.environ.get(_KUBERNETES_JOB, ""):
         return job
-    try:  # set for the driver of a Ray job
+    return ray_submission()
+
+
+def ray_submission() -> str:
+    """The ID of the Ray job whose driver this process belongs to; "" outside of one."""
+    try:
         config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
         return str(config["metadata"]["job_submission_id"])
     except (ValueError, KeyError, TypeError):

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"^([\w.-]+)==([^\s#;]+)", re.MULTILINE)
-SETS = ("run", "dev", "bench", "s3", "onnx", "ray", "export")
+SETS = ("run", "dev", "bench", "s3", "onnx", "ray", "kubernetes", "export")
 TEST_TOOLS = {
     "pytest",
     "pytest-xdist",
@@ -93,13 +93,13 @@ def test_sets_agree_on_versions(name: str) -> None:
         assert not differing, f"{name}.txt and {other}.txt"
 
 
-@pytest.mark.parametrize("name", ["dev", "bench", "s3", "onnx", "ray"])
+@pytest.mark.parametrize("name", ["dev", "bench", "s3", "onnx", "ray", "kubernetes"])
 def test_added_sets_repeat_nothing_of_the_run_set(name: str) -> None:
     assert not set(lock(name)) & set(lock("run"))
 
 
 def test_the_test_set_contains_what_other_extras_need() -> None:
-    for name in ("s3", "bench", "onnx", "ray"):
+    for name in ("s3", "bench", "onnx", "ray", "kubernetes"):
         assert set(lock("dev")) >= set(lock(name)), name
 
 
@@ -111,6 +111,7 @@ def test_the_test_set_contains_what_other_extras_need() -> None:
         ("bench", ["run", "bench"]),
         ("onnx", ["run", "onnx"]),
         ("ray", ["run", "ray"]),
+        ("kubernetes", ["run", "kubernetes"]),
         ("export", ["export"]),
         ("dev", ["run", "dev"]),
     ],
@@ -143,6 +144,7 @@ def test_direct_dependencies_are_those_that_are_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported = third_party_imports()
     optional = {"webdataset"}  # the benchmarks; torchvision is imported by name
+    optional |= {"kubernetes", "urllib3"}  # kind kubernetes; the second is part of the first
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared
     started_by_name = {"tensorboard"}  # `python -m tensorboard.main`, torch.utils.tensorboard
