@@ -69,7 +69,7 @@ def render_submission(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions
     Raises:
         ConfigError: the job cannot work.
     """
-    submission = _submission(checked(loaded, run_dir), run_dir, options, attempt=1)
+    submission = submission_of(checked(loaded, run_dir), run_dir, options, attempt=1)
     return launcher_for(loaded.job.cluster).render(submission)
 
 
@@ -188,7 +188,7 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
         )
     earlier = read_record(run_dir)
     attempt = 1 if earlier is None else earlier.attempt + 1
-    submission = _submission(loaded, run_dir, options, attempt)
+    submission = submission_of(loaded, run_dir, options, attempt)
     # Before the mark of a stop is removed and the attempt counted: a refusal changes nothing.
     launcher = launcher_for(cluster)
     launcher.check(submission)
@@ -215,9 +215,10 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     return ClusterRun(run_dir=run_dir, record=record)
 
 
-def _submission(
+def submission_of(
     loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions, attempt: int
 ) -> Submission:
+    """What a launcher gets to submit a run. ``attempt``: number of the submission, from 1."""
     directory = cluster_directory(loaded, run_dir)
     stages = [word for stage in options.stages for word in ("--stage", stage)]
     for stage in options.stages:
