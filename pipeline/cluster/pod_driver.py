@@ -40,6 +40,7 @@ from pipeline.runtime import environment
 MARK = re.compile(rb"^attempt (\d+) of job \S+, byte (\d+) of its log\n", re.MULTILINE)
 ENDED = re.compile(rb"the driver ended with exit code (\d+)\n")
 
+_MODULE = ["-m", "pipeline"]
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _API = "http://127.0.0.1:8265/api/jobs/{}/stop"
 _CHUNK = 1 << 16  # bytes
@@ -131,7 +132,7 @@ def _check_versions(described: dict[str, Any], output: _Output) -> None:
 def _run_driver(arguments: list[str], output: _Output) -> int:
     """Run the command, with its output written; its exit code as a shell reports it."""
     driver = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *arguments],
+        [sys.executable, *_MODULE, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -30,7 +30,8 @@ from tests.cluster.processes import wait_until
 NAMESPACE = "training"
 LAUNCHER = "launcher"  # the account of the user, with the shipped Role
 CRD = ROOT.parent / "shared" / "data" / "kuberay" / "ray.io_rayjobs.yaml"
-_START_S = 300.0
+_START_S = 600.0
+_ANSWER_S = 300.0
 _WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 Object = dict[str, Any]
 
@@ -74,7 +75,9 @@ class ApiServer:
             headers={"Authorization": f"Bearer {self.tokens['admin']}", "Content-Type": kind},
         )
         try:
-            with urllib.request.urlopen(request, context=self._context, timeout=60) as answer:
+            with urllib.request.urlopen(
+                request, context=self._context, timeout=_ANSWER_S
+            ) as answer:
                 result: Object = json.loads(answer.read() or b"{}")
                 return result
         except urllib.error.HTTPError as error:
@@ -160,6 +163,8 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
         *("--listen-client-urls", store, "--advertise-client-urls", store),
         *("--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers),
         *("--initial-cluster", f"default={peers}"),
+        # A machine under load must not lose its only member for want of a heartbeat.
+        *("--heartbeat-interval", "1000", "--election-timeout", "20000"),
         "--unsafe-no-fsync",
     ]
     serve = [
@@ -170,6 +175,7 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
         *("--service-account-issuer", "https://kubernetes.default.svc"),
         *("--service-account-key-file", str(folder / "accounts.key")),
         *("--service-account-signing-key-file", str(folder / "accounts.key")),
+        *("--request-timeout", "5m"),
         # Its accounts are made by a controller that does not run here.
         "--disable-admission-plugins=ServiceAccount",
     ]

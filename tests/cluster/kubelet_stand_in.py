@@ -150,7 +150,7 @@ class KubeletStandIn:
             variables = {key: _filled(value, machine) for key, value in variables.items()}
             with open(self.logs / f"{name}.{container['name']}", "a") as log:
                 running.containers[container["name"]] = machine.popen(
-                    *["env", "-C", "/tmp", "nice", "-n", "19"],
+                    *["env", "-C", "/tmp"],
                     *[_filled(word, machine) for word in command],
                     environment=variables,
                     output=log,

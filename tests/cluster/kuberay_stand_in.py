@@ -277,6 +277,8 @@ class KubeRayStandIn:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": cluster.token,
             "RAY_CLUSTER_NAME": cluster.name,
+            # A machine under load must not lose its dashboard for good.
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "900",
         }
         owner = {"apiVersion": "ray.io/v1", "kind": "RayJob", "name": job["metadata"]["name"]}
         metadata = {

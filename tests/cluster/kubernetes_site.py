@@ -21,7 +21,7 @@ devices_per_node: {devices}
 device: cpu
 threads: 1
 loader_threads: 1
-wait: 120
+wait: 900
 grace: 60
 kubernetes:
   image: {image}
