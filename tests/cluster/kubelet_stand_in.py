@@ -17,14 +17,13 @@ import subprocess
 import threading
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.cluster.api_server import NAMESPACE, ApiServer, Object, Refused
 from tests.cluster.fabric import Fabric, FabricMachine, MachineProcess
-from tests.cluster.processes import children
 
 NODE = "stand-in"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -72,11 +71,7 @@ class RunningPod:
 
 
 class KubeletStandIn:
-    """Call ``step`` again and again.
-
-    Args:
-        secrets: variables by name of the Secret that the pods take them from.
-    """
+    """Call ``step`` again and again. What an operator knows of a pod is set by name."""
 
     def __init__(self, server: ApiServer, fabric: Fabric, logs: Path) -> None:
         self.server = server
@@ -84,7 +79,8 @@ class KubeletStandIn:
         self.logs = logs
         self.running: dict[str, RunningPod] = {}
         self.variables: dict[str, dict[str, str]] = {}  # by pod: what an operator injects
-        self.commands: dict[tuple[str, str], list[str]] = {}  # by pod and container
+        # By pod: the address of the head, "" while it is not up. Pods of workers start after it.
+        self.head_of: dict[str, Callable[[], str]] = {}
         self._noted: set[tuple[str, str]] = set()  # events that were written
         logs.mkdir()
         self._serve_logs()
@@ -122,8 +118,8 @@ class KubeletStandIn:
             self._note(about, "Warning", "Failed", message)
             waiting = {"reason": "ErrImagePull", "message": message}
             self._set_status(name, {"containerStatuses": [_container(container, waiting=waiting)]})
-        elif len(self.running) < _MOST:
-            self._start(pod)
+        elif len(self.running) < _MOST and (head := self.head_of.get(name, lambda: "none")()):
+            self._start(pod, head)
 
     def _note(self, about: Object, kind: str, reason: str, message: str) -> None:
         """Write an event, once per object and reason."""
@@ -131,27 +127,27 @@ class KubeletStandIn:
             self._noted.add((about["name"], reason))
             write_event(self.server, about, kind, reason, message)
 
-    def _start(self, pod: Object) -> None:
+    def _start(self, pod: Object, head: str) -> None:
         name = pod["metadata"]["name"]
         free = next(f"p{i}" for i in range(1, 99) if f"p{i}" not in self.fabric.machines)
         machine = self.fabric.up(free)
         self.running[name] = running = RunningPod(name=name, machine=machine)
         self._mount(pod, machine)
         for container in pod["spec"]["containers"]:
-            command = self.commands.get((name, container["name"]))
-            if command is None:
-                command = [*container.get("command", []), *container.get("args", [])]
+            command = [*container.get("command", []), *container.get("args", [])]
             variables = {
                 entry["name"]: entry["value"]
                 for entry in container.get("env", [])
                 if "value" in entry
             }
             variables |= self.variables.get(name, {})
-            variables = {key: _filled(value, machine) for key, value in variables.items()}
             with open(self.logs / f"{name}.{container['name']}", "a") as log:
                 running.containers[container["name"]] = machine.popen(
                     *["env", "-C", "/tmp"],
-                    *[_filled(word, machine) for word in command],
+                    *[
+                        word.replace("$(POD_IP)", machine.address).replace("$(HEAD_IP)", head)
+                        for word in command
+                    ],
                     environment=variables,
                     output=log,
                 )
@@ -271,16 +267,6 @@ class KubeletStandIn:
             "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
         }
         self.server.patch(f"/api/v1/nodes/{NODE}/status", {"status": status})
-
-
-def first_process(process: MachineProcess) -> int:
-    """The process ID, on the host, of the first process of a container."""
-    return children(process.pid)[0]
-
-
-def _filled(text: str, machine: FabricMachine) -> str:
-    """A text with the address of its pod, which is known only when it starts."""
-    return text.replace("$(POD_IP)", machine.address)
 
 
 def _container(container: Object, **state: Object) -> Object:

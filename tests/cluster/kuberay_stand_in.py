@@ -227,11 +227,9 @@ class KubeRayStandIn:
                 and "deletionTimestamp" not in pod["metadata"]
                 and pod["status"]["phase"] not in ("Failed", "Succeeded")
             ]
-            # An init container waits for the head before `ray start` in a worker's pod.
+            for _ in range(group["replicas"] - len(workers)):
+                self._create_worker(job, cluster, group)
             cluster.is_up = cluster.is_up or bool(self._dashboard(status, "/api/version"))
-            if cluster.is_up:
-                for _ in range(group["replicas"] - len(workers)):
-                    self._create_worker(job, cluster, group)
         except Refused as refused:
             about = {"kind": "RayCluster", "name": cluster.name, "namespace": NAMESPACE}
             message = f"Failed to create Pod {NAMESPACE}/: {refused.message}"
@@ -258,11 +256,17 @@ class KubeRayStandIn:
 
     def _create_worker(self, job: Object, cluster: _Cluster, group: Object) -> None:
         name = f"{cluster.name}-{group['groupName']}-worker-{secrets.token_hex(3)[:5]}"
-        head = self.kubelet.running[cluster.head].machine.address
-        options = {"address": f"{head}:6379", "block": "true"}
+        options = {"address": "$(HEAD_IP):6379", "block": "true"}
         start = f"ray start {_flags(group['rayStartParams'] | options)}"
         pod = _Pod(name=name, role="worker", template=group["template"], start=start)
+        # In KubeRay's pods an init container waits for the head.
+        self.kubelet.head_of[name] = lambda: self._address_of_head(cluster)
         self._create_pod(job, cluster, pod, [])
+
+    def _address_of_head(self, cluster: _Cluster) -> str:
+        """Where the head of a cluster is; "" while it is not up."""
+        running = self.kubelet.running.get(cluster.head)
+        return running.machine.address if running is not None and cluster.is_up else ""
 
     def _create_pod(self, job: Object, cluster: _Cluster, pod: _Pod, others: list[Object]) -> None:
         template = pod.template

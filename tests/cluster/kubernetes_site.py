@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.api_server import NAMESPACE, ApiServer, Object, api_server
+from tests.cluster.api_server import NAMESPACE, ApiServer, Object, api_server, kuberay_definition
 from tests.cluster.fabric import Fabric
 from tests.cluster.kubelet_stand_in import PODS
 from tests.cluster.kuberay_stand_in import JOBS, KubeRayStandIn
@@ -78,6 +78,7 @@ def kubernetes_cluster(folder: Path) -> Iterator[KubernetesSite]:
     claim = folder / "claim"
     claim.mkdir()
     with api_server(folder / "api") as server, Fabric(shared=[folder]) as fabric:
+        server.define(kuberay_definition())
         request = {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "1Gi"}}}
         server.create(_CLAIMS, {"metadata": {"name": "runs"}, "spec": request})
         operator = KubeRayStandIn(server, fabric, folder / "pods")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cluster.fabric import Fabric, FabricMachine, environment_of_machine
+from tests.cluster.kubernetes_site import kubernetes_cluster
 from tests.cluster.processes import children, wait_until
 from tests.cluster.ray_machines import RayMachines
 from tests.cluster.slurm_machines import SlurmMachines, install
@@ -73,10 +74,11 @@ class Site:
     """A folder with a job, and a user in it.
 
     Attributes:
-        kind: local, ray or slurm.
+        kind: local, ray, slurm or kubernetes.
         machine: where the user sits; None: the host.
         options: of ``run``, to run on the cluster.
         sees_runs: the user's machine sees the run directories of the cluster.
+        hidden: a folder of the host that the user does not see.
     """
 
     kind: str
@@ -85,6 +87,7 @@ class Site:
     options: Sequence[str] = ()
     sees_runs: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
+    hidden: Path | None = None
     _started: int = 0
 
     def start(self, *arguments: str) -> Command:
@@ -93,6 +96,9 @@ class Site:
         output = self.folder / f"output-{self._started}.txt"
         words = [*("env", "-C", str(self.folder), "nice", "-n", "19"), sys.executable, "-m"]
         words += ["pipeline", *arguments]
+        if self.hidden is not None:
+            hide = f'mount -t tmpfs none {self.hidden} && exec "$@"'
+            words = ["unshare", "-m", "sh", "-c", hide, "sh", *words]
         with open(output, "w") as file:
             if self.machine is not None:
                 process: subprocess.Popen[str] = self.machine.popen(
@@ -161,4 +167,20 @@ def slurm_site(folder: Path) -> Iterator[Site]:
             machine=machines.login,
             options=("--on", "cluster.yaml"),
             environment=machines.environment,
+        )
+
+
+@contextlib.contextmanager
+def kubernetes_site(folder: Path) -> Iterator[Site]:
+    """A Kubernetes cluster, and a user on the host, who does not see its volumes."""
+    (folder / "job.yaml").write_text(JOB)
+    with kubernetes_cluster(folder) as cluster:
+        cluster_file = cluster.cluster_file(folder, devices=2)
+        yield Site(
+            kind="kubernetes",
+            folder=folder,
+            options=("--on", str(cluster_file)),
+            sees_runs=False,
+            environment=cluster.environment,
+            hidden=cluster.claim,
         )

@@ -1,4 +1,4 @@
-"""The commands about runs do the same on this machine, on a Ray cluster and under Slurm."""
+"""The commands about runs do the same on this machine, with Ray, Slurm and Kubernetes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.errors import Detached, Interrupted, StageError
 from tests.cluster.processes import wait_until
-from tests.cluster.sites import END_S, Site, local_site, ray_site, slurm_site
+from tests.cluster.sites import END_S, Site, kubernetes_site, local_site, ray_site, slurm_site
 
-KINDS = ("local", "ray", "slurm")
-CLUSTERS = {"ray": ray_site, "slurm": slurm_site}
+KINDS = ("local", "ray", "slurm", "kubernetes")
+CLUSTERS = {"ray": ray_site, "slurm": slurm_site, "kubernetes": kubernetes_site}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -87,7 +88,14 @@ def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
 
 
 def _curves_are_served(site: Site) -> None:
-    """TensorBoard shows the run, on loopback, where the user sits."""
+    """TensorBoard shows the run, on loopback, where the user sits; or beside its volume."""
+    if site.kind == "kubernetes":
+        code, output = site.call("tensorboard", "small")
+        assert code == 0, output
+        kinds = [manifest["kind"] for manifest in yaml.safe_load_all(output)]
+        assert kinds == ["Deployment", "Service"]
+        assert "port-forward service/tensorboard-small-" in output
+        return
     served = site.start("tensorboard", "small", "--port", "6123")
     ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:6123/data/runs').read())"
     python = [sys.executable, "-c", ask]
