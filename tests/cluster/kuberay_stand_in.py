@@ -22,6 +22,7 @@ from pathlib import Path
 from tests.cluster.api_server import NAMESPACE, ApiServer, Object, Refused
 from tests.cluster.fabric import Fabric
 from tests.cluster.kubelet_stand_in import PODS, KubeletStandIn, now, write_event
+from tests.cluster.kuberay_commands import DASHBOARD, flags, submit_command
 
 JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 _OWNED = (
@@ -31,7 +32,6 @@ _OWNED = (
 )
 _FINALIZER = "ray.io/rayjob-finalizer"
 _SUBMITTER = "ray-job-submitter"
-_DASHBOARD = "http://127.0.0.1:8265"
 _TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 _PERIOD_S = 0.3
 
@@ -134,11 +134,11 @@ class KubeRayStandIn:
         name = job["metadata"]["name"]
         if not job["metadata"].get("finalizers"):
             self.server.patch(f"{JOBS}/{name}", {"metadata": {"finalizers": [_FINALIZER]}})
-        cluster = f"{name}-{secrets.token_hex(3)[:5]}"
+        cluster = f"{name}-{_suffix()}"
         self._clusters[cluster] = _Cluster(name=cluster)
         return {
             "jobDeploymentStatus": "Initializing",
-            "jobId": f"{name}-{secrets.token_hex(3)[:5]}",
+            "jobId": f"{name}-{_suffix()}",
             "rayClusterName": cluster,
             "jobStatus": "",
             "startTime": now(),
@@ -238,26 +238,26 @@ class KubeRayStandIn:
 
     def _create_head(self, job: Object, status: Object, cluster: _Cluster) -> None:
         group = job["spec"]["rayClusterSpec"]["headGroupSpec"]
-        name = f"{cluster.name}-head-{secrets.token_hex(3)[:5]}"
+        name = f"{cluster.name}-head-{_suffix()}"
         container = group["template"]["spec"]["containers"][0]
         submitter = {
             "name": _SUBMITTER,
             "image": container["image"],
             "imagePullPolicy": container["imagePullPolicy"],
             "command": ["/bin/bash", "-ce", "--"],
-            "args": [_submit_command(job, status)],
+            "args": [submit_command(job, status)],
             "resources": {"limits": {"cpu": "1"}, "requests": {"cpu": "500m"}},
         }
         options = {"block": "true", "dashboard-agent-listen-port": "52365"}
-        start = f"ray start --head {_flags(group['rayStartParams'] | options)}"
+        start = f"ray start --head {flags(group['rayStartParams'] | options)}"
         pod = _Pod(name=name, role="head", template=group["template"], start=start)
         self._create_pod(job, cluster, pod, [submitter])
         cluster.head = name
 
     def _create_worker(self, job: Object, cluster: _Cluster, group: Object) -> None:
-        name = f"{cluster.name}-{group['groupName']}-worker-{secrets.token_hex(3)[:5]}"
+        name = f"{cluster.name}-{group['groupName']}-worker-{_suffix()}"
         options = {"address": "$(HEAD_IP):6379", "block": "true"}
-        start = f"ray start {_flags(group['rayStartParams'] | options)}"
+        start = f"ray start {flags(group['rayStartParams'] | options)}"
         pod = _Pod(name=name, role="worker", template=group["template"], start=start)
         # In KubeRay's pods an init container waits for the head.
         self.kubelet.head_of[name] = lambda: self._address_of_head(cluster)
@@ -301,7 +301,7 @@ class KubeRayStandIn:
             return None
         command = ["curl", "-s", "-m", "5", "-H", f"Authorization: Bearer {cluster.token}"]
         command += ["-X", "POST"] if post else []
-        done = running.machine.run(*command, f"{_DASHBOARD}{path}", check=False)
+        done = running.machine.run(*command, f"{DASHBOARD}{path}", check=False)
         with contextlib.suppress(ValueError):
             answer: Object = json.loads(done.stdout)
             return answer
@@ -318,21 +318,8 @@ class KubeRayStandIn:
                     self.server.delete(f"{path}/{metadata['name']}")
 
 
-def _submit_command(job: Object, status: Object) -> str:
-    """What the submitter runs, as KubeRay's common/job.go writes it."""
-    ask = f"import urllib.request as u; u.urlopen('{_DASHBOARD}/api/gcs_healthz', timeout=2)"
-    wait = (
-        f'until python -c "{ask}" >/dev/null 2>&1 ; do echo "Waiting for Ray" ; sleep 2 ; done ; '
-    )
-    submit = f"ray job submit --address {_DASHBOARD} --submission-id {status['jobId']}"
-    return f"{wait}{submit} -- {job['spec']['entrypoint'].strip()} ;"
-
-
-def _flags(parameters: dict[str, str]) -> str:
-    flags = (
-        f"--{key}" if value == "true" else f"--{key}={value}" for key, value in parameters.items()
-    )
-    return " ".join(flags)
+def _suffix() -> str:
+    return secrets.token_hex(3)[:5]
 
 
 def _failed(reason: str, message: str) -> Object:
