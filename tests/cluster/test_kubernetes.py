@@ -18,17 +18,14 @@ import pytest
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from pipeline.monitor.events import Event, read_events
-from tests.cluster.api_server import CRD, NAMESPACE, Object
+from tests.cluster.api_server import NAMESPACE, Object
 from tests.cluster.fabric import environment_of_machine
 from tests.cluster.kuberay_stand_in import JOBS
 from tests.cluster.kubernetes_site import KubernetesSite, kubernetes_cluster
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_runs import CHECKPOINT_STEPS, PreparedJob
 
-pytestmark = [
-    pytest.mark.shared,
-    pytest.mark.skipif(not CRD.exists(), reason="KubeRay's definition is not beside the checkout"),
-]
+pytestmark = pytest.mark.shared  # KubeRay's definition
 Record = Callable[[str, object], None]  # pytest's record_property: a column of the table
 END_S = 900.0
 ENDED = ("Complete", "Failed", "Suspended")
@@ -136,7 +133,7 @@ class User:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubernetesSite]:
+def site(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubernetesSite]:
     with kubernetes_cluster(tmp_path_factory.mktemp("kubernetes")) as site:
         yield site
 

@@ -20,7 +20,6 @@ from pipeline.config.load import load_job
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
 from tests.cluster.api_server import (
-    CRD,
     NAMESPACE,
     ApiServer,
     Object,
@@ -31,10 +30,7 @@ from tests.cluster.processes import wait_until
 from tests.config.jobs import SHIPPED, describe_export
 from tests.kubernetes.rendered import IMAGE, load, submission
 
-pytestmark = [
-    pytest.mark.shared,
-    pytest.mark.skipif(not CRD.exists(), reason="KubeRay's definition is not beside the checkout"),
-]
+pytestmark = pytest.mark.shared  # KubeRay's definition
 JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
 CLAIMS = f"/api/v1/namespaces/{NAMESPACE}/persistentvolumeclaims"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -42,7 +38,7 @@ KUEUE = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{NAMESPACE}"
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+def bare(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """A server without KubeRay."""
     with api_server(tmp_path_factory.mktemp("cluster") / "api") as server:
         yield server

@@ -23,6 +23,8 @@ CLUSTERS = {"ray": ray_site, "slurm": slurm_site, "kubernetes": kubernetes_site}
 def site(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
+    if request.param == "kubernetes":
+        request.getfixturevalue("shared")  # KubeRay's definition
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "local":
         yield local_site(folder)

@@ -30,6 +30,7 @@ from tests.prepare.source_folders import class_tars
 LANGUAGES = {"bash", "python", "yaml", "text"}
 # Programs that the documents use besides the pipeline.
 OTHER_PROGRAMS = {"export", "git", "cd", "python", "pip", "docker", "pre-commit", "ruff", "pytest"}
+OTHER_PROGRAMS |= {"kubectl"}
 LINES = [
     pytest.param(block, words, id=f"{block}-{' '.join(words)[:60]}")
     for block in blocks("bash")

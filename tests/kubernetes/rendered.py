@@ -7,16 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.cluster import kubernetes_manifests
 from pipeline.cluster.launcher import Submission
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.layout import RunDir
 from pipeline.orchestrate.submit import SubmitOptions, submission_of
-from tests.config.jobs import JOB, ROOT, write
+from tests.cluster.api_server import kuberay_definition
+from tests.config.jobs import JOB, write
 
-CRD = ROOT.parent / "shared" / "data" / "kuberay" / "ray.io_rayjobs.yaml"
 IMAGE = "registry.example/revcol-pipeline:1.0"
 ON_CPU = ("cluster.nodes=2", "cluster.devices_per_node=1", "cluster.device=cpu")
 SYNTHETIC = ("data.toy.root=", "data.toy.synthetic={}")
@@ -53,9 +51,7 @@ def pods(folder: Path, *overrides: str) -> dict[str, Schema]:
 @functools.cache
 def strict_schema() -> Schema:
     """The JSON Schema of a RayJob (v1), in which every field must be known."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # in C: a second instead of twenty
-    definition = next(iter(yaml.load_all(CRD.read_text(), Loader=loader)))
-    versions = definition["spec"]["versions"]
+    versions = kuberay_definition()["spec"]["versions"]
     version = next(entry for entry in versions if entry["name"] == "v1")
     schema = _strict(version["schema"]["openAPIV3Schema"])
     # The definition leaves these to the operator and to the API server.

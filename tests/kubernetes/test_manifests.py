@@ -18,7 +18,6 @@ from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
 from tests.config.jobs import SHIPPED, describe_export
 from tests.kubernetes.rendered import (
-    CRD,
     IMAGE,
     Schema,
     broken_rules,
@@ -29,10 +28,6 @@ from tests.kubernetes.rendered import (
     submission,
 )
 
-needs_definition = [
-    pytest.mark.shared,
-    pytest.mark.skipif(not CRD.exists(), reason="KubeRay's definition is not beside the checkout"),
-]
 RESTRICTED_POD = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 RESTRICTED_CONTAINER = {
     "allowPrivilegeEscalation": False,
@@ -76,7 +71,8 @@ def test_every_shipped_job_is_rendered_or_refused_with_a_batch_that_fits(
 
 
 class TestSchema:
-    pytestmark = needs_definition
+    # KubeRay's definition lies beside the checkout.
+    pytestmark = (pytest.mark.shared, pytest.mark.usefixtures("shared"))
 
     def test_a_job_with_every_key_has_only_known_fields(self, tmp_path: Path) -> None:
         job = manifests(
