@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import os
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
@@ -79,12 +80,14 @@ class KubernetesApi:
             )
         from kubernetes import config
 
+        # Named, because the client looks at the variable only when it is imported.
+        file = os.environ.get("KUBECONFIG")
         try:
-            contexts, current = config.list_kube_config_contexts()
+            contexts, current = config.list_kube_config_contexts(file)
             chosen = next(
                 entry for entry in contexts if entry["name"] == (context or current["name"])
             )
-            self._client = config.new_client_from_config(context=context or None)
+            self._client = config.new_client_from_config(file, context or None)
         except (config.ConfigException, OSError, StopIteration) as error:
             cause = f"there is no context {context}" if context else _first_line(error)
             raise ConfigError(
