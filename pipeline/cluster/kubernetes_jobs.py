@@ -203,8 +203,7 @@ class KubernetesJobs:
             needed=self._cluster.fewest_nodes,
         )
         # Only then is the log asked for: it is as long as the output.
-        has_failed = view.deployment == "Failed" or view.status.get("jobStatus") == "STOPPED"
-        if not has_failed or view.head is None:
+        if view.status.get("jobStatus") != "STOPPED" or view.head is None:
             return view
         ended = pod_driver.ENDED.findall(self._submitter_log(view.head))
         return replace(view, exit_code=int(ended[-1]) if ended else None)

@@ -28,7 +28,6 @@ _GROUP_LABEL = "ray.io/node-type"  # "head" or "worker", set by KubeRay
 _STARTING = ("", "Initializing", "Waiting", "Retrying")
 _ACTIVE = ("Running", "Suspending")
 _GENERIC = ("ContainerCreating", "PodInitializing")  # reasons that say nothing
-_OF_SIGNALS = 128  # from here on, the exit codes of a driver that was killed
 _LONGEST = 300  # characters of a message; Ray's may hold the end of a log
 
 
@@ -138,11 +137,10 @@ def _exit_code(view: RayJobView) -> int | None:
         return None
     if view.status.get("jobStatus") == "SUCCEEDED":
         return 0
-    if view.exit_code is not None and view.exit_code < _OF_SIGNALS:
-        return view.exit_code
-    # The pods are gone. Only a driver that failed for good has its Ray job stopped.
-    stopped = view.status.get("jobStatus") == "STOPPED"
-    return StageError.exit_code if stopped else Interrupted.exit_code
+    # Only a driver that failed for good has its Ray job stopped. All others can be resumed.
+    if view.status.get("jobStatus") != "STOPPED":
+        return Interrupted.exit_code
+    return view.exit_code or StageError.exit_code  # the pods may be gone already
 
 
 def _word(view: RayJobView, reason: str) -> str:

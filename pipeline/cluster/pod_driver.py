@@ -7,8 +7,9 @@ the mounted ConfigMap.
    outlives all pods. Marks tell which place of the file a line of the pod's log is at: the first
    line of each attempt, and one per MiB, because machines keep only the end of a long log.
 2. KubeRay starts a new cluster whenever its Ray job fails. That is right for a driver that was
-   interrupted (75) or killed. Any other failure would only be repeated, with all GPUs allocated:
-   then this process has the Ray job stopped, which KubeRay takes for the end of the RayJob.
+   interrupted (75), killed, or ended by Ray. An error of the job would only be repeated, with all
+   GPUs allocated: then this process has the Ray job stopped, which KubeRay takes for the end of
+   the RayJob.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from typing import Any, BinaryIO
 from pipeline.cluster.code_package import code_digest
 from pipeline.cluster.kubernetes_manifests import ARGUMENTS
 from pipeline.cluster.kubernetes_pods import JOB_FOLDER
-from pipeline.errors import ConfigError, Interrupted, PipelineError
+from pipeline.errors import ConfigError, PipelineError, StageError
 from pipeline.runtime import environment
 
 # A mark: "attempt 2 of job a-0f1e2d3c-1, byte 4711 of its log"; the last line of an attempt.
 MARK = re.compile(rb"^attempt (\d+) of job \S+, byte (\d+) of its log\n", re.MULTILINE)
 ENDED = re.compile(rb"the driver ended with exit code (\d+)\n")
+
+# An error of the job or its data, of a stage, of the pipeline itself.
+FINAL = (ConfigError.exit_code, StageError.exit_code, 70)
 
 _MODULE = ["-m", "pipeline"]
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -62,7 +66,7 @@ def main() -> int:
             output.write(f"error: {error.message}\n".encode())
             code = error.exit_code
         output.write(f"the driver ended with exit code {code}\n".encode())
-    if code not in (0, Interrupted.exit_code) and code < 128:
+    if code in FINAL:
         _stop_ray_job()
     return code
 

@@ -117,10 +117,19 @@ def test_a_driver_that_failed_for_good_is_not_started_again(tmp_path: Path, jobs
     assert jobs.stopped == [("/api/jobs/a-1-x/stop", "Bearer t")]
 
 
-def test_a_killed_driver_is_started_again(tmp_path: Path, jobs: Jobs) -> None:
-    code, output = drive(tmp_path, jobs, "import os; os.kill(os.getpid(), 9)")
-    assert code == 137
-    assert output.endswith(b"the driver ended with exit code 137\n")
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", 137),
+        ("import os; os._exit(1)", 1),  # Ray ends processes like this when its head is gone
+    ],
+)
+def test_a_driver_that_was_ended_from_outside_is_started_again(
+    tmp_path: Path, jobs: Jobs, driver: str, expected: int
+) -> None:
+    code, output = drive(tmp_path, jobs, driver)
+    assert code == expected
+    assert output.endswith(f"the driver ended with exit code {expected}\n".encode())
     assert not jobs.stopped
 
 
