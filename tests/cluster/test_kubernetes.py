@@ -18,6 +18,7 @@ import pytest
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from pipeline.monitor.events import Event, read_events
+from pipeline.orchestrate.cluster_run import cluster_run
 from tests.cluster.api_server import NAMESPACE, Object
 from tests.cluster.fabric import environment_of_machine
 from tests.cluster.kuberay_stand_in import JOBS
@@ -28,7 +29,7 @@ from tests.cluster.ray_runs import CHECKPOINT_STEPS, PreparedJob
 pytestmark = pytest.mark.shared  # KubeRay's definition
 Record = Callable[[str, object], None]  # pytest's record_property: a column of the table
 END_S = 900.0
-ENDED = ("Complete", "Failed", "Suspended")
+ENDED = ("Complete", "Failed")
 OWNED = (
     f"/api/v1/namespaces/{NAMESPACE}/configmaps",
     f"/apis/networking.k8s.io/v1/namespaces/{NAMESPACE}/networkpolicies",
@@ -38,16 +39,11 @@ OWNED = (
 
 @dataclass(kw_only=True)
 class KubernetesRun:
-    """A run that was submitted. ``output``: of the command."""
+    """A run that was submitted. ``name``: of its RayJob."""
 
     site: KubernetesSite
     run_dir: RunDir
-    output: str
-
-    @property
-    def name(self) -> str:
-        """Of its RayJob."""
-        return str(json.loads(self.run_dir.cluster_json.read_text())["id"])
+    name: str
 
     @property
     def events(self) -> Sequence[Event]:
@@ -74,7 +70,7 @@ class KubernetesRun:
         def met() -> bool:
             if condition():
                 return True
-            is_over = self.site.deployment(self.name) in ("Complete", "Failed")
+            is_over = self.site.deployment(self.name) in ENDED
             assert not is_over or condition(), f"ended before {aim}:\n{self.log}"
             return False
 
@@ -83,15 +79,15 @@ class KubernetesRun:
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: self.step >= step, f"step {step}")
 
-    def finish(self, deployment: str = "Complete") -> None:
-        """Wait for the end of the job."""
+    def finish(self) -> None:
+        """Wait for the end of the job, which must be complete."""
 
         def ended() -> bool:
             return self.site.deployment(self.name) in ENDED
 
         wait_until(ended, f"the end of {self.name}", END_S, poll_s=0.3)
         job = self.site.job(self.name)
-        assert job["status"]["jobDeploymentStatus"] == deployment, f"{job['status']}\n{self.log}"
+        assert job["status"]["jobDeploymentStatus"] == "Complete", f"{job['status']}\n{self.log}"
 
     def weights(self) -> str:
         return file_digest(self.run_dir.weights("pretrain"))
@@ -129,7 +125,8 @@ class User:
         on = ("--on", self.cluster_file, "--run-dir", run_dir.path, "-d")
         done = self.call("run", self.job_file, *on, *settings)
         assert done.returncode == 0, done.stdout + done.stderr
-        return KubernetesRun(site=self.site, run_dir=run_dir, output=done.stdout)
+        record = json.loads(run_dir.cluster_json.read_text())
+        return KubernetesRun(site=self.site, run_dir=run_dir, name=record["id"])
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +255,15 @@ def line_of(user: User, run: KubernetesRun) -> str:
     return next((line for line in lines if line.startswith(f"{run.run_dir.path.name} ")), "")
 
 
+def why_it_waits(user: User, run: KubernetesRun) -> str:
+    """In full; the table of runs folds long lines."""
+    seen = cluster_run(run.run_dir)
+    assert seen is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", user.site.environment["KUBECONFIG"])
+        return seen.state().reason
+
+
 @pytest.mark.parametrize(
     ("name", "override", "reason"),
     [
@@ -269,8 +275,8 @@ def test_a_job_that_cannot_start_shows_what_the_cluster_says(
     user: User, name: str, override: str, reason: str
 ) -> None:
     run = user.start(name, override)
-    wait_until(lambda: reason in line_of(user, run), reason, END_S, poll_s=1.0)
-    assert f"{name} pending: " in line_of(user, run)
+    wait_until(lambda: reason in why_it_waits(user, run), reason, END_S, poll_s=0.5)
+    assert f"{name} pending: Fail" in line_of(user, run)
     done = user.call("stop", run.run_dir.path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{name} pending" not in line_of(user, run)
@@ -284,6 +290,7 @@ def test_an_exceeded_quota_is_shown(user: User) -> None:
     user.site.server.patch(f"{path}/small/status", {"status": status})
     try:
         run = user.start("quota")
-        wait_until(lambda: "exceeded quota: small" in line_of(user, run), "quota", END_S, 1.0)
+        reason = "exceeded quota: small"
+        wait_until(lambda: reason in why_it_waits(user, run), reason, END_S, poll_s=0.5)
     finally:
         user.site.server.delete(f"{path}/small")
