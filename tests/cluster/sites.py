@@ -29,8 +29,8 @@ data:
 stages:
   prepare: {}
   pretrain:
-    {image_size: 64, epochs: 30, global_batch: 8, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
-     eval_every_epochs: 30, log_every_steps: 1, checkpoint_every_steps: 15,
+    {image_size: 64, epochs: 60, global_batch: 8, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
+     eval_every_epochs: 60, log_every_steps: 1, checkpoint_every_steps: 15,
      intermediate_supervision: false, augment: {mixup: 0, cutmix: 0}}
   export: {from: pretrain}
 """

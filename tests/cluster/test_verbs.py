@@ -58,14 +58,14 @@ def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
     followed = site.start("logs", "small", "-f")
     _try_a_second_time(site)
     line = line_of(site, "small")
-    assert re.match(r"small running (pretrain step \d+/270|export) ", line), line
+    assert re.match(r"small running (pretrain step \d+/540|export) ", line), line
     if site.kind != "local":
         assert f" {site.kind} " in line
     assert second.end() == 0, second.output
     assert followed.end() == 0
     assert "export: done" in followed.output
     output = second.output
-    assert "pretrain 270/270" in output
+    assert "pretrain 540/540" in output
     assert re.search(r"^pretrain +done", output, re.MULTILINE), output
     stopped_at = max(map(int, re.findall(r"checkpoint at step (\d+)", first.output)))
     resumed = re.search(r"resum\w+ .*?step (\d+)", output)
