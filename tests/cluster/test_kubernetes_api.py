@@ -46,21 +46,21 @@ def bare(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api
 
 @pytest.fixture(scope="module")
 def refusals(bare: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is said to a job without KubeRay, and with one that is too old; then it is up to date.
+    """The messages without KubeRay, and with one that is too old; then it is up to date.
 
     The order is that of a cluster's life, so one server is enough.
     """
     folder = tmp_path_factory.mktemp("job")
-    said: dict[str, str] = {}
+    messages: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", str(bare.kubeconfig))
-        said["none"] = _refusal(folder)
+        messages["none"] = _refusal(folder)
         bare.define(_old_definition())
-        said["old"] = _refusal(folder)
+        messages["old"] = _refusal(folder)
         bare.request("DELETE", f"{DEFINITIONS}/rayjobs.ray.io")
         _wait_for_no_definition(bare)
         bare.define(kuberay_definition())
-    return said
+    return messages
 
 
 def _wait_for_no_definition(server: ApiServer) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -70,42 +71,44 @@ def test_every_shipped_job_is_rendered_or_refused_with_a_batch_that_fits(
     assert limits["nvidia.com/gpu"] == "8"
 
 
-class TestSchema:
-    # KubeRay's definition lies beside the checkout.
-    pytestmark = (pytest.mark.shared, pytest.mark.usefixtures("shared"))
+def of_kuberay(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that needs KubeRay's definition, beside the checkout."""
+    return pytest.mark.usefixtures("shared")(pytest.mark.shared(test))
 
-    def test_a_job_with_every_key_has_only_known_fields(self, tmp_path: Path) -> None:
-        job = manifests(
-            tmp_path,
-            "cluster.device=cuda",
-            "cluster.shard_cache={local_folder: /scratch, max_gib: 500}",
-            "cluster.kubernetes.namespace=vision",
-            "cluster.kubernetes.image_pull_secrets=[registry]",
-            "cluster.kubernetes.environment_from=[store]",
-            "cluster.kubernetes.queue=team",
-            "cluster.kubernetes.priority_class=high",
-            "cluster.kubernetes.node_selector={zone: a}",
-            "cluster.kubernetes.tolerations=[{key: nvidia.com/gpu, effect: NoSchedule}]",
-            "cluster.kubernetes.labels={ray.io/scheduler-name: volcano}",
-            "cluster.kubernetes.annotations={k8s.v1.cni.cncf.io/networks: rdma}",
-        )["RayJob"]
+
+@of_kuberay
+def test_a_job_with_every_key_has_only_known_fields(tmp_path: Path) -> None:
+    settings = [
+        "cluster.device=cuda",
+        "cluster.shard_cache={local_folder: /scratch, max_gib: 500}",
+        "cluster.kubernetes.namespace=vision",
+        "cluster.kubernetes.image_pull_secrets=[registry]",
+        "cluster.kubernetes.environment_from=[store]",
+        "cluster.kubernetes.queue=team",
+        "cluster.kubernetes.priority_class=high",
+        "cluster.kubernetes.node_selector={zone: a}",
+        "cluster.kubernetes.tolerations=[{key: nvidia.com/gpu, effect: NoSchedule}]",
+        "cluster.kubernetes.labels={ray.io/scheduler-name: volcano}",
+        "cluster.kubernetes.annotations={k8s.v1.cni.cncf.io/networks: rdma}",
+    ]
+    job = manifests(tmp_path, *settings)["RayJob"]
+    jsonschema.Draft202012Validator(strict_schema()).validate(job)
+    assert not broken_rules(job)
+
+
+@of_kuberay
+@pytest.mark.parametrize("change", ["unknown", "nested", "mode"])
+def test_the_schema_refuses_what_the_server_would_drop(tmp_path: Path, change: str) -> None:
+    job = manifests(tmp_path)["RayJob"]
+    if change == "unknown":
+        job["spec"]["entryPoint"] = "x"
+    elif change == "nested":
+        pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        pod["containers"][0]["securityContext"]["readOnlyRoot"] = True
+    else:
+        job["spec"]["submissionMode"] = "HttpMode"
+    with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft202012Validator(strict_schema()).validate(job)
-        assert not broken_rules(job)
-
-    @pytest.mark.parametrize("change", ["unknown", "nested", "mode"])
-    def test_the_schema_refuses_what_the_server_would_drop(
-        self, tmp_path: Path, change: str
-    ) -> None:
-        job = manifests(tmp_path)["RayJob"]
-        if change == "unknown":
-            job["spec"]["entryPoint"] = "x"
-        elif change == "nested":
-            pod = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-            pod["containers"][0]["securityContext"]["readOnlyRoot"] = True
-        else:
-            job["spec"]["submissionMode"] = "HttpMode"
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.Draft202012Validator(strict_schema()).validate(job)
 
 
 def test_rules_of_the_operator_are_noticed_when_broken(tmp_path: Path) -> None:
@@ -226,15 +229,15 @@ def test_the_entry_point_survives_every_shell() -> None:
 
 @pytest.mark.parametrize("name", ["Größe 1; rm -rf x", "x" * 200, "1st", "---", "a_b.c", "UPPER"])
 def test_every_name_of_a_run_becomes_a_valid_one(tmp_path: Path, name: str) -> None:
-    loaded = load(tmp_path)
-    first = kubernetes_manifests.names_of(submission(loaded, name)).job
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", first)
-    assert len(first) <= 47
+    described = replace(submission(load(tmp_path)), name=name, attempt=12)
+    valid = kubernetes_manifests.names_of(described).job
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", valid)
+    assert len(valid) <= 47
 
 
-def test_runs_of_one_name_in_two_folders_have_two_names(tmp_path: Path) -> None:
+def test_runs_of_one_name_in_two_directories_have_two_names(tmp_path: Path) -> None:
     loaded = load(tmp_path)
-    names = {kubernetes_manifests.names_of(submission(loaded, name)).job for name in ("a/x", "b/x")}
+    names = {kubernetes_manifests.names_of(submission(loaded, name)).job for name in ("a", "b")}
     assert len(names) == 2
 
 
