@@ -74,7 +74,10 @@ def render(submission: Submission) -> str:
 
 def as_yaml(objects: list[Manifest]) -> str:
     """Manifests as one YAML stream; texts of several lines stay readable."""
-    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump_all(
+        objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+    return text
 
 
 def _metadata(cluster: ClusterConfig, names: JobNames) -> Manifest:
@@ -169,7 +172,7 @@ def _ray_cluster(cluster: ClusterConfig, names: JobNames) -> Manifest:
     }
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Writes texts of several lines as blocks, and nothing twice by reference."""
 
     def ignore_aliases(self, data: Any) -> bool:
