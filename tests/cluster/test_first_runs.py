@@ -1,7 +1,7 @@
-"""docs/clusters.md, followed to the letter with the whole quickstart: on Ray, and under Slurm.
+"""docs/clusters.md, followed to the letter with the whole quickstart: Ray, Slurm, Kubernetes.
 
-Both give the exported model of a run on one machine. Every machine has one core, so that it
-computes with as many threads as each of the two processes there.
+All give the exported model of a run on one machine. Every machine has one core, or its
+processes use one, so that it computes with as many threads as each of the two processes there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.files import file_digest
 from tests.cluster.exposure import beyond_loopback, places_of
 from tests.cluster.fabric import ROOT, Fabric, FabricMachine, MachineProcess, environment_of_machine
+from tests.cluster.kubernetes_site import kubernetes_cluster
 from tests.cluster.processes import wait_until
 from tests.cluster.slurm_machines import SlurmMachines, install, one_core
 from tests.data.small_datasets import jpeg
@@ -214,6 +216,51 @@ def test_first_run_and_first_failure_under_slurm(
     output = reader.run(slurm.login, again)
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output
     assert exported(checkout / "runs" / "quickstart") == on_one_machine
+
+
+def test_first_run_on_kubernetes(
+    shared: Path,
+    shared_folder: Path,
+    checkout: Path,
+    on_one_machine: dict[str, str],
+) -> None:
+    """The commands of the administrator are those of the tests' own cluster."""
+    grant, use = (list(commands(block)) for block in steps_of("First run on Kubernetes"))
+    role = yaml.safe_load((ROOT / grant[0][-1]).read_text())
+    assert f"--role={role['metadata']['name']}" in grant[1]
+    folder = shared_folder / "kubernetes"
+    folder.mkdir()
+    with kubernetes_cluster(folder) as site:
+        # "Copy configs/cluster/kubernetes.yaml: it names the image, ..."
+        reader = Reader(
+            checkout=checkout,
+            replaced={"--on kubernetes": f"--on {site.cluster_file(folder)}"},
+            environment=site.environment,
+        )
+        render, doctor, submit, fetch = use
+        assert "kind: RayJob" in typed_here(reader, render)
+        assert "2 machines checked in" in typed_here(reader, doctor)
+        output = typed_here(reader, submit)
+        assert re.search(r"^evaluate +done", output, re.MULTILINE), output
+        typed_here(reader, fetch)
+    assert exported(checkout / "runs" / "quickstart") == on_one_machine
+    shutil.rmtree(checkout / "runs")
+
+
+def typed_here(reader: Reader, command: list[str]) -> str:
+    """Output of a command on the host, which reaches the API server."""
+    done = subprocess.run(
+        reader.words(command),
+        cwd=reader.checkout,
+        env=environment_of_machine(in_environment(reader.environment)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
