@@ -188,11 +188,13 @@ class KubernetesJobs:
 
     def _replace(self, manifest: Manifest) -> None:
         """Create an object; one that an interrupted submission has left behind is replaced."""
-        with contextlib.suppress(ApiAnswer):
+        try:
             self._api.create(manifest)
-            return
-        self._api.delete(manifest["kind"], manifest["metadata"]["name"])
-        self._api.create(manifest)
+        except ApiAnswer as answer:
+            if not answer.exists_already:
+                raise
+            self._api.delete(manifest["kind"], manifest["metadata"]["name"])
+            self._api.create(manifest)
 
     def _view(self, job: Manifest) -> RayJobView:
         """A RayJob with its workload, its pods and the exit code of its driver."""
