@@ -12,7 +12,12 @@ from pathlib import Path
 
 def is_requeued() -> bool:
     """True if Slurm has started this job again, after a preemption or its time limit."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    return restarts() > 0
+
+
+def restarts() -> int:
+    """How often Slurm has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or "0")
 
 
 def deepspeed_import(device: str) -> dict[str, str]:
@@ -82,8 +87,7 @@ def ray_node(grace: float) -> dict[str, str]:
     Args:
         grace: longest time that a stop may take (seconds).
     """
-    return {
-        "RAY_USAGE_STATS_ENABLED": "0",
+    return ray_client() | {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(int(grace)),
         # A machine that falls silent is lost after 15 s. Ray's own settings need more than 60 s.

@@ -21,8 +21,8 @@ import pytest
 
 from pipeline.files import file_digest
 from tests.cluster.exposure import beyond_loopback, places_of
-from tests.cluster.fabric import ROOT, Fabric, FabricMachine, MachineProcess, environment_of_machine
-from tests.cluster.processes import wait_until
+from tests.cluster.fabric import ROOT, Fabric, FabricMachine, environment_of_machine
+from tests.cluster.sites import Command
 from tests.cluster.slurm_machines import SlurmMachines, install, one_core
 from tests.data.small_datasets import jpeg
 from tests.docs.markdown import Block, blocks, commands
@@ -85,7 +85,7 @@ class Reader:
         assert command[0] == "export"
         self.environment |= dict(word.split("=", 1) for word in self.words(command)[1:])
 
-    def start(self, machine: FabricMachine, command: list[str], *before: str) -> Typed:
+    def start(self, machine: FabricMachine, command: list[str], *before: str) -> Command:
         output = self.checkout.parent / f"typed-{secrets.token_hex(4)}.txt"
         with open(output, "w") as file:
             process = machine.popen(
@@ -94,37 +94,16 @@ class Reader:
                 environment=in_environment(self.environment),
                 output=file,
             )
-        return Typed(process=process, file=output)
+        return Command(process=process, output_file=output, on_machine=True, limit_s=QUICKSTART_S)
 
-    def run(self, machine: FabricMachine, command: list[str], code: int = 0) -> str:
-        return self.start(machine, command).end(code)
+    def run(self, machine: FabricMachine, command: list[str]) -> str:
+        return output_of(self.start(machine, command))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Typed:
-    """A command that was typed."""
-
-    process: MachineProcess
-    file: Path
-
-    @property
-    def output(self) -> str:
-        return self.file.read_text(errors="replace")
-
-    def wait_for(self, pattern: str) -> str:
-        """Wait for a text; returns the pattern's group."""
-
-        def is_there() -> bool:
-            return bool(re.search(pattern, self.output)) or self.process.poll() is not None
-
-        wait_until(is_there, pattern, QUICKSTART_S, poll_s=0.2)
-        match = re.search(pattern, self.output)
-        assert match, self.output
-        return match[1]
-
-    def end(self, code: int = 0) -> str:
-        assert self.process.wait(QUICKSTART_S) == code, self.output
-        return self.output
+def output_of(command: Command, code: int = 0) -> str:
+    """The whole output of a command, which ends with this exit code."""
+    assert command.end() == code, command.output
+    return command.output
 
 
 def in_environment(added: Mapping[str, str]) -> dict[str, str]:
@@ -168,8 +147,8 @@ def test_first_run_on_a_ray_cluster(
     site.export(start[0])
     head = site.start(n1, start[1], *one_core(0))
     # "with the address that the first one prints"
-    site.replaced["10.0.0.1:6379"] = head.wait_for(r"head at (\S+)")
-    site.start(n2, start[2], *one_core(1)).wait_for(r"(Ray is up)")
+    site.replaced["10.0.0.1:6379"] = head.wait_for_match(r"head at (\S+)")[1]
+    site.start(n2, start[2], *one_core(1)).wait_for("Ray is up")
 
     photos = checkout / "photos"
     photos.mkdir()
@@ -190,11 +169,11 @@ def test_first_run_on_a_ray_cluster(
     planted = secrets.token_hex(32)
     reader.environment["AWS_SECRET_ACCESS_KEY"] = planted
     submitted = reader.start(user, submit)
-    submitted.wait_for(r"(pretrain \d+/\d+ .*images/s)")
+    submitted.wait_for_match(r"pretrain \d+/\d+ .*images/s")
     assert places_of(planted.encode(), [n1, n2], [shared_folder]) == []
     assert places_of(token.read_bytes(), [n1, n2, user], [shared_folder], allowed=[token]) == []
     assert beyond_loopback(user) == set()
-    output = submitted.end()
+    output = output_of(submitted)
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output
     reader.run(user, fetch)
     assert exported(checkout / "runs" / "quickstart") == on_one_machine
@@ -221,11 +200,11 @@ def test_first_run_and_first_failure_under_slurm(
     doctor, submit, runs = first_run
     assert "check versions: " in reader.run(slurm.login, doctor)
     submitted = reader.start(slurm.login, submit)
-    submitted.wait_for(r"(pretrain \d+/\d+ .*images/s)")
+    submitted.wait_for_match(r"pretrain \d+/\d+ .*images/s")
     assert "quickstart" in reader.run(slurm.login, runs)
     stop, logs, runs, again = failure
     reader.run(slurm.login, stop)
-    submitted.end(75)
+    output_of(submitted, 75)
     assert "pretrain" in reader.run(slurm.login, logs)
     assert re.search(r"quickstart +interrupted", reader.run(slurm.login, runs))
     output = reader.run(slurm.login, again)
