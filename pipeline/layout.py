@@ -19,7 +19,7 @@ runs/quickstart/
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
   logs/driver-<job>.log               output of the driver of a job on Kubernetes
-  logs/run.log                        messages of the whole run
+  logs/run.log                        messages of the run
   tensorboard/<stage>/                event files
   export/                             the exported model
   replaced/<time>-<stage>/            earlier results of a stage that was run from scratch
@@ -30,6 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+RUNS = Path("runs")  # folder of the run directories, in the current folder
 DATASET_JSON = "dataset.json"
 CLASSES_JSON = "classes.json"
 WEIGHTS_FILE = "weights.safetensors"

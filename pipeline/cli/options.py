@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.layout import RunDir
+from pipeline.layout import RUNS, RunDir
 
 if TYPE_CHECKING:
     from pipeline.config.load import LoadedJob
-
-RUNS = Path("runs")  # folder of the run directories, in the current folder
 
 JobFile = Annotated[
     str,

@@ -17,8 +17,8 @@ from pipeline.errors import StageError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
 
-# Those whose versions the checks before the first stage compare, too.
-_LIBRARIES = ("torch", "ray", "deepspeed")
+# The machines of a cluster must agree on them.
+_LIBRARIES = ("torch", "ray", "deepspeed", "numpy", "pyarrow", "pydantic")
 # What a launcher needs of the cluster section besides plain values.
 _SECTIONS: dict[str, type[Section]] = {
     "ray": RayConfig,
@@ -79,10 +79,9 @@ class ClusterRecord(BaseModel):
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a run depends on."""
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in _LIBRARIES
-    }
+    """Versions of Python and of the libraries that must agree between machines."""
+    libraries = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **libraries}
 
 
 def read_record(run_dir: RunDir) -> ClusterRecord | None:

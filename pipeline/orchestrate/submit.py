@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from pipeline.cluster.code_package import code_digest
 from pipeline.cluster.launcher import Submission
@@ -27,7 +24,7 @@ from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.load import ON_CLUSTER, LoadedJob
 from pipeline.errors import ConfigError, DataError
 from pipeline.layout import RunDir, has_state
-from pipeline.monitor.console import Display
+from pipeline.monitor.console import Display, output_console
 from pipeline.orchestrate.cluster_run import (
     ClusterRun,
     cluster_run,
@@ -37,12 +34,10 @@ from pipeline.orchestrate.cluster_run import (
 from pipeline.orchestrate.follow import follow
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.judgement import Judge
-from pipeline.orchestrate.run_lock import is_locked, read_owner
+from pipeline.orchestrate.run_lock import in_use, is_locked, read_owner
 from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
-
-_PIPE_WIDTH = 160  # columns of the table of stages where the output is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +76,7 @@ def submit_run(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> in
             working on the run.
         Detached: the run continues without this command.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console = output_console()
     display = Display(console)
     with _submit_lock(run_dir):
         # 1. Is it under way? Whatever the command line asks for now, one job works on a run.
@@ -180,12 +175,7 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     cluster = loaded.job.cluster
     directory = cluster_directory(loaded, run_dir)
     if is_locked(directory):
-        owner = read_owner(directory)
-        raise ConfigError(
-            f"{owner.name if owner is not None else 'a process'} is working on this run",
-            place=str(directory.path),
-            remedy="wait for it or stop it, or give this run a directory of its own with --run-dir",
-        )
+        raise in_use(directory, read_owner(directory))
     earlier = read_record(run_dir)
     attempt = 1 if earlier is None else earlier.attempt + 1
     submission = submission_of(loaded, run_dir, options, attempt)

@@ -86,8 +86,7 @@ def ray_node(grace: float) -> dict[str, str]:
     Args:
         grace: longest time that a stop may take (seconds).
     """
-    return {
-        "RAY_USAGE_STATS_ENABLED": "0",
+    return ray_client() | {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(int(grace)),
         # A machine that falls silent is lost after 15 s. Ray's own settings need more than 60 s.

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from tests.cluster.debian import CACHE, unavailable
 
-_CACHE = Path.home() / ".cache" / "revcol-pipeline-tests"
 _SUITE = "bookworm"
 _MIRROR = "http://deb.debian.org/debian"
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -47,22 +45,19 @@ class ApiServerPrograms:
 def programs() -> ApiServerPrograms:
     """The programs, built now if they are not in the cache."""
     key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    folder = _CACHE / f"api-server-{key}"
+    folder = CACHE / f"api-server-{key}"
     result = ApiServerPrograms(api_server=folder / "kube-apiserver", etcd=folder / "etcd")
     if folder.is_dir():
         return result
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         # The sources are Debian's, and so is the compiler: other systems have no such package.
-        cause = f"to build Kubernetes' API server, these are missing: {', '.join(missing)}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(cause)
-        pytest.skip(cause)
-    _CACHE.mkdir(parents=True, exist_ok=True)
-    with (_CACHE / "api-server.lock").open("w") as lock:
+        unavailable(f"to build Kubernetes' API server, these are missing: {', '.join(missing)}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "api-server.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes build once
         if not folder.is_dir():
-            work = _CACHE / f"build-{key}"
+            work = CACHE / f"build-{key}"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             _build(work)

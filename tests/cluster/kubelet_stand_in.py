@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.cluster.api_server import NAMESPACE, ApiServer, Object, Refused
-from tests.cluster.fabric import Fabric, FabricMachine, MachineProcess
+from tests.cluster.fabric import Fabric, FabricMachine, MachineProcess, one_core
 
 NODE = "stand-in"
 PODS = f"/api/v1/namespaces/{NAMESPACE}/pods"
@@ -143,7 +143,7 @@ class KubeletStandIn:
             variables |= self.variables.get(name, {})
             with open(self.logs / f"{name}.{container['name']}", "a") as log:
                 running.containers[container["name"]] = machine.popen(
-                    *["env", "-C", "/tmp"],
+                    *[*_cores(container, machine), "env", "-C", "/tmp"],
                     *[
                         word.replace("$(POD_IP)", machine.address).replace("$(HEAD_IP)", head)
                         for word in command
@@ -267,6 +267,11 @@ class KubeletStandIn:
             "daemonEndpoints": {"kubeletEndpoint": {"Port": port}},
         }
         self.server.patch(f"/api/v1/nodes/{NODE}/status", {"status": status})
+
+
+def _cores(container: Object, machine: FabricMachine) -> list[str]:
+    """What to write before the command of a container that may use one core only."""
+    return one_core(machine.number) if container["resources"]["limits"]["cpu"] == "1" else []
 
 
 def _container(container: Object, **state: Object) -> Object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class Command:
     process: subprocess.Popen[str]
     output_file: Path
     on_machine: bool
+    limit_s: float = END_S
 
     @property
     def output(self) -> str:
@@ -57,16 +59,22 @@ class Command:
 
     def wait_for(self, text: str) -> None:
         """Wait for a text in the output."""
+        self.wait_for_match(re.escape(text))
+
+    def wait_for_match(self, pattern: str) -> re.Match[str]:
+        """Wait for a text that matches; returns the match."""
 
         def is_there() -> bool:
-            return text in self.output or self.process.poll() is not None
+            return bool(re.search(pattern, self.output)) or self.process.poll() is not None
 
-        wait_until(is_there, text, END_S, poll_s=0.2)
-        assert text in self.output, self.output
+        wait_until(is_there, pattern, self.limit_s, poll_s=0.2)
+        match = re.search(pattern, self.output)
+        assert match, self.output
+        return match
 
     def end(self) -> int:
         """Wait for the end; returns the exit code."""
-        return self.process.wait(END_S)
+        return self.process.wait(self.limit_s)
 
 
 @dataclass(kw_only=True)
@@ -94,7 +102,7 @@ class Site:
         """Start ``pipeline ARGUMENTS`` in the folder."""
         self._started += 1
         output = self.folder / f"output-{self._started}.txt"
-        words = [*("env", "-C", str(self.folder), "nice", "-n", "19"), sys.executable, "-m"]
+        words = ["env", "-C", str(self.folder), sys.executable, "-m"]
         words += ["pipeline", *arguments]
         if self.hidden is not None:
             hide = f'mount -t tmpfs none {self.hidden} && exec "$@"'

