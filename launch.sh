@@ -10,6 +10,7 @@
 #   ray     Ray clusters                      ./launch.sh install ray
 #   heif    HEIC images, as phones take them  ./launch.sh install heif
 #   onnx    torch.onnx.export of a network    ./launch.sh install onnx
+#   kubernetes  runs on Kubernetes            ./launch.sh install kubernetes
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.
 set -euo pipefail

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS
+from pipeline.layout import RUNS
 
 
 def predict(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from pipeline.config import machine
 from pipeline.errors import PipelineError
+from pipeline.orchestrate.ports import free_port
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.environment import forget_other_launchers
 
@@ -89,10 +89,7 @@ class Worker:
 
     def free_port(self, address: str) -> int:
         """Return a port for the rendezvous that is free on this address of the machine now."""
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            port: int = probe.getsockname()[1]
-            return port
+        return free_port(address)
 
     def run(
         self, stage_fn: StageFn, log: Path, fence: Path, environment: dict[str, str]

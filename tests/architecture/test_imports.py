@@ -53,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
 }
 RAY_ROOMS = {"orchestrate"}
 RAY_MODULES = {"cluster/ray_jobs.py"}  # of the other rooms
+KUBERNETES_MODULE = "cluster/kubernetes_client.py"
 
 
 def room_of(path: Path) -> str:
@@ -104,6 +105,8 @@ def test_libraries_are_imported_only_where_they_belong() -> None:
         libraries -= set(sys.stdlib_module_names)
         may_import_ray = room in RAY_ROOMS or str(path.relative_to(PACKAGE)) in RAY_MODULES
         assert "ray" not in libraries or may_import_ray, path
+        if str(path.relative_to(PACKAGE)) != KUBERNETES_MODULE:
+            assert "kubernetes" not in libraries, path
         if room in ("blocks", "model", "optimizers"):
             assert libraries <= {"torch"}, path
 
@@ -131,6 +134,7 @@ for name in NAMES:
             {"ray", "deepspeed", "datasets"},
         ),
         (["pipeline.train.trainer", "pipeline.cli"], {"ray", "datasets"}),
+        (["pipeline.orchestrate.run_job", "pipeline.cluster.kubernetes_jobs"], {"kubernetes"}),
         (["pipeline.export.reload"], {"ray", "deepspeed", "datasets", "tensorboard"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

