@@ -18,7 +18,8 @@ runs/quickstart/
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
-  logs/run.log                        messages of the whole run
+  logs/driver-<job>.log               output of the driver of a job on Kubernetes
+  logs/run.log                        messages of the run
   tensorboard/<stage>/                event files
   export/                             the exported model
   replaced/<time>-<stage>/            earlier results of a stage that was run from scratch
@@ -29,8 +30,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+RUNS = Path("runs")  # folder of the run directories, in the current folder
 DATASET_JSON = "dataset.json"
 CLASSES_JSON = "classes.json"
+SOURCE_TIMES = "source.times"  # of a prepared dataset: when its source was last changed
 WEIGHTS_FILE = "weights.safetensors"
 WEIGHTS_JSON = "weights.json"
 # Of an exported model:
@@ -126,6 +129,10 @@ class RunDir:
     def batch_log(self) -> Path:
         """Output of the driver in a batch job, and of the job's script."""
         return self.logs / "batch.log"
+
+    def driver_log(self, job: str) -> Path:
+        """Output of the driver of a job on Kubernetes, over all of its clusters."""
+        return self.logs / f"driver-{job}.log"
 
     @property
     def machines_log(self) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS
+from pipeline.layout import RUNS
 
 
 def _log(text: str, level: str = "info") -> None:

@@ -4,9 +4,9 @@
     model = load_export("runs/quickstart/export")
     model.predict("cat.jpg")                      # [(class id, name, probability), ...]
 
-Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg, pillow and
-xxhash. The last five read images exactly as training does. ray, deepspeed, pydantic and all other
-packages of the pipeline are not needed; a test blocks them.
+Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg, Pillow and
+xxhash. All but the first two read images exactly as preparation and training do. ray, deepspeed,
+pydantic and all other packages of the pipeline are not needed; a test blocks them.
 
 ``python -m pipeline.export.reload DIR`` repeats the export's self-test in a fresh process.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.data.decode import Image
+from pipeline.data.image_files import plain_image
 from pipeline.data.preprocessing import MEAN, STD, Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
@@ -47,10 +48,14 @@ class PreprocessingDescription(TypedDict):
     mean: list[float]
     std: list[float]
     color: str
+    # As the training images were prepared: "apply" turns an image upright, "ignore" does not.
+    exif_orientation: NotRequired[str]
     steps: str  # the same in words
 
 
-def describe_preprocessing(preprocessing: Preprocessing) -> PreprocessingDescription:
+def describe_preprocessing(
+    preprocessing: Preprocessing, exif_orientation: str
+) -> PreprocessingDescription:
     """The entry of ``model.json``."""
     return {
         "image_size": preprocessing.image_size,
@@ -58,6 +63,7 @@ def describe_preprocessing(preprocessing: Preprocessing) -> PreprocessingDescrip
         "mean": list(MEAN),
         "std": list(STD),
         "color": "RGB",
+        "exif_orientation": exif_orientation,
         "steps": preprocessing.steps,
     }
 
@@ -105,8 +111,9 @@ class Exported:
         size = settings["image_size"]
         pixels: Image = np.empty((size, size, 3), dtype=np.uint8)
         try:
-            transform = self.preprocessing().transform()
-            transform(memoryview(Path(path).read_bytes()), pixels)
+            upright = settings.get("exif_orientation") == "apply"
+            data = plain_image(Path(path).read_bytes(), orientation=upright)
+            self.preprocessing().transform()(memoryview(data), pixels)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"not a readable image: {error}", place=str(path), remedy="give an image file"

@@ -114,9 +114,12 @@ def _describe(
     assert stage is not None
     weights = weights_of(run_dir, stage.initial)
     trained = WeightsDescription.read(*weights)
+    orientation = str(data.description.settings.get("exif_orientation", "ignore"))
     description: ModelDescription = {
         "network": asdict(network.spec),
-        "preprocessing": describe_preprocessing(preprocessing(job, run_dir, stage.initial)),
+        "preprocessing": describe_preprocessing(
+            preprocessing(job, run_dir, stage.initial), orientation
+        ),
         "classes": data.classes,
         "class_names": data.class_names,
         "trained": {

@@ -125,8 +125,15 @@ def require_intact(
 
     Raises:
         StageError: a file is not as its stage wrote it.
+        CheckpointError: a weights file from elsewhere is damaged.
     """
     source = _initial(job, stage)
+    if source.endswith(Path(WEIGHTS_FILE).suffix) and Path(source).is_file():
+        # Weights from elsewhere: better now than after a preparation of hours. Imported here,
+        # because it imports torch, which takes seconds.
+        from pipeline.checkpoint.weights_file import verify_weights_file
+
+        verify_weights_file(Path(source))
     used = {} if stage == "prepare" else {"prepare": run_dir.dataset(_dataset(job, stage))}
     if source in TRAINING:
         used[source] = run_dir.stage(source)

@@ -19,8 +19,8 @@ from pipeline.orchestrate.run_state import StageRecord
 _OF_BEST = ("selection_top1", "validation_top1", "kept_step")  # with `keep: best`
 _METRICS = {  # shown in the table, in this order
     "prepare": ("images", "selection", "validation", "test", "rejected", "duplicates"),
-    "pretrain": ("top1", *_OF_BEST, "loss", "steps", "images_per_s"),
-    "finetune": ("top1", *_OF_BEST, "loss", "steps", "images_per_s"),
+    "pretrain": ("top1", *_OF_BEST, "loss", "steps", "skipped_steps", "images_per_s"),
+    "finetune": ("top1", *_OF_BEST, "loss", "steps", "skipped_steps", "images_per_s"),
     "evaluate": ("top1", "top5", "validation_images", "test_images"),
     "export": ("parameters", "reload_difference"),
 }

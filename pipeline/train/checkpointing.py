@@ -198,6 +198,12 @@ def load_initial(
             if name.startswith(head)
         }
     _load(source, sharded, {}, names)
+    # Every rank reads its own share, and all of them have to raise.
+    are_finite = all(bool(values.isfinite().all()) for *_, values in sharded.tensors())
+    gathered = [are_finite] * dist.get_world_size()
+    dist.all_gather_object(gathered, are_finite)
+    if not all(gathered):
+        raise _not_finite(place)
     new = len(sharded.shapes) - len(names)
     dropped = "" if with_classifier or not head else "; its classifier is not used"
     log(
@@ -270,5 +276,15 @@ def _write_weights(
     kind = "ema" if "ema" in manifest.kinds else "master"
     stored_kind = BEST if description.keep == "best" else kind
     tensors = {name: reader.full(stored_kind, name) for name in sorted(manifest.shapes)}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise _not_finite(str(checkpoint))
     write_weights_file(directory / WEIGHTS_FILE, tensors)
     replace(description, network=asdict(spec), weights=kind).write(directory)
+
+
+def _not_finite(place: str) -> CheckpointError:
+    return CheckpointError(
+        "holds weights that are not finite: their training has diverged",
+        place=place,
+        remedy="train them again with a lower learning rate, or take other weights",
+    )

@@ -35,7 +35,7 @@ from pipeline.train.fence import Fence
 from pipeline.train.preemption import CollectiveStop
 from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.setup import StageSetup, set_up, train_loader
-from pipeline.train.step_errors import settings_named
+from pipeline.train.step_errors import require_progress, settings_named
 from pipeline.train.throughput import Throughput
 from pipeline.train.training_state import TrainingState
 
@@ -132,6 +132,7 @@ class Trainer:
 
         Raises:
             Interrupted: on all ranks after the same step, if a stop is requested.
+            StageError: on all ranks, if no step is applied any more.
         """
         config = self.context.config
         total_steps = self.context.total_steps
@@ -143,6 +144,13 @@ class Trainer:
             self.step.context.engine.train()
             self.step.run(step, self.loader)
             done = step + 1  # steps as users count them, from 1
+            require_progress(
+                self.context,
+                done,
+                self.step.skipped_in_a_row,
+                self.step.skip_reason,
+                self.loader.steps_per_epoch,
+            )
             last = done == total_steps
             if done % config.log_every_steps == 0 or last:
                 self._log_metrics(done)
@@ -176,6 +184,8 @@ class Trainer:
             "images_per_s": scalars[tags.IMAGES_PER_S],
             "data_wait_share": scalars[tags.DATA_WAIT_SHARE],
         }
+        if scalars[tags.SKIPPED_STEPS]:
+            self.history.last_metrics["skipped_steps"] = scalars[tags.SKIPPED_STEPS]
         self.logged_step = done
 
     def _scalars(self, done: int) -> dict[str, float]:

@@ -54,6 +54,7 @@ ROOMS: dict[str, set[str]] = {
 }
 RAY_ROOMS = {"orchestrate"}
 RAY_MODULES = {"cluster/ray_jobs.py"}  # of the other rooms
+KUBERNETES_MODULE = "cluster/kubernetes_client.py"
 
 
 def room_of(path: Path) -> str:
@@ -105,6 +106,8 @@ def test_libraries_are_imported_only_where_they_belong() -> None:
         libraries -= set(sys.stdlib_module_names)
         may_import_ray = room in RAY_ROOMS or str(path.relative_to(PACKAGE)) in RAY_MODULES
         assert "ray" not in libraries or may_import_ray, path
+        if str(path.relative_to(PACKAGE)) != KUBERNETES_MODULE:
+            assert "kubernetes" not in libraries, path
         if room in ("blocks", "model", "optimizers"):
             assert libraries <= {"torch"}, path
 
@@ -137,6 +140,7 @@ for name in NAMES:
             ["pipeline.train.trainer", "pipeline.export.stage", "pipeline.export.formats"],
             {"timm", "transformers", "onnx", "onnxscript", "onnxruntime", "torchvision"},
         ),
+        (["pipeline.orchestrate.run_job", "pipeline.cluster.kubernetes_jobs"], {"kubernetes"}),
         (["pipeline.export.reload"], {"ray", "deepspeed", "datasets", "tensorboard"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

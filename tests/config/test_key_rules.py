@@ -63,6 +63,15 @@ DECISIONS: dict[tuple[str, ...], str] = {
         cluster.network.interface cluster.network.environment.<name> cluster.slurm.partition
         cluster.slurm.account cluster.slurm.qos cluster.slurm.constraint cluster.slurm.time
         cluster.slurm.gpu_option cluster.slurm.container cluster.slurm.setup cluster.slurm.extra
+        cluster.kubernetes.context cluster.kubernetes.namespace cluster.kubernetes.image
+        cluster.kubernetes.pull_policy cluster.kubernetes.image_pull_secrets
+        cluster.kubernetes.cpus cluster.kubernetes.memory cluster.kubernetes.gpu_resource
+        cluster.kubernetes.claims.data.name cluster.kubernetes.claims.data.path
+        cluster.kubernetes.claims.runs.name cluster.kubernetes.claims.runs.path
+        cluster.kubernetes.environment_from cluster.kubernetes.queue
+        cluster.kubernetes.priority_class cluster.kubernetes.node_selector.<name>
+        cluster.kubernetes.tolerations cluster.kubernetes.labels.<name>
+        cluster.kubernetes.annotations.<name>
         cluster.prefetch_mib data.<name>.root data.<name>.prepared data.<name>.max_rejected
         stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
@@ -72,7 +81,8 @@ DECISIONS: dict[tuple[str, ...], str] = {
     """,
     ("prepare",): """
         data.<name>.layout data.<name>.classes data.<name>.validation_fraction
-        data.<name>.image_column data.<name>.label_column data.<name>.short_side
+        data.<name>.image_column data.<name>.label_column
+        data.<name>.exif_orientation data.<name>.short_side
         data.<name>.jpeg_quality data.<name>.min_side data.<name>.max_pixels data.<name>.shard_rows
         data.<name>.synthetic.classes data.<name>.synthetic.images_per_class
         data.<name>.synthetic.validation_per_class data.<name>.synthetic.min_size

@@ -32,6 +32,7 @@ from tests.prepare.source_folders import class_tars
 LANGUAGES = {"bash", "python", "yaml", "text"}
 # Programs that the documents use besides the pipeline.
 OTHER_PROGRAMS = {"export", "git", "cd", "python", "pip", "docker", "pre-commit", "ruff", "pytest"}
+OTHER_PROGRAMS |= {"kubectl"}
 LINES = [
     pytest.param(block, words, id=f"{block}-{' '.join(words)[:60]}")
     for block in blocks("bash")
@@ -81,7 +82,7 @@ def test_every_block_names_its_language() -> None:
 
 @pytest.mark.parametrize(("block", "words"), LINES)
 def test_command_is_understood(
-    block: Block, words: list[str], images: Path, export: Path, weights: Path
+    block: Block, words: list[str], images: Path, export: Path, weights: Path, tmp_path: Path
 ) -> None:
     arguments = arguments_after_program(words)
     if arguments is None:
@@ -90,9 +91,8 @@ def test_command_is_understood(
     command, parameters = parse(arguments)
     for name, value in job_settings(command, parameters):
         if name == "job":
-            check_job(
-                str(value), parameters, {"DIR": images, "EXPORT": export, "FILE.pth": weights}
-            )
+            placeholders = {"DIR": images, "EXPORT": export, "FILE.pth": weights}
+            check_job(str(value), parameters, placeholders, cluster_of(block, parameters, tmp_path))
         elif name == "key":
             assert explain(str(value), None)
 
@@ -105,7 +105,25 @@ def job_settings(command: str, parameters: dict[str, Any]) -> Iterator[tuple[str
         yield "key", parameters["key"]
 
 
-def check_job(job: str, parameters: dict[str, Any], placeholders: dict[str, Path]) -> None:
+def cluster_of(block: Block, parameters: dict[str, Any], folder: Path) -> str:
+    """The value of --on: a name, or a copy of the file that the document shows above the block."""
+    on = str(parameters.get("on") or "")
+    shown = [
+        other
+        for other in blocks("yaml")
+        if other.document == block.document
+        and other.line < block.line
+        and other.text.startswith(f"# {on}\n")
+    ]
+    if not shown:
+        return on
+    (folder / on).write_text(shown[-1].text)
+    return str(folder / on)
+
+
+def check_job(
+    job: str, parameters: dict[str, Any], placeholders: dict[str, Path], cluster: str
+) -> None:
     """The job exists and its values are valid. JOB.yaml is a placeholder, too."""
     if re.match(r"[A-Z]+\.yaml$|s3://", job):
         return
@@ -118,7 +136,7 @@ def check_job(job: str, parameters: dict[str, Any], placeholders: dict[str, Path
         path,
         overrides,
         rehearse=bool(parameters.get("rehearse")),
-        on=str(parameters.get("on") or ""),
+        on=cluster,
         submits=True,
     )
     for stage in parameters.get("stage") or ():
@@ -150,13 +168,17 @@ def pyproject() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
-def test_yaml_block_is_a_valid_job(block: Block, tmp_path: Path, images: Path) -> None:
+def test_yaml_block_is_a_valid_job_or_cluster(block: Block, tmp_path: Path, images: Path) -> None:
     text = block.text.replace("DIR", str(images))
-    assert isinstance(yaml.safe_load(text), dict)
-    job = tmp_path / "job.yaml"
-    job.write_text(text)
+    values = yaml.safe_load(text)
+    assert isinstance(values, dict)
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
     try:
-        load_job(job, [])
+        if "kind" in values:
+            load_job(JOBS / "quickstart.yaml", [], on=str(file), submits=True)
+        else:
+            load_job(file, [])
     except PipelineError as error:
         pytest.fail(f"{block}: {error.message}")
 

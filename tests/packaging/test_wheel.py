@@ -98,6 +98,8 @@ def test_metadata_has_the_command_and_the_extras(installed: Path) -> None:
         "hub",
         "export",
         "ray",
+        "heif",
+        "kubernetes",
     }
     assert "pipeline = pipeline.__main__:main" in (info / "entry_points.txt").read_text()
 
