@@ -110,7 +110,8 @@ def _wheels() -> Path:
         with tempfile.TemporaryDirectory(dir=debian.CACHE) as temporary:
             files = [word for lock in locks for word in ("-r", str(lock))]
             made = Path(temporary) / "wheels"
-            _run(sys.executable, "-m", "pip", "wheel", "-q", *files, "--wheel-dir", str(made))
+            pip = [sys.executable, "-m", "pip", "wheel", "-q"]
+            _run(*pip, *files, "--wheel-dir", str(made))
             made.rename(folder)
     return folder
 
