@@ -75,6 +75,7 @@ def tensorboard(cluster: ClusterConfig, name: str, run_dir: RunDir) -> list[Mani
     """A Deployment and a Service that show the curves of a run."""
     selector = {"app.kubernetes.io/name": "tensorboard", RUN_LABEL: name}
     spec = _pod_spec(cluster, "tensorboard", _READER, {"HOME": _TEMPORARY})
+    # The only policy that a Deployment may have.
     spec["restartPolicy"] = "Always"
     # On loopback: TensorBoard asks for no password. A port-forward ends inside of the pod.
     options = ["--logdir", str(run_dir.tensorboard()), "--host", "127.0.0.1"]

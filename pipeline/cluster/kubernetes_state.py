@@ -133,6 +133,7 @@ def reason_in(events: Sequence[Manifest], pod: Manifest | None) -> str:
 
 def _exit_code(view: RayJobView) -> int | None:
     """The driver's exit code; None if it was stopped from outside."""
+    # A suspended job has no driver any more, and nobody asked for its code in time.
     if view.deployment == "Suspended":
         return None
     if view.status.get("jobStatus") == "SUCCEEDED":

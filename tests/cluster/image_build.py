@@ -7,6 +7,7 @@ code, only the last layers are built again.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class BuiltImage:
         root: its files, mounted.
         user, folder: user and working directory of its processes.
         environment: variables of its processes.
-        entry_point, arguments: what it runs.
+        entry_point: the program that it runs.
         layers: sizes in bytes, the base first.
     """
 
@@ -48,11 +49,11 @@ class BuiltImage:
     folder: str
     environment: Mapping[str, str]
     entry_point: Sequence[str]
-    arguments: Sequence[str]
     layers: Sequence[int]
 
 
-def built_image() -> BuiltImage:
+@contextlib.contextmanager
+def built_image() -> Iterator[BuiltImage]:
     """The image of this checkout, built now."""
     debian.install(_PROGRAMS, _PROGRAMS)
     debian.CACHE.mkdir(parents=True, exist_ok=True)
@@ -68,15 +69,17 @@ def built_image() -> BuiltImage:
         described = json.loads(_buildah("inspect", container))
         layers = _layers()
     config = described["OCIv1"]["config"]
-    return BuiltImage(
-        root=root,
-        user=config["User"],
-        folder=config["WorkingDir"],
-        environment=dict(entry.split("=", 1) for entry in config["Env"]),
-        entry_point=config["Entrypoint"],
-        arguments=config["Cmd"],
-        layers=layers,
-    )
+    try:
+        yield BuiltImage(
+            root=root,
+            user=config["User"],
+            folder=config["WorkingDir"],
+            environment=dict(entry.split("=", 1) for entry in config["Env"]),
+            entry_point=config["Entrypoint"],
+            layers=layers,
+        )
+    finally:
+        _buildah("rm", container)
 
 
 def _base() -> str:
@@ -107,7 +110,8 @@ def _wheels() -> Path:
         with tempfile.TemporaryDirectory(dir=debian.CACHE) as temporary:
             files = [word for lock in locks for word in ("-r", str(lock))]
             made = Path(temporary) / "wheels"
-            _run(sys.executable, "-m", "pip", "wheel", "-q", *files, "--wheel-dir", str(made))
+            pip = [sys.executable, "-m", "pip", "wheel", "-q"]
+            _run(*pip, *files, "--wheel-dir", str(made))
             made.rename(folder)
     return folder
 
@@ -117,7 +121,7 @@ def _layers() -> list[int]:
     described = json.loads(_buildah("inspect", "--type", "image", NAME))
     wanted = described["OCIv1"]["rootfs"]["diff_ids"]
     known = json.loads((_STORAGE / f"{_DRIVER}-layers" / "layers.json").read_text())
-    sizes = {layer["diff-digest"]: layer["diff-size"] for layer in known}
+    sizes = {layer["diff-digest"]: layer["diff-size"] for layer in known if "diff-digest" in layer}
     return [sizes[digest] for digest in wanted]
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ Service = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def image() -> BuiltImage:
-    return built_image()
+def image() -> Iterator[BuiltImage]:
+    with built_image() as image:
+        yield image
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_variables_in_set_are_replaced(job: Path, monkeypatch: pytest.MonkeyPatc
         (
             "cluster=nope",
             "--set: cluster: there is no file configs/cluster/nope.yaml"
-            "\n  -> files in configs/cluster: kubernetes, local, ray, slurm",
+            "\n  -> files in configs/cluster: compose, kubernetes, local, ray, slurm",
         ),
         (
             "data.toy.layout=class_tar",
