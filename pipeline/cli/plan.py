@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, Overrides
+from pipeline.cli.options import Overrides
+from pipeline.layout import RUNS
 
 Job = Annotated[
     str,

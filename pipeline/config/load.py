@@ -21,6 +21,7 @@ from pipeline.config.schema_text import describe
 from pipeline.config.schema_text.validate import validate
 from pipeline.config.smoke_test import ORIGIN as REHEARSE
 from pipeline.config.smoke_test import rehearse as make_rehearsal
+from pipeline.config.starting_point import choose_start
 from pipeline.config.trained_weights import describe_network, weights_file
 from pipeline.config.yaml_tree import references
 from pipeline.config.yaml_tree.diagnostics import raise_problems
@@ -103,24 +104,24 @@ def load_job(
     tree = replace_old_names(tree, describe.root(), fragments.old_names)
     if on:
         tree = tree.replaced(("cluster",), Node(on, ON))
-    tree = references.expand(apply(tree, overrides), fragments)
+    tree, left_out = choose_start(apply(tree, overrides))
+    tree = references.expand(tree, fragments)
     if not migrate:
         raise_problems(fragments.old_names)
     # Before ${VAR} is replaced: neither a rehearsal nor a plan reads the sources.
     tree = _without_sources(tree, only_unset=plans) if rehearse or plans else tree
     tree = references.substitute(tree)
     written = job_name.with_folder(_with_absolute_paths(tree, folder))
-    missing = _missing_source(tree) if submits else ""
+    _refuse_rehearsal_of_weights(written, rehearse)
+    # Before the choices: the network's stride decides which image sizes are possible.
+    tree, read_notes = describe_network(written)
+    missing = _missing_source(written) if submits else ""
     placeholders = REHEARSE if rehearse else ON_CLUSTER if missing else ""
     tree, notes = auto_values.choose(tree, placeholders=placeholders)
     if missing:
         notes.append(f"{missing} is not on this machine: values left to 'auto' are {ON_CLUSTER}")
     tree = job_name.with_folder(_with_absolute_paths(tree, folder))
-    if rehearse and tree.get("model") is None:
-        cause = "nothing to rehearse: the job evaluates a network that was trained elsewhere"
-        raise ConfigError(cause, place=tree.origin, remedy="run it without --rehearse")
-    tree = describe_network(tree)
-    notes = _empty_stages(tree) + notes
+    notes = _empty_stages(tree) + left_out + read_notes + notes
     job = validate(tree)
     origins = _origins(job.model_dump(by_alias=True), tree)
     if not rehearse:
@@ -162,6 +163,12 @@ def _missing_source(tree: Node) -> str:
         if os.path.isabs(source) and not os.path.exists(source):
             return source
     return ""
+
+
+def _refuse_rehearsal_of_weights(tree: Node, rehearse: bool) -> None:
+    if rehearse and tree.get("model") is None:
+        cause = "nothing to rehearse: the job starts from a network that was trained elsewhere"
+        raise ConfigError(cause, place=tree.origin, remedy="run it without --rehearse")
 
 
 def _without_sources(tree: Node, *, only_unset: bool) -> Node:

@@ -7,6 +7,7 @@ a process group and a process that trains alone show the same.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,13 @@ from pipeline.monitor.goodput import Goodput
 from pipeline.monitor.progress_line import PhaseLine, ProgressLine
 
 _REFRESHES_PER_S = 4  # of the live line
+_PIPE_WIDTH = 160  # columns of tables where the output is no terminal
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
+
+
+def output_console() -> Console:
+    """The console of standard output. Where that is no terminal, tables have room."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 @dataclass(kw_only=True)

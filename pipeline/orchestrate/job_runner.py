@@ -76,7 +76,7 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
     require_cache_room(job, run_dir)
     with run_lock(run_dir):
         run_dir.logs.mkdir(exist_ok=True)
-        with open(run_dir.run_log, "a", encoding="utf-8") as log_file:
+        with open(run_dir.run_log, "a", encoding="utf-8", errors="backslashreplace") as log_file:
             display = Display(console, log_file)
             stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()

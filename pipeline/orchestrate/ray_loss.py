@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from pipeline.errors import PipelineError, StageError
 
@@ -21,52 +22,46 @@ class RayLost(StageError):
     """A server process of Ray died: nothing that needs Ray can continue."""
 
 
-class LossWatch(threading.Thread):
-    """Watches for a loss that the main thread does not react to, until the context is left.
+@contextlib.contextmanager
+def loss_watched(is_lost: Callable[[], bool], check: Callable[[], None]) -> Iterator[None]:
+    """While open, a loss that the main thread does not react to ends this process.
 
     Ray's calls wait for a dead server and cannot be interrupted. The main thread, if it is in one,
     neither sees the loss nor gets on.
 
     Args:
-        is_lost: whether a server was lost; called from this thread.
+        is_lost: whether a server was lost; called from another thread.
         check: raises the error that says which.
     """
+    left = threading.Event()
+    watch = threading.Thread(
+        target=_watch, args=(left, is_lost, check), name="ray-loss", daemon=True
+    )
+    # Signals are for the main thread: the new one, which inherits that they are blocked, would take
+    # them while Ray's own handler is installed.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    watch.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    try:
+        yield
+    finally:
+        left.set()
 
-    def __init__(self, is_lost: Callable[[], bool], check: Callable[[], None]) -> None:
-        super().__init__(name="ray-loss", daemon=True)
-        self._is_lost = is_lost
-        self._check = check
-        self._left = threading.Event()
 
-    def __enter__(self) -> LossWatch:
-        # Signals are for the main thread: this one, which inherits that they are blocked, would
-        # take them while Ray's own handler is installed.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        return self
+def _watch(left: threading.Event, is_lost: Callable[[], bool], check: Callable[[], None]) -> None:
+    """Wait for a loss, then for the main thread to react to it."""
+    lost_at = None
+    while not left.wait(_POLL_S):
+        if lost_at is None and is_lost():
+            lost_at = time.monotonic()
+        if lost_at is not None and time.monotonic() - lost_at > _STUCK_S:
+            _end(check)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._left.set()
 
-    def run(self) -> None:
-        """Wait for a loss, then for the main thread to react to it."""
-        lost_at = None
-        while not self._left.wait(_POLL_S):
-            if lost_at is None and self._is_lost():
-                lost_at = time.monotonic()
-            if lost_at is not None and time.monotonic() - lost_at > _STUCK_S:
-                self._end()
-
-    def _end(self) -> None:
-        try:
-            self._check()
-        except PipelineError as error:
-            print(f"error: {error.message}", file=sys.stderr, flush=True)
-        # Not sys.exit, which would end this thread only. The keeper notices, and cleans up.
-        os._exit(RayLost.exit_code)
+def _end(check: Callable[[], None]) -> NoReturn:
+    try:
+        check()
+    except PipelineError as error:
+        print(f"error: {error.message}", file=sys.stderr, flush=True)
+    # Not sys.exit, which would end this thread only. The keeper notices, and cleans up.
+    os._exit(RayLost.exit_code)

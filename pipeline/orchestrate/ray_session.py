@@ -18,12 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import Interrupted, StageError
 from pipeline.orchestrate.ray_connection import ray_connection
-from pipeline.orchestrate.ray_loss import LossWatch, RayLost
+from pipeline.orchestrate.ray_loss import RayLost, loss_watched
 from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment
@@ -34,15 +35,15 @@ _ABANDONED_AFTER_S = 60
 _POLL_S = 0.1
 _END_S = 30
 _SETTLE_S = 1.0
-_LONGEST_PATH = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
+LONGEST_PATH = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
 
 
-class RaySession:
+class RaySession(ABC):
     """A running Ray that this process is connected with."""
 
+    @abstractmethod
     def check(self) -> None:
         """Call it several times per second; raises RayLost if Ray cannot be used any more."""
-        raise NotImplementedError
 
     def map_tasks(
         self, function: Callable[[Item], Result], items: Sequence[Item]
@@ -162,7 +163,7 @@ def ray_session(
             address = session.address(check)
             # The connection is closed while it is watched: that calls Ray, too.
             with (
-                LossWatch(session.is_lost, session.check),
+                loss_watched(session.is_lost, session.check),
                 ray_connection(address, session.check, _not_started),
             ):
                 check()
@@ -221,8 +222,8 @@ def _private_directory() -> Iterator[Path]:
         _remove_if_abandoned(stale)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     try:
-        if len(os.fsencode(directory)) > _LONGEST_PATH:
-            longest = _LONGEST_PATH - len(_PREFIX) - _RANDOM_SUFFIX - 1  # 1: the slash
+        if len(os.fsencode(directory)) > LONGEST_PATH:
+            longest = LONGEST_PATH - len(_PREFIX) - _RANDOM_SUFFIX - 1  # 1: the slash
             raise StageError(
                 f"the path {directory} is too long for Ray's sockets",
                 place="TMPDIR",

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.checkpoint.architecture import last_classifier
 from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints, remove_leftovers, set_aside
 from pipeline.checkpoint.reader import CheckpointReader, RangeReader
@@ -170,16 +171,45 @@ def _with_defaults(value: object) -> object:
     }
 
 
-def load_initial(source: RangeReader, sharded: ShardedState, place: str, log: Log) -> None:
+def load_initial(
+    source: RangeReader,
+    sharded: ShardedState,
+    place: str,
+    log: Log,
+    *,
+    with_classifier: bool = False,
+) -> None:
     """Start from the backbone of given weights; heads keep their random initialisation.
+
+    Args:
+        with_classifier: the weights are of the same classes: their last classifier becomes that of
+            the network.
 
     Raises:
         CheckpointError: on all ranks, if the weights do not fit the network.
     """
-    names = backbone_names(source, sharded.shapes, place)
-    _load(source, sharded, {}, set(names))
+    names = {name: name for name in backbone_names(source, sharded.shapes, place)}
+    head = last_classifier(source.shapes)
+    if with_classifier and head:
+        own_head = last_classifier(sharded.shapes)
+        names |= {
+            f"{own_head}{name.removeprefix(head)}": name
+            for name in source.shapes
+            if name.startswith(head)
+        }
+    _load(source, sharded, {}, names)
+    # Every rank reads its own share, and all of them have to raise.
+    are_finite = all(bool(values.isfinite().all()) for *_, values in sharded.tensors())
+    gathered = [are_finite] * dist.get_world_size()
+    dist.all_gather_object(gathered, are_finite)
+    if not all(gathered):
+        raise _not_finite(place)
     new = len(sharded.shapes) - len(names)
-    log(f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new")
+    dropped = "" if with_classifier or not head else "; its classifier is not used"
+    log(
+        f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new"
+        f"{dropped}"
+    )
 
 
 @torch.no_grad()
@@ -187,7 +217,7 @@ def _load(
     source: RangeReader,
     sharded: ShardedState,
     stored_kinds: dict[str, str],
-    names: set[str] | None = None,
+    names: dict[str, str] | None = None,
 ) -> None:
     """Fill this rank's share of weights, moments and EMA from ``source``.
 
@@ -195,13 +225,14 @@ def _load(
         stored_kinds: our kind -> the name of the kind in ``source``. Moments that are not in it
             stay zero. An EMA that is not in it (turned on later, or a weights file) starts from
             the weights.
-        names: parameters to load; None: all.
+        names: parameters to load, with their names in ``source``; None: all.
     """
     for fragment, kind, values in sharded.tensors():
         wanted = names is None or fragment.name in names
         if wanted and (kind in stored_kinds or kind in ("master", "ema")):
             stored_kind = stored_kinds.get(kind, "master")
-            values.copy_(source.read(stored_kind, fragment.name, fragment.offset, fragment.length))
+            name = fragment.name if names is None else names[fragment.name]
+            values.copy_(source.read(stored_kind, name, fragment.offset, fragment.length))
     sharded.copy_to_model(sharded.flats)
 
 
@@ -245,5 +276,15 @@ def _write_weights(
     kind = "ema" if "ema" in manifest.kinds else "master"
     stored_kind = BEST if description.keep == "best" else kind
     tensors = {name: reader.full(stored_kind, name) for name in sorted(manifest.shapes)}
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise _not_finite(str(checkpoint))
     write_weights_file(directory / WEIGHTS_FILE, tensors)
     replace(description, network=asdict(spec), weights=kind).write(directory)
+
+
+def _not_finite(place: str) -> CheckpointError:
+    return CheckpointError(
+        "holds weights that are not finite: their training has diverged",
+        place=place,
+        remedy="train them again with a lower learning rate, or take other weights",
+    )

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.checkpoint.weights import initial_weights
+from pipeline.checkpoint.description import WeightsDescription
+from pipeline.checkpoint.weights import initial_weights, weights_of
 from pipeline.config import job_queries, machine
+from pipeline.config.job_queries import TRAINING
 from pipeline.config.render import plain_job_file
 from pipeline.config.schema import TrainConfig
 from pipeline.data.device import DeviceAugment
@@ -150,7 +152,12 @@ def _load_initial(context: StageContext, sharded: ShardedState, log: StageLog) -
     """Load the weights that the stage starts `from`, if it names any."""
     initial = context.config.initial
     if initial:
-        load_initial(initial_weights(context.run_dir, initial), sharded, initial, log)
+        weights = initial_weights(context.run_dir, initial)
+        same_classes = False
+        if initial not in TRAINING:
+            source = weights_of(context.run_dir, initial)
+            same_classes = WeightsDescription.read(*source).classes == context.data.classes
+        load_initial(weights, sharded, initial, log, with_classifier=same_classes)
     elif context.stage == "finetune":
         log("`from` names no weights: fine-tuning starts from scratch", "warning")
 

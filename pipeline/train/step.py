@@ -38,7 +38,8 @@ class TrainingStep:
     accumulation: int  # micro-batches per optimizer step
     applied_steps: int = 0
     retried_steps: int = 0
-    last_step_skipped: bool = False
+    skipped_in_a_row: int = 0  # steps since the last applied one
+    skip_reason: str = ""  # of the first of them
     times: StepTimes = field(default_factory=StepTimes)
     # Called once, with the next micro-batch as the network receives it.
     on_next_batch: Callable[[Batch, DeviceBatch], None] | None = None
@@ -74,7 +75,7 @@ class TrainingStep:
             attempt += 1
         self.applied_steps += 1
         self.context.after_update(step)
-        self.last_step_skipped = False
+        self.skipped_in_a_row = 0
 
     def rehearse(self, batch: Batch) -> None:
         """Compute a micro-batch that leaves no trace: the engine refuses its update."""
@@ -119,9 +120,10 @@ class TrainingStep:
 
     def _skip(self, step: int, mismatches: list[Mismatch]) -> None:
         # In a run of bad steps, log the first one only: the metric counts them.
-        if not self.last_step_skipped:
+        if not self.skipped_in_a_row:
             self.context.log_mismatches(mismatches, f"step {step + 1}: skipped")
-        self.last_step_skipped = True
+            self.skip_reason = str(mismatches[0]) if mismatches else "loss or gradients not finite"
+        self.skipped_in_a_row += 1
 
     def _snapshot(self) -> StepSnapshot:
         statistics = [buffer.clone() for buffer in self.context.running_statistics()]

@@ -11,6 +11,35 @@ from pipeline.errors import StageError
 from pipeline.model.compiled_level import TooManyGraphs
 from pipeline.runtime.device_memory import out_of_memory_named
 from pipeline.train.context import StageContext
+from pipeline.train.step import TrainingStep
+
+# Steps without an update that end a stage: many in a row, or a whole epoch. In a short epoch, a few
+# may be skipped by chance.
+MOST_SKIPPED = 25
+FEWEST_SKIPPED = 5
+
+
+def require_progress(
+    context: StageContext, done: int, step: TrainingStep, steps_per_epoch: int
+) -> None:
+    """Raise StageError if training has diverged: no step changes the weights any more.
+
+    Args:
+        done: steps so far.
+        step: counts those that were skipped; on every rank the same ones.
+    """
+    skipped_in_a_row = step.skipped_in_a_row
+    if skipped_in_a_row < min(MOST_SKIPPED, max(FEWEST_SKIPPED, steps_per_epoch)):
+        return
+    key = f"stages.{context.stage}.base_lr"
+    first = done - skipped_in_a_row + 1
+    raise StageError(
+        f"training has diverged: every step from {first} to {done} was skipped ({step.skip_reason})",
+        place=f"stages.{context.stage}",
+        remedy=f"lower the learning rate (now {context.config.base_lr:g}) or lengthen the warm-up, "
+        f"and start from scratch: --set {key}={context.config.base_lr / 10:g} --stage "
+        f"{context.stage} --force",
+    )
 
 
 @contextlib.contextmanager

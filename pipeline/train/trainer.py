@@ -16,6 +16,7 @@ from pipeline.data.device import DeviceAugment, DeviceBatch
 from pipeline.data.job_dataset import open_job_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.network_inputs import batch_sheet, network_inputs
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import CheckpointError, Interrupted, StageError
 from pipeline.evaluate.accuracy import Evaluation, validate
 from pipeline.evaluate.metrics import COMPARED, LOSS, TOP1, tagged
@@ -35,7 +36,7 @@ from pipeline.train.preemption import CollectiveStop
 from pipeline.train.profiling import profiled
 from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.setup import StageSetup, set_up, train_loader
-from pipeline.train.step_errors import settings_named
+from pipeline.train.step_errors import require_progress, settings_named
 from pipeline.train.step_metrics import StepMetrics
 from pipeline.train.step_times import TimesLog
 from pipeline.train.throughput import Throughput
@@ -151,6 +152,7 @@ class Trainer:
 
         Raises:
             Interrupted: on all ranks after the same step, if a stop is requested.
+            StageError: on all ranks, if no step is applied any more.
         """
         config = self.context.config
         total_steps = self.context.total_steps
@@ -173,6 +175,7 @@ class Trainer:
             counts = step == 0 and done not in config.profile_steps
             with profiled(self.context, done, self.log), self.metrics.memory.counted(counts):
                 self.step.run(step, self.loader)
+            require_progress(self.context, done, self.step, self.loader.steps_per_epoch)
             if logged:
                 self._log_metrics(done)
             # Evaluate before the checkpoint: a resumed run must not repeat the evaluation.
@@ -210,6 +213,8 @@ class Trainer:
             "images_per_s": scalars[tags.IMAGES_PER_S],
             "data_wait_share": scalars[tags.DATA_WAIT_SHARE],
         }
+        if scalars[tags.SKIPPED_STEPS]:
+            self.history.last_metrics["skipped_steps"] = scalars[tags.SKIPPED_STEPS]
 
     @property
     def _eval_batch(self) -> int:
@@ -259,8 +264,7 @@ class Trainer:
         )
         with EvalLoader(
             context.data.split(split),
-            image_size=config.image_size,
-            resize=config.eval_resize,
+            preprocessing=Preprocessing(config.image_size, config.preprocessing),
             batch=self._eval_batch,
             rank=context.dist_env.rank,
             world_size=context.dist_env.size,
@@ -332,7 +336,7 @@ def _write_result(context: StageContext, setup: StageSetup, log: StageLog) -> di
     description = WeightsDescription(
         classes=context.data.classes,
         image_size=config.image_size,
-        resize=config.eval_resize,
+        preprocessing=config.preprocessing,
         precision=config.precision,
         data=context.data.fingerprint,
         metrics=metrics,

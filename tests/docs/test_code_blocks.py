@@ -21,7 +21,9 @@ from pipeline.config.load import load_job
 from pipeline.config.render import explain
 from pipeline.errors import PipelineError
 from pipeline.export import official
+from pipeline.runtime.torchvision_import import import_torchvision
 from pipeline.shipped import JOBS
+from tests.checkpoint.published_files import write_published
 from tests.config.jobs import describe_export
 from tests.docs.command_line import arguments_after_program, parse
 from tests.docs.markdown import DOCUMENTS, FENCE, ROOT, Block, blocks, commands
@@ -30,6 +32,7 @@ from tests.prepare.source_folders import class_tars
 LANGUAGES = {"bash", "python", "yaml", "text"}
 # Programs that the documents use besides the pipeline.
 OTHER_PROGRAMS = {"export", "git", "cd", "python", "pip", "docker", "pre-commit", "ruff", "pytest"}
+OTHER_PROGRAMS |= {"kubectl"}
 LINES = [
     pytest.param(block, words, id=f"{block}-{' '.join(words)[:60]}")
     for block in blocks("bash")
@@ -51,6 +54,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return describe_export(tmp_path_factory.mktemp("export"))
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published file, for the placeholder FILE.pth."""
+    with torch.device("meta"):
+        model = pipeline.model.build("revcol_base", num_classes=3)
+    state = official.to_published(model)
+    # One zero, seen as many: a small file.
+    zeros = {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
+    return write_published(tmp_path_factory.mktemp("weights") / "published.pth", zeros)
+
+
 @pytest.fixture(autouse=True)
 def published_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The variables that the jobs for ImageNet need."""
@@ -68,7 +82,7 @@ def test_every_block_names_its_language() -> None:
 
 @pytest.mark.parametrize(("block", "words"), LINES)
 def test_command_is_understood(
-    block: Block, words: list[str], images: Path, export: Path, tmp_path: Path
+    block: Block, words: list[str], images: Path, export: Path, weights: Path, tmp_path: Path
 ) -> None:
     arguments = arguments_after_program(words)
     if arguments is None:
@@ -77,7 +91,7 @@ def test_command_is_understood(
     command, parameters = parse(arguments)
     for name, value in job_settings(command, parameters):
         if name == "job":
-            placeholders = {"DIR": images, "EXPORT": export}
+            placeholders = {"DIR": images, "EXPORT": export, "FILE.pth": weights}
             check_job(str(value), parameters, placeholders, cluster_of(block, parameters, tmp_path))
         elif name == "key":
             assert explain(str(value), None)
@@ -172,6 +186,8 @@ def test_yaml_block_is_a_valid_job_or_cluster(block: Block, tmp_path: Path, imag
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_block_compiles_and_its_imports_exist(block: Block) -> None:
     tree = ast.parse(block.text, str(block))
+    if "torchvision" in block.text:
+        import_torchvision()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -184,7 +200,14 @@ def test_python_block_compiles_and_its_imports_exist(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in blocks("python") if "runs/" not in block.text], ids=str
+    "block",
+    # Those of backbone.md run in processes of their own: tests/docs/test_backbone.py.
+    [
+        block
+        for block in blocks("python")
+        if "runs/" not in block.text and block.document.name != "backbone.md"
+    ],
+    ids=str,
 )
 def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

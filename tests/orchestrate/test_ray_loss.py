@@ -8,12 +8,12 @@ import sys
 PROGRAM = """
 import threading
 from pipeline.orchestrate import ray_loss
-from pipeline.orchestrate.ray_loss import LossWatch, RayLost
+from pipeline.orchestrate.ray_loss import RayLost, loss_watched
 
 ray_loss._STUCK_S, ray_loss._POLL_S = {seconds}, 0.05
 def check():
     raise RayLost("Ray's node process (raylet) was killed", remedy="rerun")
-with LossWatch(lambda: True, check):
+with loss_watched(lambda: True, check):
     threading.Event().wait({stuck})
 print("not stuck")
 """
