@@ -32,9 +32,9 @@ def require_progress(
     if skipped_in_a_row < min(MOST_SKIPPED, max(FEWEST_SKIPPED, steps_per_epoch)):
         return
     key = f"stages.{context.stage}.base_lr"
-    first = done - skipped_in_a_row + 1
+    first, reason = done - skipped_in_a_row + 1, step.skip_reason
     raise StageError(
-        f"training has diverged: every step from {first} to {done} was skipped ({step.skip_reason})",
+        f"training has diverged: every step from {first} to {done} was skipped ({reason})",
         place=f"stages.{context.stage}",
         remedy=f"lower the learning rate (now {context.config.base_lr:g}) or lengthen the warm-up, "
         f"and start from scratch: --set {key}={context.config.base_lr / 10:g} --stage "
