@@ -54,9 +54,9 @@ class PreprocessingDescription(TypedDict):
 
 
 def describe_preprocessing(
-    preprocessing: Preprocessing, exif_orientation: str
+    preprocessing: Preprocessing, exif_orientation: str = "ignore"
 ) -> PreprocessingDescription:
-    """The entry of ``model.json``."""
+    """The entry of ``model.json``. By default, orientation is ignored, as published models do."""
     return {
         "image_size": preprocessing.image_size,
         "mode": preprocessing.mode,
