@@ -8,13 +8,21 @@
 #   bench   baselines of the benchmarks       ./launch.sh bench loader
 #   s3      s3:// URLs                        ./launch.sh install s3
 #   ray     Ray clusters                      ./launch.sh install ray
-#   onnx    torch.onnx.export of a network    ./launch.sh install onnx
+#   heif    HEIC images, as phones take them  ./launch.sh install heif
+#   onnx    the export format onnx            ./launch.sh install onnx
+#   hub     the export format hub             ./launch.sh install hub
+#   kubernetes  runs on Kubernetes            ./launch.sh install kubernetes
 # An active environment that has the packages of these files is used as it is.
 # PYTHON=/path/to/python3.12 ./launch.sh ... selects the interpreter that .venv is created with.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv="$here/.venv"
 locks="$here/requirements"
+if [[ $here == *:* ]]; then
+    echo "launch.sh: the path of the checkout has a colon, which separates paths: $here" >&2
+    echo "  -> move it" >&2
+    exit 2
+fi
 export DS_BUILD_OPS=0 PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 export PIPELINE_COMMAND="$0"  # usage texts and remedies name the command as it was typed
 
@@ -77,7 +85,9 @@ install() {
     fi
     echo "launch.sh: installing ${sets[*]} into .venv (once, a few minutes)" >&2
     for set in "${sets[@]}"; do files+=(-r "$locks/$set.txt"); done
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}" &
+    # PIP_USER and the like would install beside the environment.
+    PIP_USER=0 env -u PIP_TARGET -u PIP_PREFIX \
+        "$venv/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}" &
     wait $!
     for set in "${sets[@]}"; do digest "$set" >"$venv/.installed-$set"; done
 }

@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -88,6 +89,29 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
     """
     with _renamed_on_success(path) as temporary:
         writer(temporary)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of ``path`` when the body ends without an error.
+
+    The folder before it is deleted; if the body raises, the new one is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(temporary_name(path.name))
+    temporary.mkdir()
+    try:
+        yield temporary
+        # A folder cannot be renamed onto one that is not empty.
+        old = path.with_name(temporary_name(path.name))
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        fsync_dir(path.parent)
+    except BaseException:  # KeyboardInterrupt too: no temporary folder stays behind
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

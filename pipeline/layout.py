@@ -19,7 +19,11 @@ runs/quickstart/
   logs/<stage>.jsonl                  events of a stage
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
-  logs/run.log                        messages of the whole run
+  logs/driver-<job>.log               output of the driver of a job on Kubernetes
+  logs/<stage>-rank<k>.jsonl          where the time of one of its processes went
+  logs/run.log                        messages of the run
+  logs/run.jsonl                      when the run was called, and what it did when
+  profiles/<stage>/                   traces of torch.profiler, of the steps that the job names
   tensorboard/<stage>/                event files
   export/                             the exported model
   replaced/<time>-<stage>/            earlier results of a stage that was run from scratch
@@ -30,8 +34,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+RUNS = Path("runs")  # folder of the run directories, in the current folder
 DATASET_JSON = "dataset.json"
 CLASSES_JSON = "classes.json"
+SOURCE_TIMES = "source.times"  # of a prepared dataset: when its source was last changed
 WEIGHTS_FILE = "weights.safetensors"
 WEIGHTS_JSON = "weights.json"
 # Of an exported model:
@@ -39,7 +45,18 @@ MODEL_WEIGHTS = "model.safetensors"
 MODEL_JSON = "model.json"
 SELF_TEST = "selftest.safetensors"
 PUBLISHED_WEIGHTS = "revcol.pth"  # only where the published code has such a network
-EXPORT_FILES = (MODEL_WEIGHTS, MODEL_JSON, SELF_TEST, PUBLISHED_WEIGHTS)
+SHARDED_WEIGHTS = "model.safetensors.index.json"  # names the files that share out large weights
+HUB = "hub"  # folder for timm and transformers
+HUB_CONFIG = "config.json"  # its description
+HUB_CODE = "modeling_revcol.py"  # its network
+HUB_CARD = "README.md"
+VERIFICATION = "verification.json"  # how a format compares with the exported network
+ONNX_MODEL = "model.onnx"
+ONNX_UINT8_MODEL = "model_uint8.onnx"  # takes pixels as they are decoded
+ONNX_FEATURES = "features.onnx"
+EXPORTED_PROGRAM = "model.pt2"
+FORMAT_FOLDERS = ("torch_export", "onnx", HUB)  # of an exported model, named as its formats
+EXPORT_FILES = (MODEL_WEIGHTS, MODEL_JSON, SELF_TEST, PUBLISHED_WEIGHTS, VERIFICATION)
 
 
 @dataclass(frozen=True)
@@ -113,9 +130,18 @@ class RunDir:
         return self.logs / "run.log"
 
     @property
+    def timeline(self) -> Path:
+        """Calls and phases of the whole run (JSON lines), of which its goodput is computed."""
+        return self.logs / "run.jsonl"
+
+    @property
     def batch_log(self) -> Path:
         """Output of the driver in a batch job, and of the job's script."""
         return self.logs / "batch.log"
+
+    def driver_log(self, job: str) -> Path:
+        """Output of the driver of a job on Kubernetes, over all of its clusters."""
+        return self.logs / f"driver-{job}.log"
 
     @property
     def machines_log(self) -> Path:
@@ -172,6 +198,14 @@ class RunDir:
     def log(self, stage: str, rank: int) -> Path:
         """Standard output and standard error of one process of a stage."""
         return self.logs / f"{stage}-rank{rank}.log"
+
+    def times(self, stage: str, rank: int) -> Path:
+        """Where the time of one process of a training stage went (JSON lines)."""
+        return self.logs / f"{stage}-rank{rank}.jsonl"
+
+    def profile(self, stage: str, step: int, rank: int) -> Path:
+        """What torch.profiler recorded of one step in one process, as a Chrome trace."""
+        return self.path / "profiles" / stage / f"step-{step:08d}-rank{rank}.json"
 
     def tensorboard(self, stage: str = "") -> Path:
         """TensorBoard files of a stage, or the folder of all stages."""

@@ -38,6 +38,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # another program, property tests, and tests that take more than about a second.
 SLOW_FOLDERS = {"bench", "cluster", "e2e", "evaluate", "export", "orchestrate", "runtime", "train"}
 SLOW_FIXTURES = {"session", "server", "proxy", "wheel"}
+# Run first, as they take longest: at the end, a worker would be alone with one of them.
+LONGEST_FILES = [
+    "cluster/test_slurm.py",
+    "cluster/test_ray.py",
+    "cluster/test_verbs.py",
+    "cluster/test_first_runs.py",
+]
+LONGEST_FOLDERS = ["cluster", "e2e", "train", "model"]
 STARTS_PROCESSES = {"subprocess", "multiprocessing"}  # names in a test's own code
 STARTS_GROUPS = {"tests.train.processes", "tests.e2e.job_runs"}  # helpers that a module imports
 SLOW_TESTS = {  # measured
@@ -77,11 +85,21 @@ def _is_slow(item: pytest.Item) -> bool:
     )
 
 
+def _place_in_order(item: pytest.Item) -> tuple[int, int]:
+    path = item.path.relative_to(ROOT / "tests")
+    folder = path.parts[0]
+    return (
+        LONGEST_FILES.index(str(path)) if str(path) in LONGEST_FILES else len(LONGEST_FILES),
+        LONGEST_FOLDERS.index(folder) if folder in LONGEST_FOLDERS else len(LONGEST_FOLDERS),
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _is_slow(item):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=_place_in_order)
 
 
 def pytest_terminal_summary(

@@ -19,7 +19,7 @@ from PIL import Image as Pillow
 from PIL import ImageEnhance, ImageOps
 from torch import Tensor
 
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 
 Image = Pillow.Image
 Matrix = tuple[float, float, float, float, float, float]  # of an affine map, row by row

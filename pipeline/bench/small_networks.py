@@ -7,8 +7,6 @@ longer for an epoch trains for fewer of them.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import math
 import sys
@@ -16,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TypedDict
 
 import torch
@@ -24,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.bench.small_images import TEST, TRAIN, load_split
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
+from pipeline.runtime.torchvision_import import import_torchvision
 
 EVALUATIONS = 8  # points of the learning curve; each costs a pass over the test images
 EVALUATION_BATCH = 250
@@ -104,7 +102,7 @@ def plain_cnn(classes: int, image_size: int) -> nn.Module:
 
 def resnet18(classes: int, image_size: int) -> nn.Module:
     """torchvision's ResNet-18, for small images with a stem that keeps their resolution."""
-    network: nn.Module = _torchvision_models().resnet18(num_classes=classes)
+    network: nn.Module = import_torchvision("torchvision.models").resnet18(num_classes=classes)
     if image_size < SMALL_STEM_BELOW:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -123,29 +121,6 @@ NETWORKS = {
         build=resnet18, design=_resnet_design, peak_lr=1e-3, packages=("torchvision",)
     ),
 }
-
-
-def _torchvision_models() -> ModuleType:
-    try:
-        return importlib.import_module("torchvision.models")
-    except RuntimeError as error:
-        if "does not exist" not in str(error):
-            raise
-    # torchvision's build for CUDA cannot load its operators beside a CPU build of torch, and its
-    # import then fails at the first of them ("operator torchvision::nms does not exist"). The
-    # networks need none of these operators: it suffices that their names are known.
-    _declare_operators()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # what the failed import left behind
-    return importlib.import_module("torchvision.models")
-
-
-@functools.cache  # the declarations end with the object that holds them
-def _declare_operators() -> torch.library.Library:
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def one_cycle(progress: float) -> float:

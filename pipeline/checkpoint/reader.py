@@ -1,4 +1,4 @@
-"""Reads ranges of parameters from a checkpoint or a weights file, whichever ranks wrote them."""
+"""Reads ranges of parameters from a checkpoint, whichever ranks wrote them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.checkpoint.manifest import Manifest, TensorSlice
 from pipeline.errors import CheckpointError
 
 
-class _LazyTensor(Protocol):
+class LazyTensor(Protocol):
     """A tensor in a file; indexing reads the selected elements only."""
 
     def get_shape(self) -> list[int]: ...
 
+    def get_dtype(self) -> str: ...
+
     def __getitem__(self, elements: slice, /) -> Tensor: ...
 
 
-class _SafeTensors(Protocol):
+class SafeTensors(Protocol):
     """The members of safetensors' file handle that are used here (the library ships no types)."""
 
     def keys(self) -> Iterable[str]: ...
 
-    def get_slice(self, name: str) -> _LazyTensor: ...
+    def get_slice(self, name: str) -> LazyTensor: ...
 
     def get_tensor(self, name: str) -> Tensor: ...
 
@@ -55,7 +57,7 @@ class CheckpointReader:
         self._slices: dict[str, list[TensorSlice]] = defaultdict(list)
         for part in manifest.slices:
             self._slices[part.name].append(part)
-        self._files: dict[str, _SafeTensors] = {}
+        self._files: dict[str, SafeTensors] = {}
 
     def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
         """Elements [offset, offset + length) of the flattened parameter: fp32, shape (length,).
@@ -92,45 +94,14 @@ class CheckpointReader:
         shape = torch.Size(self.shapes[name])
         return self.read(kind, name, 0, shape.numel()).view(shape)
 
-    def _open(self, name: str) -> _SafeTensors:
+    def _open(self, name: str) -> SafeTensors:
         # Opening maps the file and reads its header. Every rank reads ranges of all parameters, so
         # it opens each file once and not once per range.
         if name not in self._files:
-            self._files[name] = _open_safetensors(self.directory / name)
+            self._files[name] = open_safetensors(self.directory / name)
         return self._files[name]
 
 
-class WeightsReader:
-    """Ranges of parameters from a weights file.
-
-    The file stores one kind of values, so ``kind`` is ignored.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = _open_safetensors(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"cannot be read ({error})",
-                place=str(path),
-                remedy="rerun the stage that writes it, or copy the file again",
-            ) from error
-        names = self._file.keys()
-        self.shapes: dict[str, list[int]] = {
-            name: list(self._file.get_slice(name).get_shape()) for name in names
-        }
-
-    def read(self, kind: str, name: str, offset: int, length: int) -> Tensor:
-        """Elements [offset, offset + length) of the flattened parameter: fp32, shape (length,)."""
-        return self.full(name).reshape(-1)[offset : offset + length]
-
-    def full(self, name: str) -> Tensor:
-        """The whole parameter, fp32."""
-        return self._file.get_tensor(name).float()
-
-
-def _open_safetensors(path: Path) -> _SafeTensors:
-    return cast(_SafeTensors, safe_open(path, "pt"))
+def open_safetensors(path: Path) -> SafeTensors:
+    """Open a file. Raises OSError or SafetensorError."""
+    return cast(SafeTensors, safe_open(path, "pt"))

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from pipeline.checkpoint.reader import RangeReader, WeightsReader
+from pipeline.checkpoint.description import SAFETENSORS
+from pipeline.checkpoint.reader import RangeReader
 from pipeline.checkpoint.weights_file import verify_weights_file
+from pipeline.checkpoint.weights_reader import WeightsReader
+from pipeline.checkpoint.weights_source import WeightsSource, is_weights_file, weights_source
 from pipeline.errors import CheckpointError
 from pipeline.layout import RunDir
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def weights_path(run_dir: RunDir, initial: str) -> Path:
-    """The weights file of ``initial``: a stage of this run, or the path of a .safetensors file.
+def weights_of(run_dir: RunDir, initial: str) -> WeightsSource:
+    """The weights file of ``initial``: a stage of this run, or the file that it names.
 
     Raises:
         CheckpointError: the file does not exist.
     """
-    path = Path(initial) if initial.endswith(".safetensors") else run_dir.weights(initial)
-    if not path.is_file():
+    is_file = is_weights_file(initial)
+    source = weights_source(initial) if is_file else WeightsSource(run_dir.weights(initial))
+    if not source.path.is_file():
         raise CheckpointError(
             "weights file is missing",
-            place=str(path),
-            remedy=f"run the stage {initial!r} first, or name a .safetensors file",
+            place=str(source.path),
+            remedy=f"run the stage {initial!r} first, or name a weights file",
         )
-    return path
+    return source
 
 
 def initial_weights(run_dir: RunDir, initial: str) -> WeightsReader:
@@ -34,9 +36,10 @@ def initial_weights(run_dir: RunDir, initial: str) -> WeightsReader:
     Raises:
         CheckpointError: the file does not exist, is damaged or cannot be read.
     """
-    path = weights_path(run_dir, initial)
-    verify_weights_file(path)
-    return WeightsReader(path)
+    source = weights_of(run_dir, initial)
+    if source.path.suffix == SAFETENSORS:
+        verify_weights_file(source.path)
+    return WeightsReader(*source)
 
 
 def is_head(name: str) -> bool:

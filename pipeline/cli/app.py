@@ -17,6 +17,7 @@ from pipeline.cli import (
     job,
     model,
     node,
+    plan,
     prepared_data,
     replay,
     runs,
@@ -67,10 +68,13 @@ app.command("logs")(runs.logs)
 app.command("stop")(runs.stop)
 app.command("fetch")(runs.fetch)
 app.command("send", hidden=True)(runs.send)
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("verify")(runs.verify)
 app.command("replay")(replay.replay)
 app.command("predict")(model.predict)
+app.command("weights")(model.weights)
+app.command("export")(model.export)
 app.command("schema")(config.schema)
 app.command("explain")(config.explain)
 app.command("tensorboard")(tensorboard.tensorboard)

@@ -87,7 +87,7 @@ def run(
                 "only a run on a cluster has this option", param_hint="--render, --detach"
             )
         # A scheduler that starts the driver again must not start the work from scratch again.
-        force = force and not environment.is_requeued()
+        force = force and not environment.restarts()
         run_job.run_job(loaded, directory, stage or [], force=force)
         return
     options = submit.SubmitOptions(stages=stage or [], force=force, detach=detach)

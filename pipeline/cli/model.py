@@ -1,12 +1,65 @@
-"""Commands that use an exported model: predict."""
+"""Commands that use a trained model: predict, weights, export."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS
+from pipeline.layout import RUNS
+
+
+def _log(text: str, level: str = "info") -> None:
+    print(text, file=sys.stderr)
+
+
+def weights(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="A weights file (.pth, .pt, .bin, .safetensors), or the folder of a model.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Show which network a weights file is of, and its classes. Executes nothing in the file."""
+    from pipeline.export.weights_summary import weights_summary
+
+    for label, text in weights_summary(file):
+        print(f"{label:<13}{text}")
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN_OR_EXPORT",
+            help="A run (name or directory), or the folder of an exported model.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="Formats, separated by commas: hub, onnx, torch_export."),
+    ] = "hub",
+    precision: Annotated[
+        str, typer.Option(help="Of the weights in the folder hub: fp32 or bf16.")
+    ] = "fp32",
+) -> None:
+    """Write an exported model in the formats of other libraries, and check each of them."""
+    from pipeline.export.formats import require_packages, write_formats
+    from pipeline.orchestrate.predict import find_export
+
+    if precision not in ("fp32", "bf16"):
+        raise typer.BadParameter("--precision is fp32 or bf16")
+    names = to.split(",")
+    require_packages(names)
+    folder = find_export(model, RUNS)
+    for check in write_formats(folder, names, _log, hub_precision=precision):
+        difference = f"largest difference of logits {check['largest_difference']:.1e}"
+        print(f"{check['format']:<13}{difference}, {check['images_per_s']:,.1f} images/s")
 
 
 def predict(
@@ -14,7 +67,8 @@ def predict(
         str,
         typer.Argument(
             metavar="RUN_OR_EXPORT",
-            help="A run (name or directory), or the folder or a file of an exported model.",
+            help="A run (name or directory), the folder or a file of an exported model, or a "
+            "published weights file.",
             show_default=False,
         ),
     ],

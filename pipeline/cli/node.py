@@ -32,6 +32,9 @@ def head(
     gpus: Annotated[int | None, _GPUS] = None,
     grace: Annotated[float, _GRACE] = 120.0,
     address: Annotated[str, _ADDRESS] = "",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port for the other machines (0: any free one).")
+    ] = 0,
     dashboard: Annotated[
         bool, typer.Option(help="Offer the API for Ray jobs, on port 8265 if it is free.")
     ] = True,
@@ -46,6 +49,7 @@ def head(
             gpus=gpus,
             grace=grace,
             address=address,
+            port=port,
             dashboard=dashboard,
         )
     )

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.layout import RunDir
+from pipeline.layout import RUNS, RunDir
 
 if TYPE_CHECKING:
     from pipeline.config.load import LoadedJob
-
-RUNS = Path("runs")  # folder of the run directories, in the current folder
 
 JobFile = Annotated[
     str,
@@ -39,7 +37,8 @@ Cluster = Annotated[
     typer.Option(
         "--on",
         metavar="NAME",
-        help="Run on this cluster: a file in configs/cluster (ray, slurm), or a file of your own.",
+        help="Run on this cluster: a file in configs/cluster (ray, slurm, kubernetes), or a "
+        "file of your own.",
         show_default=False,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import TextIO, cast
@@ -50,6 +51,16 @@ class LastingStream:
 
 
 def keep_output_alive() -> None:
-    """Make the standard streams of this process survive their readers."""
-    sys.stdout = cast(TextIO, LastingStream(sys.stdout))
-    sys.stderr = cast(TextIO, LastingStream(sys.stderr))
+    """Make the standard streams of this process survive their readers, and any text."""
+    sys.stdout = cast(TextIO, LastingStream(_open_stream(sys.stdout)))
+    sys.stderr = cast(TextIO, LastingStream(_open_stream(sys.stderr)))
+
+
+def _open_stream(stream: TextIO | None) -> TextIO:
+    """The stream, or the null device if whoever started this process has closed it (`>&-`)."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
+    # Names of files need not fit the encoding of the terminal, or any encoding.
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return stream

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, Overrides
+from pipeline.cli.options import Overrides
+from pipeline.layout import RUNS
 
 app = typer.Typer(help="Look at prepared data.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS, RunName
+from pipeline.cli.options import RunName
+from pipeline.layout import RUNS
 
 
 def runs(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import RUNS
+from pipeline.layout import RUNS
 
 
 def tensorboard(
@@ -22,9 +22,13 @@ def tensorboard(
 ) -> None:
     """Serve TensorBoard for one run or for all runs.
 
-    Of a run whose directory only a cluster sees, its present files are brought here first.
+    Of a run whose directory only a cluster sees, its present files are brought here first; of one
+    on Kubernetes, manifests of a TensorBoard beside the run are printed.
     """
     from pipeline.monitor.serve import serve
-    from pipeline.orchestrate.run_control import curves_of
+    from pipeline.orchestrate.run_control import curves_of, viewer_of
 
+    if text := viewer_of(run, RUNS):
+        print(text, end="")
+        return
     serve(curves_of(run, RUNS), host, port)

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.files import digest, file_digest
+from pipeline.files import file_digest, json_digest
 from pipeline.shipped import CONFIGS, JOBS
 
 JOB_FILE = "submitted_job.yaml"  # name of the job in the package
@@ -31,11 +31,15 @@ def code_files() -> dict[str, Path]:
     }
 
 
+def module_digests() -> dict[str, str]:
+    """Digest of each module of the pipeline, by its path relative to the package."""
+    modules = sorted(_PACKAGE.rglob("*.py"))
+    return {str(path.relative_to(_PACKAGE)): file_digest(path) for path in modules}
+
+
 def code_digest() -> str:
-    """Digest of the pipeline's modules: the same on two machines that run the same code."""
-    modules = {name: path for name, path in code_files().items() if path.suffix == ".py"}
-    lines = [f"{name} {file_digest(path)}" for name, path in modules.items()]
-    return digest("\n".join(lines).encode())
+    """Digest of all modules: the same on two machines that run the same code."""
+    return json_digest(module_digests())
 
 
 def write_package(folder: Path, job_text: str) -> None:

@@ -1,4 +1,4 @@
-"""What every way to start a run on a cluster offers: the interface of ``ray_jobs`` and ``slurm``.
+"""What every way to start a run on a cluster offers: the interface of all launchers.
 
 A submission starts one driver on the cluster: the command of ``verb``, with a job file. The
 driver does what the same command does on this machine, with the cluster's machines.
@@ -123,4 +123,12 @@ class Launcher(Protocol):
 
         Raises:
             StageError: the command failed; the cause is the last line that it wrote.
+        """
+
+    def viewer(self, name: str, run_dir: Path) -> str:
+        """How to show the curves of a run within the cluster, as text; '': bring them here.
+
+        Args:
+            name: of the run, as a user names it.
+            run_dir: the run directory as the cluster sees it.
         """

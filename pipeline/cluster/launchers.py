@@ -18,6 +18,10 @@ def launcher_for(cluster: ClusterConfig) -> Launcher:
         from pipeline.cluster.slurm import Slurm
 
         return Slurm(cluster)
+    if cluster.kind == "kubernetes":
+        from pipeline.cluster.kubernetes_jobs import KubernetesJobs
+
+        return KubernetesJobs(cluster)
     raise ValueError(f"a run of kind {cluster.kind} has no launcher")
 
 

@@ -28,6 +28,7 @@ from pipeline.cluster.code_package import JOB_FILE, code_digest, write_package
 from pipeline.cluster.launcher import JobState, Phase, Submission, cause_in
 from pipeline.config.schema import ClusterConfig
 from pipeline.errors import ConfigError, StageError
+from pipeline.runtime import environment
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -146,6 +147,10 @@ class RayJobs:
         """Run a short command of the pipeline on the head of the cluster."""
         self._version()
         return self._run_to_end(shlex.join(["python", "-m", "pipeline", *arguments]))
+
+    def viewer(self, name: str, run_dir: Path) -> str:
+        """Nothing of that kind: the files are brought to this machine."""
+        return ""
 
     def _run_to_end(self, entry_point: str) -> str:
         """The output of a short driver. Raises StageError if it fails."""
@@ -289,7 +294,7 @@ def _entry_point(submission: Submission) -> str:
 
 def _environment(cluster: ClusterConfig) -> dict[str, str]:
     # Ray kills a driver 3 s after the request to stop it, unless its own environment has this.
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(cluster.grace), "PYTHONUNBUFFERED": "1"}
+    return {**environment.ray_job(cluster.grace), "PYTHONUNBUFFERED": "1"}
 
 
 def _slug(name: str) -> str:

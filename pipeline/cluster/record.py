@@ -10,14 +10,21 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.config.schema import ClusterConfig
+from pipeline.config.schema import ClusterConfig, Section
 from pipeline.config.schema.cluster import RayConfig, SlurmConfig
+from pipeline.config.schema.kubernetes import KubernetesConfig
 from pipeline.errors import StageError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
 
-# Those whose versions the checks before the first stage compare, too.
-_LIBRARIES = ("torch", "ray", "deepspeed")
+# The machines of a cluster must agree on them.
+_LIBRARIES = ("torch", "ray", "deepspeed", "numpy", "pyarrow", "pydantic")
+# What a launcher needs of the cluster section besides plain values.
+_SECTIONS: dict[str, type[Section]] = {
+    "ray": RayConfig,
+    "slurm": SlurmConfig,
+    "kubernetes": KubernetesConfig,
+}
 
 
 class ClusterRecord(BaseModel):
@@ -26,7 +33,7 @@ class ClusterRecord(BaseModel):
     # A later version may add fields: ignore them, so that an older one can still follow the run.
     model_config = ConfigDict(extra="ignore")
 
-    kind: str = Field(description="Kind of the cluster: ray or slurm.")
+    kind: str = Field(description="Kind of the cluster: ray, slurm or kubernetes.")
     id: str = Field(description="ID of the job.")
     address: str = Field("", description="Kind ray: address of the dashboard.")
     directory: str = Field(description="The run directory, as the cluster sees it.")
@@ -51,9 +58,11 @@ class ClusterRecord(BaseModel):
             for key, value in self.cluster.items()
             if key in ClusterConfig.model_fields and not isinstance(value, dict)
         }
-        for name, keys in (("ray", RayConfig.model_fields), ("slurm", SlurmConfig.model_fields)):
+        for name, section in _SECTIONS.items():
             values = self.cluster.get(name) or {}
-            known[name] = {key: value for key, value in values.items() if key in keys}
+            known[name] = {
+                key: value for key, value in values.items() if key in section.model_fields
+            }
         try:
             return ClusterConfig.model_validate({**known, "kind": self.kind})
         except ValidationError as error:
@@ -70,10 +79,9 @@ class ClusterRecord(BaseModel):
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a run depends on."""
-    return {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in _LIBRARIES
-    }
+    """Versions of Python and of the libraries that must agree between machines."""
+    libraries = {name: metadata.version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version(), **libraries}
 
 
 def read_record(run_dir: RunDir) -> ClusterRecord | None:

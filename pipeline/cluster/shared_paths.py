@@ -11,7 +11,7 @@ from pathlib import Path
 _OWN_FOLDERS = ("/tmp", "/var/tmp", "/dev", "/run", "/proc")
 # File systems on a disk or in the memory of one machine. One that is not listed may be shared: the
 # check of all machines before the first stage tells.
-_LOCAL_TYPES = {
+LOCAL_TYPES = {
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "jfs", "reiserfs", "bcachefs"),
     *("tmpfs", "ramfs", "overlay", "squashfs", "vfat", "exfat", "ntfs3"),
 }
@@ -50,16 +50,20 @@ def why_not_shared(path: str | Path, shared_folder: str = "") -> str:
             f"{folder}/"
         ):
             return f"every machine has a {folder} of its own"
-    if mount.type in _LOCAL_TYPES:
+    if mount.type in LOCAL_TYPES:
         return f"it is on a local file system of this machine ({mount.type} at {mount.folder})"
     return ""
 
 
 def mount_of(path: str) -> Mount:
-    """The mount that holds an absolute path, which need not exist."""
+    """The mount that holds an absolute path, which need not exist; without a type if not known."""
     best = Mount("/", "")
+    try:
+        table = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return best
     # Example of a line: "36 35 98:0 / /mnt/data rw,noatime shared:1 - ext4 /dev/sda1 rw".
-    for line in _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+    for line in table.splitlines():
         before, _, after = line.partition(" - ")
         folder = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
         inside = folder == "/" or path == folder or path.startswith(f"{folder}/")

@@ -139,6 +139,10 @@ class Slurm:
             )
         return done.stdout
 
+    def viewer(self, name: str, run_dir: Path) -> str:
+        """Nothing of that kind: the files are brought to this machine."""
+        return ""
+
 
 def parse_state(text: str) -> JobState:
     """The state in a line of ``scontrol show job --oneliner``.

@@ -65,7 +65,8 @@ class StageFacts:
     """Facts about a training stage, and the values that it has so far.
 
     Attributes:
-        images: of the training split.
+        images: of the training split, about.
+        fewest_images: of the training split, whichever images are held out.
         short_side: median of the images, in pixels.
         finetune: the stage starts from trained weights.
         stem_stride, image_size, epochs, global_batch: as written or chosen; rules that run before
@@ -73,6 +74,7 @@ class StageFacts:
     """
 
     images: int
+    fewest_images: int
     short_side: int
     device: str
     processes: int
@@ -138,6 +140,8 @@ def _global_batch(facts: StageFacts) -> Choice:
     An even batch per process, because mixup and cutmix pair the images of a micro-batch.
     """
     batch = 2 * facts.processes
+    if batch > facts.fewest_images:
+        batch = facts.processes  # nothing is mixed then
     # Too few steps per epoch train badly however many epochs follow; with tiny batches even a few
     # steps are worth doubling for. Example: 360 images, 2 processes: 4 -> 8 -> 16, see above.
     while 2 * batch <= facts.budget.batch:
@@ -146,8 +150,11 @@ def _global_batch(facts: StageFacts) -> Choice:
             break
         batch *= 2
     # 2 x processes can exceed a tiny dataset, and an epoch of zero steps would train nothing.
-    if batch > facts.images:
-        cause = f"{facts.images} training images are too few for {facts.processes} processes"
+    if batch > facts.fewest_images:
+        about = f"{facts.images} training images"
+        if facts.fewest_images < facts.images:
+            about += f" (or {facts.fewest_images}: chance decides which are held out)"
+        cause = f"{about} are too few for {facts.processes} processes"
         raise ConfigError(cause, remedy="add images, or --set cluster.processes=1")
     return Choice(batch, f"{facts.images // batch} steps per epoch on {facts.processes} processes")
 
@@ -188,6 +195,8 @@ def _mixing(strong: float, mild: float) -> Rule:
     """Mixing of images, which keeps a network from learning them by heart but slows it down."""
 
     def choose(facts: StageFacts) -> Choice:
+        if facts.global_batch < 2 * facts.processes:
+            return Choice(0.0, "one image per process and step has no other to mix with")
         reason = f"each image is shown {facts.epochs} times"
         if facts.epochs >= MANY_EPOCHS:
             return Choice(strong, reason)

@@ -6,8 +6,9 @@ Keys: ``model.stem_stride``, ``data.<name>.validation_fraction`` and those of a 
 
 from __future__ import annotations
 
+import math
 import os
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -23,7 +24,7 @@ from pipeline.config.schema import (
     TrainConfig,
 )
 from pipeline.config.yaml_tree.reading import Node
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.sources.inspection import SourceSummary, inspect_source
 from pipeline.sources.survey import unknown_splits
 
@@ -146,13 +147,27 @@ def _inspect(tree: Node, name: str) -> SourceSummary:
         raise ConfigError(cause, place=place, remedy=f"--set {key}=DIR")
     layout_name = str(layout.value) if layout is not None else AUTO
     splits = _splits(dataset.get("splits"))
+    names: dict[str, Any] = {
+        key: node.value
+        for key in ("classes", "image_column", "label_column")
+        if (node := dataset.get(key)) is not None
+    }
     config = DatasetConfig.model_construct(
-        root=os.path.expanduser(root.value), layout=layout_name, splits=splits
+        root=os.path.expanduser(root.value), layout=layout_name, splits=splits, **names
     )
+    is_local = "://" not in root.value and layout_name != "huggingface"
+    if is_local and not os.path.isdir(config.root):
+        key = f"data.{name}.root"
+        cause = f"{key}: there is no folder {root.value}"
+        raise ConfigError(cause, place=root.origin, remedy=f"--set {key}=DIR")
     for split, (cause, remedy) in unknown_splits(config).items():
         node = dataset.get("splits", split) or dataset
         raise ConfigError(f"data.{name}.splits.{split}: {cause}", place=node.origin, remedy=remedy)
-    return inspect_source(root.value, layout_name, f"data.{name}.root", root.origin, splits)
+    try:
+        return inspect_source(config)
+    except DataError as error:
+        cause = f"data.{name}.root: {error.place or root.value}: {error.cause}"
+        raise ConfigError(cause, place=root.origin, remedy=error.remedy) from None
 
 
 def _splits(node: Node | None) -> SplitsConfig | Literal["none"] | None:
@@ -185,6 +200,16 @@ def _training_images(tree: Node, name: str, source: SourceSummary) -> int:
     held_out = node.value if node is not None else None
     fraction = float(held_out) if isinstance(held_out, (int, float)) else 0.1
     return max(1, round(source.images * (1 - fraction)))
+
+
+def _fewest(source: SourceSummary, images: int) -> int:
+    """Training images that remain for certain: each image is held out by chance, on its own.
+
+    Example: of 6 images in 2 classes, 5 are expected and 2 are certain, one of each class.
+    """
+    held_out = source.images - images
+    deviation = math.sqrt(held_out * images / max(1, source.images))
+    return max(source.classes, min(images, int(images - 3 * deviation)))
 
 
 def _cluster(tree: Node) -> ClusterConfig:
@@ -224,10 +249,12 @@ def _facts(tree: Node, stage: str, source: SourceSummary) -> StageFacts:
         node = tree.get(*path)
         return node.value if node is not None and isinstance(node.value, int) else default
 
+    images = _training_images(tree, _dataset_of(tree, stage), source)
     cluster = _cluster(tree)
     initial = tree.get("stages", stage, "from")
     return StageFacts(
-        images=_training_images(tree, _dataset_of(tree, stage), source),
+        images=images,
+        fewest_images=images if source.has_validation else _fewest(source, images),
         short_side=source.short_side,
         device=device(cluster),
         processes=world_size(cluster),

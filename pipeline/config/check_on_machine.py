@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.config import machine
 from pipeline.config.check import check
+from pipeline.config.export_formats import FORMATS
 from pipeline.config.load import LoadedJob
 from pipeline.config.machine import Hardware
 from pipeline.config.micro_batch import choose_micro_batches
+from pipeline.config.schema import Job
 from pipeline.layout import RunDir
 
 
@@ -32,4 +36,16 @@ def check_on_machine(
     hardware = machine.hardware(cluster) if hardware is None else hardware
     loaded = choose_micro_batches(loaded, world_size, hardware.device_bytes)
     check(loaded.job, world_size, loaded.origins, run_dir, hardware)
-    return loaded
+    return replace(loaded, notes=[*loaded.notes, *_missing_formats(loaded.job)])
+
+
+def _missing_formats(job: Job) -> list[str]:
+    """Formats that this machine cannot write, for want of a package: all others are written."""
+    stage = job.stages.export
+    formats = {} if stage is None else {name: FORMATS[name] for name in stage.formats}
+    return [
+        f"stages.export.formats: {name} will not be written: {', '.join(facts.missing)} is not "
+        f"installed: {facts.install}"
+        for name, facts in formats.items()
+        if facts.missing
+    ]

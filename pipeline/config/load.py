@@ -21,6 +21,7 @@ from pipeline.config.schema_text import describe
 from pipeline.config.schema_text.validate import validate
 from pipeline.config.smoke_test import ORIGIN as REHEARSE
 from pipeline.config.smoke_test import rehearse as make_rehearsal
+from pipeline.config.starting_point import choose_start
 from pipeline.config.trained_weights import describe_network, weights_file
 from pipeline.config.yaml_tree import references
 from pipeline.config.yaml_tree.diagnostics import raise_problems
@@ -35,6 +36,7 @@ from pipeline.sources import class_lists
 DEFAULT = "default"
 ON = "--on"  # origin of the cluster that the command line names
 ON_CLUSTER = "chosen on the cluster"  # origin of a value that only stands for the chosen one
+PLANNED = "not needed for a plan"  # origin of a source that is left out
 NOTHING_WRITTEN = Node({}, DEFAULT)
 
 
@@ -78,6 +80,7 @@ def load_job(
     migrate: bool = False,
     on: str = "",
     submits: bool = False,
+    plans: bool = False,
 ) -> LoadedJob:
     """Read a job file.
 
@@ -87,6 +90,7 @@ def load_job(
         migrate: accept names of earlier releases. For ``run.yaml`` of a run directory, which this
             pipeline wrote; in a user's file an old name is an error.
         on: name or file of a cluster that replaces the job's; the overrides apply to it.
+        plans: the job is only planned: variables that its sources need may be unset.
         submits: a job for a cluster only leaves this machine: its sources may be on the cluster.
 
     Raises:
@@ -102,25 +106,24 @@ def load_job(
     tree = replace_old_names(tree, describe.root(), fragments.old_names)
     if on:
         tree = tree.replaced(("cluster",), Node(on, ON))
-    tree = references.expand(apply(tree, overrides), fragments)
+    tree, left_out = choose_start(apply(tree, overrides))
+    tree = references.expand(tree, fragments)
     if not migrate:
         raise_problems(fragments.old_names)
-    # Before ${VAR} is replaced: a rehearsal must not require variables of sources it never reads.
-    if rehearse:
-        tree = _without_sources(tree)
+    # Before ${VAR} is replaced: neither a rehearsal nor a plan reads the sources.
+    tree = _without_sources(tree, only_unset=plans) if rehearse or plans else tree
     tree = references.substitute(tree)
     written = job_name.with_folder(_with_absolute_paths(tree, folder))
-    missing = _missing_source(tree) if submits else ""
+    _refuse_rehearsal_of_weights(written, rehearse)
+    # Before the choices: the network's stride decides which image sizes are possible.
+    tree, read_notes = describe_network(written)
+    missing = _missing_source(written) if submits else ""
     placeholders = REHEARSE if rehearse else ON_CLUSTER if missing else ""
     tree, notes = auto_values.choose(tree, placeholders=placeholders)
     if missing:
         notes.append(f"{missing} is not on this machine: values left to 'auto' are {ON_CLUSTER}")
     tree = job_name.with_folder(_with_absolute_paths(tree, folder))
-    if rehearse and tree.get("model") is None:
-        cause = "nothing to rehearse: the job evaluates a network that was trained elsewhere"
-        raise ConfigError(cause, place=tree.origin, remedy="run it without --rehearse")
-    tree = describe_network(tree)
-    notes = _empty_stages(tree) + notes
+    notes = _empty_stages(tree) + left_out + read_notes + notes
     job = validate(tree)
     origins = _origins(job.model_dump(by_alias=True), tree)
     if not rehearse:
@@ -176,14 +179,36 @@ def _missing_source(tree: Node) -> str:
     return ""
 
 
-def _without_sources(tree: Node) -> Node:
-    """Remove the datasets' roots: a rehearsal needs neither the folders nor their ${VAR}."""
+def _refuse_rehearsal_of_weights(tree: Node, rehearse: bool) -> None:
+    if rehearse and tree.get("model") is None:
+        cause = "nothing to rehearse: the job starts from a network that was trained elsewhere"
+        raise ConfigError(cause, place=tree.origin, remedy="run it without --rehearse")
+
+
+def _without_sources(tree: Node, *, only_unset: bool) -> Node:
+    """Remove the places of the datasets: the folders are not read, nor are their ${VAR} needed.
+
+    ``only_unset``: those that name an unset variable, of a job that is planned.
+    """
     data = tree.get("data")
+    origin = PLANNED if only_unset else REHEARSE
     for name in data.entries() if data is not None else ():
-        tree = tree.replaced(("data", name, "root"), Node("", REHEARSE))
-        if tree.get("data", name, "prepared") is not None:
-            tree = tree.replaced(("data", name, "prepared"), Node("", REHEARSE))
+        for key in ("root", "prepared"):
+            place = tree.get("data", name, key)
+            # A dataset without a root gets an empty one: of a rehearsal it is synthetic.
+            if place is None and key == "prepared":
+                continue
+            if not only_unset or (place is not None and _names_unset_variable(place)):
+                tree = tree.replaced(("data", name, key), Node("", origin))
     return tree
+
+
+def _names_unset_variable(node: Node) -> bool:
+    try:
+        references.substituted(node, "")
+    except ConfigError:
+        return True
+    return False
 
 
 def _with_absolute_paths(tree: Node, folder: Path) -> Node:

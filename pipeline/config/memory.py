@@ -14,11 +14,12 @@ Worked example: RevCol-H (2.4 billion parameters) in bf16 under ZeRO 2 on 8 GPUs
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.blocks import registry
-from pipeline.blocks.facts import BlockFacts
+from pipeline.config.network_sizes import LEVELS, SIMPLE_DECODER_ABOVE, SUPERVISED, NetworkSizes
 from pipeline.config.schema import ModelConfig, TrainConfig
+from pipeline.optimizers import registry as optimizers
 
 GIB = 2.0**30
 USABLE_SHARE = 0.92  # of a device: the allocator's blocks never fit exactly
@@ -26,8 +27,6 @@ RESERVED_BYTES = 1.5 * GIB  # CUDA context, NCCL, cuBLAS workspaces
 # Kernels index a tensor with 32 bits. Beyond that, libraries take other and less tested paths.
 MAX_ELEMENTS = 2**31
 
-SIMPLE_DECODER_ABOVE = 1000  # classes; see ``model/heads.py``
-SUPERVISED = 4  # columns with a classifier under intermediate supervision; all but one decode
 REDUCE_BUCKET = 500_000_000  # elements of DeepSpeed's communication buffer
 GATHERED_LEVELS = 5  # that ZeRO-3 holds at once: four live ones and one on its way
 REMAINDER_BITS = 2  # per element: 1 at the initial alpha of 0.5, more when alpha shrinks
@@ -35,26 +34,53 @@ DECODER_SAVED = 7  # maps that autograd keeps per decoder stage
 FUSION_SAVED = 2  # maps that autograd keeps of a level besides its blocks: down and up
 INPUT_BYTES = 13  # per pixel and colour: uint8, and three float copies during augmentation
 
+# Parts of the state, and of the activations of an image.
+WEIGHTS, GRADIENTS, OPTIMIZER, AVERAGE, BUFFERS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "average",
+    "buffers",
+)
+INPUTS, MAPS, REMAINDERS = ("inputs", "activations", "remainders")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
     """What a training stage needs on each device.
 
     Attributes:
-        state: bytes that do not depend on the images: weights, gradients, optimizer, EMA, buffers.
+        state_parts: bytes that do not depend on the images, by part.
         update: additional bytes of the optimizer's update, when no activations are alive.
-        image: bytes of activations per image.
+        image_parts: bytes per image at the peak of a step, by part.
         elements: elements per image of the largest tensor.
     """
 
-    state: float
+    state_parts: Mapping[str, float]
     update: float
-    image: float
+    image_parts: Mapping[str, float]
     elements: float
+
+    @property
+    def state(self) -> float:
+        """Bytes that do not depend on the images: weights, gradients, optimizer, EMA, buffers."""
+        return sum(self.state_parts.values())
+
+    @property
+    def image(self) -> float:
+        """Bytes of activations per image."""
+        return sum(self.image_parts.values())
 
     def needed(self, micro_batch: int) -> float:
         """Peak bytes of a step with ``micro_batch`` images."""
         return self.state + max(self.update, micro_batch * self.image)
+
+    def in_words(self) -> str:
+        """What it consists of, for messages."""
+        return (
+            f"{self.state / GIB:.1f} GiB of weights, gradients and optimizer, and "
+            f"{self.image / GIB:.2f} GiB per image or {self.update / GIB:.1f} GiB for the update"
+        )
 
     def fits(self, micro_batch: int, device_bytes: float) -> bool:
         """Whether a step fits a device, and its tensors 32-bit indexing."""
@@ -68,6 +94,16 @@ def usable(device_bytes: float) -> float:
     return USABLE_SHARE * device_bytes - RESERVED_BYTES
 
 
+def network_sizes(model: ModelConfig, train: TrainConfig, classes: int) -> NetworkSizes:
+    """The sizes of the network that a stage trains."""
+    return NetworkSizes(
+        model,
+        image_size=train.image_size,
+        classes=classes,
+        supervised=train.intermediate_supervision,
+    )
+
+
 def stage_memory(
     model: ModelConfig, train: TrainConfig, *, classes: int, world_size: int, stored: int
 ) -> StageMemory:
@@ -78,132 +114,103 @@ def stage_memory(
         world_size: processes that share the state, as ``zero_stage`` says.
         stored: columns that store their activations (with activations 'exact').
     """
-    network = _Network(model, train, classes)
-    count = network.parameters()
+    sizes = network_sizes(model, train, classes)
     return StageMemory(
-        state=_state_bytes(network, count, world_size),
+        state_parts=_state_parts(sizes, train, world_size),
         # Temporaries of AdamW, in fp32 and of the own share: flat gradients and a square root.
-        update=8 * count / world_size,
-        image=network.image_bytes(stored),
-        elements=network.largest_map(),
+        update=8 * sizes.parameters / (world_size if train.zero_stage else 1),
+        image_parts=_ImageMemory(sizes, train).parts(stored),
+        elements=sizes.largest_map(),
     )
 
 
-def _state_bytes(network: _Network, count: float, world_size: int) -> float:
+def checkpoint_bytes(sizes: NetworkSizes, train: TrainConfig) -> float:
+    """Bytes of a checkpoint: fp32 weights and moments, with the EMA and the best weights."""
+    copies = bool(train.ema_decay) + (train.keep == "best")
+    weights = 1 + _moments(train) + copies
+    return 4 * (weights * sizes.parameters + (1 + copies) * sizes.running_statistics)
+
+
+def _state_parts(sizes: NetworkSizes, train: TrainConfig, world_size: int) -> dict[str, float]:
     """Bytes of weights, gradients, optimizer, EMA and communication buffers per device."""
-    train = network.train
     stage = train.zero_stage
-    width = network.width
+    width = _width(train)
+    count = sizes.parameters
+    shared_by = world_size if stage else 1
     # ZeRO shares out more and more: optimizer (1), gradients (2), weights (3).
     if stage == 3:
-        weights = width * (count / world_size + GATHERED_LEVELS * network.largest_level())
+        weights = width * (count / world_size + GATHERED_LEVELS * sizes.largest_level())
     else:
         weights = width * count
-    # Shared gradients are accumulated in fp32, unshared ones have the dtype of the network.
-    gradients = 4 * count / world_size if stage >= 2 else width * count
-    # Two Adam moments; an fp32 copy of the weights, which ZeRO 0 does without; the average.
-    optimizer = (8 if stage == 0 else 12) * count
-    average = 4 * count if train.ema_decay else 0
-    shared = (optimizer + average) / (world_size if stage else 1)
-    buffers = width * min(count, REDUCE_BUCKET) * (2 if stage == 3 else 1)
-    return weights + gradients + shared + buffers
+    return {
+        WEIGHTS: weights,
+        # Shared gradients are accumulated in fp32, unshared ones have the dtype of the network.
+        GRADIENTS: 4 * count / world_size if stage >= 2 else width * count,
+        # The moments, and an fp32 copy of the weights, which ZeRO 0 does without.
+        OPTIMIZER: 4 * (_moments(train) + (stage > 0)) * count / shared_by,
+        AVERAGE: 4 * count / shared_by if train.ema_decay else 0.0,
+        BUFFERS: width * min(count, REDUCE_BUCKET) * (2 if stage == 3 else 1),
+    }
 
 
-class _Network:
-    """Sizes of a network: parameters, and bytes of its activations."""
+def _width(train: TrainConfig) -> int:
+    """Bytes of a number inside F."""
+    return 4 if train.precision == "fp32" else 2
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, classes: int) -> None:
-        self.model = model
-        self.train = train
-        self.classes = classes
-        self.width = 2 if train.precision == "bf16" else 4  # bytes of a number inside F
-        names = (model.block,) * 4 if isinstance(model.block, str) else model.block
-        self.kinds: list[BlockFacts] = [registry.facts()[name] for name in names]
-        # Positions of each level's map per image: 224 pixels -> 3136, 784, 196, 49.
-        self.positions = [(train.image_size / (4 << level)) ** 2 for level in range(4)]
 
-    # Parameters. Vectors (norms, biases, layer scale) are left out: at most a few percent.
+def _moments(train: TrainConfig) -> int:
+    """Values per weight in the optimizer's state: two for AdamW."""
+    return len(optimizers.facts()[train.optimizer].moments)
 
-    def level_parameters(self, level: int, *, first_column: bool = False) -> float:
-        channels = self.model.channels
-        own = channels[level]
-        count = self.model.depths[level] * self.kinds[level].weights * own**2
-        if level > 0:
-            count += 4 * channels[level - 1] * own  # convolution 2x2
-        if level < 3 and not first_column:
-            count += channels[level + 1] * own
-        if level == 0 and self.model.huge and not first_column:
-            count += channels[3] * own
-        return count
 
-    def largest_level(self) -> float:
-        return max(self.level_parameters(level) for level in range(4))
+class _ImageMemory:
+    """Bytes per image of a network's activations."""
 
-    def parameters(self) -> float:
-        first = sum(self.level_parameters(level, first_column=True) for level in range(4))
-        others = sum(self.level_parameters(level) for level in range(4))
-        stem = 48 * self.model.channels[0]
-        return stem + first + (self.model.columns - 1) * others + self._head_parameters()
+    def __init__(self, sizes: NetworkSizes, train: TrainConfig) -> None:
+        self.sizes = sizes
+        self.model = sizes.model
+        self.width = _width(train)
 
-    def _head_parameters(self) -> float:
-        c0, c1, c2, c3 = self.model.channels
-        if not self.train.intermediate_supervision:
-            return self.classes * c3
-        if self.classes > SIMPLE_DECODER_ABOVE:
-            decoder = 3072 * c3
-        else:
-            decoder = c3 * c2 + c2 * c1 + c1 * c0 + 2 * (c2**2 + c1**2 + c0**2) + 48 * c0
-        return SUPERVISED * self.classes * c3 + (SUPERVISED - 1) * decoder
-
-    # Activations per image.
-
-    def _map(self, level: int) -> float:
-        """Elements of a level's map."""
-        return self.positions[level] * self.model.channels[level]
-
-    def largest_map(self) -> float:
-        """Elements of the largest tensor: a hidden map of a block."""
-        return max(self._map(level) * self.kinds[level].widest for level in range(4))
-
-    def _saved(self, level: int) -> float:
-        """Bytes that autograd keeps of a level's F."""
-        blocks = self.model.depths[level] * self.kinds[level].saved
-        return self._map(level) * (blocks + FUSION_SAVED) * self.width
-
-    def _transient(self, level: int) -> float:
-        """Bytes that the backward pass of a block adds: gradients of its hidden maps."""
-        return self._map(level) * 2 * self.kinds[level].widest * self.width
-
-    def _decoder_bytes(self) -> float:
-        """Bytes that reconstructions keep until the loss is differentiated."""
-        if not self.train.intermediate_supervision:
-            return 0
-        # 48 values per position of stride 4, which are 16 pixels: computed, fp32, and its gradient.
-        kept = 48 * self.positions[0] * (self.width + 8)
-        if self.classes <= SIMPLE_DECODER_ABOVE:
-            kept += sum(self._map(level) for level in range(3)) * DECODER_SAVED * self.width
-        return (SUPERVISED - 1) * kept
-
-    def image_bytes(self, stored: int) -> float:
-        """Peak bytes of activations per image; ``stored`` columns keep theirs."""
-        levels = range(4)
+    def parts(self, stored: int) -> dict[str, float]:
+        """Peak bytes per image, by part; ``stored`` columns keep their activations."""
         columns = self.model.columns
-        maps = 4 * sum(self._map(level) for level in levels)  # of one column, in fp32 or int32
-        column = maps + sum(self._saved(level) for level in levels)
-        transient = max(self._transient(level) for level in levels)
-        stem = 2 * 4 * self._map(0)  # its output and the gradient of it
-        inputs = 3 * self.train.image_size**2 * INPUT_BYTES
+        maps = 4 * sum(self.sizes.map(level) for level in LEVELS)  # of one column, fp32 or int32
+        column = maps + sum(self._saved(level) for level in LEVELS)
+        transient = max(self._transient(level) for level in LEVELS)
+        stem = 2 * 4 * self.sizes.map(0)  # its output and the gradient of it
         # Whatever the columns keep is alive while the heads run, and while the last column is
         # differentiated; then it shrinks.
         late = max(self._decoder_bytes(), maps + transient)
+        remainders = 0.0
         if self.model.activations == "stored":
-            return inputs + stem + columns * column + late
-        if self.model.activations == "checkpointed":
-            return inputs + stem + columns * maps + column + late
-        remainders = max(0, columns - stored - 1) * maps / 4 * REMAINDER_BITS / 8
-        storing = stored * column + 2 * maps + late
-        # Inversion: the stream, the maps of two columns, their gradients, and the graph of the one
-        # level that is being computed again.
-        level = max(self._saved(level) + self._transient(level) for level in levels)
-        inverting = 4 * maps + level if stored < columns else 0
-        return inputs + stem + remainders + max(storing, inverting)
+            kept = columns * column + late
+        elif self.model.activations == "checkpointed":
+            kept = columns * maps + column + late
+        else:
+            remainders = max(0, columns - stored - 1) * maps / 4 * REMAINDER_BITS / 8
+            storing = stored * column + 2 * maps + late
+            # Inversion: the stream, the maps of two columns, their gradients, and the graph of the
+            # one level that is being computed again.
+            level = max(self._saved(level) + self._transient(level) for level in LEVELS)
+            kept = max(storing, 4 * maps + level if stored < columns else 0)
+        inputs = 3 * self.sizes.image_size**2 * INPUT_BYTES
+        return {INPUTS: inputs, MAPS: stem + kept, REMAINDERS: remainders}
+
+    def _saved(self, level: int) -> float:
+        """Bytes that autograd keeps of a level's F."""
+        blocks = self.model.depths[level] * self.sizes.kinds[level].saved
+        return self.sizes.map(level) * (blocks + FUSION_SAVED) * self.width
+
+    def _transient(self, level: int) -> float:
+        """Bytes that the backward pass of a block adds: gradients of its hidden maps."""
+        return self.sizes.map(level) * 2 * self.sizes.kinds[level].widest * self.width
+
+    def _decoder_bytes(self) -> float:
+        """Bytes that reconstructions keep until the loss is differentiated."""
+        if not self.sizes.supervised:
+            return 0
+        # The pixels of the reconstruction: computed, in fp32, and their gradient.
+        kept = 3.0 * self.sizes.image_size**2 * (self.width + 8)
+        if self.sizes.classes <= SIMPLE_DECODER_ABOVE:
+            kept += sum(self.sizes.map(level) for level in range(3)) * DECODER_SAVED * self.width
+        return (SUPERVISED - 1) * kept

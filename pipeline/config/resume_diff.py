@@ -12,8 +12,9 @@ four keys:
 Which results a key changes is written beside the key in the schema (``Rules.changes``).
 
 The recorded job may come from another version of the schema. A key that it lacks has its default,
-as it had when there was no such key. A key that the schema no longer has is ignored: nothing reads
-it any more. Renamed keys have their new names already (``migrate_renamed``).
+as it had when there was no such key; with ``Rules.accepts_missing`` it is not compared. A key that
+the schema no longer has is ignored: nothing reads it any more. Renamed keys have their new names
+already (``migrate_renamed``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pydantic_core import to_jsonable_python
 
 from pipeline.config.schema import Job, Section
 from pipeline.config.schema.rules import (
+    accepts_missing,
     changes_result,
     keeps_work,
     key_of,
@@ -66,6 +68,7 @@ def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
     # Compare flat keys rather than sections, so that one changed value is one line for the user.
     before = dict(_flatten(_settings_of(_complete(old, Job), stage)))
     after = dict(_flatten(_settings_of(_complete(new, Job), stage)))
+    recorded = dict(_flatten(_settings_of(old, stage)))
     keys = dict.fromkeys([*before, *after])  # those of the old job first
     return [
         Change(
@@ -77,6 +80,7 @@ def changes(old: Resolved, new: Resolved, stage: str) -> list[Change]:
         )
         for key in keys
         if before.get(key, MISSING) != after.get(key, MISSING)
+        and (key in recorded or not accepts_missing(Job, key.split(".")))
     ]
 
 

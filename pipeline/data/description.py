@@ -36,6 +36,7 @@ class DatasetDescription:
     ``fingerprint``: digest of everything that the shards' bytes depend on. ``layout``: layout of
     the source. ``classes``: number of classes. ``rejected``, ``duplicates``, ``changed``: number of
     images by reason. ``mean``, ``std``: per channel, of the training images (RGB in [0, 1]).
+    ``source_content``: digest of every file of the source; '' in datasets of earlier versions.
     """
 
     format: int
@@ -51,6 +52,7 @@ class DatasetDescription:
     mean: list[float] = field(default_factory=list)
     std: list[float] = field(default_factory=list)
     images_by_short_side: dict[str, int] = field(default_factory=dict)
+    source_content: str = ""
     settings: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

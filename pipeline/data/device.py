@@ -31,10 +31,9 @@ from torch import Tensor
 from pipeline.config.schema import AugmentConfig
 from pipeline.data import device_pixels
 from pipeline.data.device_pixels import Boxes, Erasing, Mixing
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.data.rng import uniform
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in [0, 1]
-STD = (0.229, 0.224, 0.225)
 ERASE_AREA = (0.02, 1 / 3)  # of the image's area
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 ERASE_TRIES = 4

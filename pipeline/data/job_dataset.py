@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import job_queries
-from pipeline.config.job_queries import TRAINING, dataset_place, stage_names
+from pipeline.config.job_queries import dataset_place
 from pipeline.config.schema import Job, ShardCacheConfig, TrainConfig
 from pipeline.data.dataset import PreparedDataset, open_dataset
 from pipeline.data.description import DatasetDescription
@@ -45,7 +45,7 @@ def require_cache_room(job: Job, run_dir: RunDir) -> None:
         DataError: the dataset's description cannot be read.
     """
     cache = job.cluster.shard_cache
-    for stage in (name for name in stage_names(job) if name in TRAINING):
+    for stage in job_queries.training_stages(job):
         place = dataset_place(job, run_dir, job_queries.dataset_name(job, stage))
         if isinstance(place, str) and cache is not None:
             config = job_queries.train_config(job, stage)

@@ -26,7 +26,7 @@ from typing import Literal, Self
 import numpy as np
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.augment import EvalTransform, TrainTransform
+from pipeline.data.augment import TrainTransform
 from pipeline.data.bad_samples import BAD_SAMPLE, BadSampleReplacement, explain
 from pipeline.data.dataset import Split
 from pipeline.data.decode import Image
@@ -39,6 +39,7 @@ from pipeline.data.prefetch import (
     PrefetchQueue,
     WriteImage,
 )
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import ConfigError, DataError
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
@@ -256,8 +257,7 @@ class EvalLoader(_Loader):
     with 2 images), rank 1 the images 26 to 52 in 4 batches (the last one with 3).
 
     Args:
-        image_size: side of the square images, in pixels.
-        resize: short side before the centre crop, as a multiple of image_size.
+        preprocessing: how images are prepared, and their size.
         batch: images per batch.
         threads: number of threads that decode.
         prefetch_bytes: memory limit for batches; at least two are always prefetched.
@@ -268,8 +268,7 @@ class EvalLoader(_Loader):
         self,
         split: Split,
         *,
-        image_size: int,
-        resize: float,
+        preprocessing: Preprocessing,
         batch: int,
         rank: int = 0,
         world_size: int = 1,
@@ -288,11 +287,11 @@ class EvalLoader(_Loader):
         self._batch = batch
         self._first = bounds[rank]
         self._last = bounds[rank + 1]
-        self._transform = EvalTransform(image_size, resize)
+        self._transform = preprocessing.transform()
         self._queue = PrefetchQueue(
             split,
             batch=batch,
-            image_size=image_size,
+            image_size=preprocessing.image_size,
             threads=threads,
             prefetch_bytes=prefetch_bytes,
             pin_memory=pin_memory,

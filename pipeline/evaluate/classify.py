@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipeline.checkpoint.description import WeightsDescription
-from pipeline.checkpoint.weights import weights_path
+from pipeline.checkpoint.weights import weights_of
 from pipeline.config import job_queries, machine
 from pipeline.config.render import plain_job_file
 from pipeline.config.schema import AugmentConfig, Job
@@ -19,7 +19,6 @@ from pipeline.evaluate.metrics import COMPARED, tagged
 from pipeline.evaluate.network import labelled_for, load_network, preprocessing
 from pipeline.evaluate.pictures import record_samples
 from pipeline.evaluate.record import EvaluationRecord
-from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from pipeline.monitor.recorder import Recorder
 from pipeline.runtime.device_memory import out_of_memory_named
@@ -43,19 +42,20 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
     with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
         data = open_job_dataset(job, run_dir, "evaluate")
         split = data.description.reported_split()
-        image_size, resize = preprocessing(job, run_dir, stage.initial, stage.image_size)
+        prepared = preprocessing(
+            job, run_dir, stage.initial, image_size=stage.image_size, mode=stage.preprocessing
+        )
         network = load_network(job, run_dir, stage.initial, data).to(device)
         # On a GPU, evaluate in the precision of the training; on the CPU always in fp32.
-        weights = weights_path(run_dir, stage.initial)
-        description = WeightsDescription.read(weights)
+        weights = weights_of(run_dir, stage.initial)
+        description = WeightsDescription.read(*weights)
         use_bf16 = device.type == "cuda" and description.precision == "bf16"
         normalise = DeviceAugment(AugmentConfig(), len(data.classes), job.seed, train=False)
         with (
             out_of_memory_named("stages.evaluate.batch", stage.batch, "take a smaller batch"),
             EvalLoader(
                 labelled_for(description.classes, data, split),
-                image_size=image_size,
-                resize=resize,
+                preprocessing=prepared,
                 batch=stage.batch,
                 rank=world.rank,
                 world_size=world.size,
@@ -64,12 +64,14 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
             ) as loader,
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
-            evaluation = validate(network, loader, normalise, device, image_size)
+            evaluation = validate(network, loader, normalise, device, prepared.image_size)
     if world.is_main:
         record = EvaluationRecord(
             split=split,
             images=evaluation.images,
-            weights=file_digest(weights),
+            weights=weights.digest(),
+            preprocessing=prepared.mode,
+            image_size=prepared.image_size,
             metrics=evaluation.metrics,
         )
         record.write(run_dir)

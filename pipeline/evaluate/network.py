@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 
+from pipeline.checkpoint.architecture import CLASSIFIER, last_classifier
 from pipeline.checkpoint.description import WeightsDescription
-from pipeline.checkpoint.weights import initial_weights, require_shapes, weights_path
+from pipeline.checkpoint.weights import initial_weights, require_shapes, weights_of
 from pipeline.config import job_queries
-from pipeline.config.schema import Job, ModelConfig, TrainConfig
+from pipeline.config.schema import Job, ModelConfig
 from pipeline.data.dataset import PreparedDataset, Split
+from pipeline.data.preprocessing import Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.layout import RunDir
 from pipeline.model import Network, NetworkSpec
@@ -41,14 +45,14 @@ def require_same_classes(run_dir: RunDir, initial: str, data: PreparedDataset) -
 
     For an export, whose class list is that of the dataset.
     """
-    path = weights_path(run_dir, initial)
-    trained = WeightsDescription.read(path).classes
+    source = weights_of(run_dir, initial)
+    trained = WeightsDescription.read(*source).classes
     if trained is not None and trained != data.classes:
         raise CheckpointError(
             f"weights were trained on {len(trained)} classes that are not the "
             f"{len(data.classes)} of {data.path.name}",
-            place=str(path),
-            remedy="take the dataset that the weights were trained on",
+            place=str(source),
+            remedy="take the dataset that the weights were trained on, or fine-tune on this one",
         )
 
 
@@ -87,7 +91,8 @@ def labelled_for(model_classes: list[str] | None, data: PreparedDataset, split_n
         raise DataError(
             f"{len(unknown)} classes are unknown to the model: {shown}",
             place=str(data.path),
-            remedy=f"rename or remove them; the model knows {len(model_classes)} classes: {known}",
+            remedy="rename or remove them, or fine-tune the weights on these classes; the model "
+            f"knows {len(model_classes)} classes: {known}",
         )
     return split.relabelled(outputs)
 
@@ -96,23 +101,27 @@ def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset)
     """Build the fp32 network in evaluation mode and load the weights of ``initial``.
 
     Args:
-        initial: a training stage, or the path of a .safetensors file.
+        initial: a training stage, or a weights file.
         data: gives the number of classes of weights without a description.
 
     Raises:
         CheckpointError: the weights are missing or belong to another model.
     """
     # 1. The weights and their classes.
-    path = weights_path(run_dir, initial)
+    source = weights_of(run_dir, initial)
     reader = initial_weights(run_dir, initial)
-    classes = WeightsDescription.read(path).classes or data.classes
+    classes = WeightsDescription.read(*source).classes or data.classes
+    head = last_classifier(reader.shapes)
+    outputs = reader.shapes.get(f"{head}linear.weight", [0])[0]
+    if outputs != len(classes):
+        raise CheckpointError(
+            f"the classifier has {outputs} outputs, {data.path.name} has {len(classes)} classes",
+            place=str(source),
+            remedy="take images of the classes that the weights were trained on, or fine-tune them",
+        )
     # 2. An empty network: on the meta device no weights are initialised. The file shows which
     #    heads it has.
-    spec = architecture_spec(
-        job.model,
-        len(classes),
-        supervised="classifiers.1.linear.weight" in reader.shapes,
-    )
+    spec = architecture_spec(job.model, len(classes), supervised=head != CLASSIFIER)
     with torch.device("meta"):
         network = Network(spec)
     # 3. The weights become the network's parameters. Integer buffers are not in the file.
@@ -121,34 +130,38 @@ def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset)
         for name, value in network.state_dict().items()
         if value.is_floating_point()
     }
-    require_shapes(reader, shapes, str(path))
+    require_shapes(reader, shapes, str(source))
     network.load_state_dict({name: reader.full(name) for name in shapes}, strict=True, assign=True)
     return network.eval()
 
 
 def preprocessing(
-    job: Job, run_dir: RunDir, initial: str, image_size: int | None = None
-) -> tuple[int, float]:
-    """(image_size, resize) of the evaluation transform for the weights of ``initial``.
+    job: Job,
+    run_dir: RunDir,
+    initial: str,
+    *,
+    image_size: int | None = None,
+    mode: Mode | None = None,
+) -> Preprocessing:
+    """How images are prepared for the weights of ``initial``.
 
-    Image size, first match: the argument; the stage ``initial`` of the job; ``weights.json``.
+    The first that says it: the arguments; the stage ``initial`` of the job; what describes the
+    weights.
 
     Raises:
         CheckpointError: none of them gives an image size.
     """
     if initial in job_queries.TRAINING and initial in job_queries.stage_names(job):
         config = job_queries.train_config(job, initial)
-        return image_size or config.image_size, config.eval_resize
-    path = weights_path(run_dir, initial)
-    description = WeightsDescription.read(path)
+        return Preprocessing(image_size or config.image_size, mode or config.preprocessing)
+    source = weights_of(run_dir, initial)
+    description = WeightsDescription.read(*source)
     size = image_size or description.image_size
     if size is None:
         raise CheckpointError(
             "the image size that these weights were trained with is unknown",
-            place=str(path),
+            place=str(source),
             remedy="set image_size, or copy the weights.json of the training stage beside them",
         )
-    if description.resize is not None:
-        return size, description.resize
-    default: float = TrainConfig.model_fields["eval_resize"].default
-    return size, default
+    described = cast(Mode, description.preprocessing or Preprocessing.mode)
+    return Preprocessing(size, mode or described)

@@ -13,13 +13,16 @@ from pipeline.layout import RunDir
 class EvaluationRecord:
     """The content of ``evaluation.json``.
 
-    ``split``: validation or test. ``weights``: digest of the weights file. ``metrics``: means over
-    the images of the split.
+    ``split``: validation or test. ``weights``: digest of the weights file. ``preprocessing``: how
+    the images were prepared (see ``data/preprocessing.py``), at ``image_size`` pixels. ``metrics``:
+    means over the images of the split.
     """
 
     split: str
     images: int
     weights: str
+    preprocessing: str
+    image_size: int
     metrics: dict[str, float]
 
     @classmethod
@@ -34,8 +37,11 @@ class EvaluationRecord:
             return None
 
     def summary(self) -> dict[str, str | int | float]:
-        """Split, images and metrics in one mapping, for the description of a model."""
-        return {"split": self.split, "images": self.images, **self.metrics}
+        """All but the weights and with the metrics, for the description of a model."""
+        values = asdict(self)
+        del values["weights"]
+        metrics = values.pop("metrics")
+        return {**values, **metrics}
 
     def write(self, run_dir: RunDir) -> None:
         write_json(run_dir.evaluation, with_digest(asdict(self)))

@@ -3,49 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from pipeline.blocks import registry
+from pipeline.checkpoint.published_names import published_name, published_shape
 from pipeline.errors import CheckpointError
 from pipeline.model import Network, NetworkSpec
 from pipeline.model.spec import PUBLISHED_STEM_STRIDE
-
-# (our pattern, published name). The first pattern that matches the start of a name applies; the
-# rest of the name stays. Example:
-#   columns.3.levels.0.down.norm.bias -> subnet3.level0.fusion.down.1.bias
-_RULES: tuple[tuple[str, str], ...] = (
-    (r"stem\.conv\.", r"stem.0."),
-    (r"stem\.norm\.", r"stem.1."),
-    (r"columns\.(\d+)\.levels\.(\d)\.alpha", r"subnet\1.alpha\2"),
-    (r"columns\.(\d+)\.levels\.(\d)\.blocks\.", r"subnet\1.level\2.blocks."),
-    (r"columns\.(\d+)\.levels\.(\d)\.down\.conv\.", r"subnet\1.level\2.fusion.down.0."),
-    (r"columns\.(\d+)\.levels\.(\d)\.down\.norm\.", r"subnet\1.level\2.fusion.down.1."),
-    (
-        r"columns\.(\d+)\.levels\.(\d)\.up\.linear\.",
-        r"subnet\1.level\2.fusion.up.channel_reschedule.0.",
-    ),
-    (
-        r"columns\.(\d+)\.levels\.(\d)\.up\.norm\.",
-        r"subnet\1.level\2.fusion.up.channel_reschedule.1.",
-    ),
-    (
-        r"columns\.(\d+)\.levels\.(\d)\.up_top\.linear\.",
-        r"subnet\1.level\2.fusion.up2.channel_reschedule.0.",
-    ),
-    (
-        r"columns\.(\d+)\.levels\.(\d)\.up_top\.norm\.",
-        r"subnet\1.level\2.fusion.up2.channel_reschedule.1.",
-    ),
-    (r"decoders\.(\d)\.stages\.(\d)\.block\.", r"decoder_blocks.\1.normal_layers.\2.0."),
-    (r"decoders\.(\d)\.stages\.(\d)\.linear\.", r"decoder_blocks.\1.proj_layers.\2.0."),
-    (r"decoders\.(\d)\.stages\.(\d)\.norm\.", r"decoder_blocks.\1.proj_layers.\2.1."),
-    (r"decoders\.(\d)\.norm\.", r"decoder_blocks.\1.projback.0."),
-)
-# Ours are linear layers and vectors; the published code has 1x1 convolutions and (1, C, 1, 1).
-_POINTWISE = re.compile(r"decoder_blocks\.\d\.(proj_layers\.\d\.0|projback\.\d)\.weight$")
-_ALPHA = re.compile(r"subnet\d+\.alpha\d$")
 
 
 def not_published(spec: NetworkSpec) -> str:
@@ -60,52 +26,6 @@ def not_published(spec: NetworkSpec) -> str:
 def has_published_names(spec: NetworkSpec) -> bool:
     """True if the published code has such a network."""
     return not not_published(spec)
-
-
-def published_name(
-    name: str, *, blocks: Sequence[str], supervised: bool, simple_decoder: bool
-) -> str:
-    """The published name of our parameter ``name``.
-
-    Args:
-        blocks: block kind of each of the four levels.
-        supervised: the network has several classifiers, which the published code names otherwise.
-        simple_decoder: the decoders have a norm before their projection.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    # Some published names depend on the heads of the network.
-    head = r"cls_blocks.\1" if supervised else "cls"
-    projection = r"decoder_blocks.\1.projback." + ("1." if simple_decoder else "0.")
-    rules = (
-        *_RULES,
-        (r"classifiers\.(\d)\.norm\.", head + r".classifier.0."),
-        (r"classifiers\.(\d)\.linear\.", head + r".classifier.1."),
-        (r"decoders\.(\d)\.project\.", projection),
-    )
-    for pattern, replacement in rules:
-        renamed, count = re.subn("^" + pattern, replacement, name)
-        if count:
-            return _rename_inside_block(name, renamed, blocks)
-    raise CheckpointError(
-        f"parameter {name!r} has no published name",
-        remedy="export without revcol.pth: only published architectures have these names",
-    )
-
-
-def _rename_inside_block(name: str, renamed: str, blocks: Sequence[str]) -> str:
-    """Give the parts of a block their published names, which the registry has for its kind."""
-    level = re.match(r"columns\.\d+\.levels\.(\d)\.blocks\.", name)
-    if level is not None:
-        kind = blocks[int(level[1])]
-    elif re.match(r"decoders\.\d\.stages\.\d\.block\.", name):
-        kind = "convnext"  # decoders have ConvNeXt blocks, whatever the columns have
-    else:
-        return renamed
-    for ours, published in registry.facts()[kind].published_names.items():
-        renamed = renamed.replace(ours, published)
-    return renamed
 
 
 def names(model: Network) -> dict[str, str]:
@@ -127,11 +47,7 @@ def to_published(model: Network, state: Mapping[str, Tensor] | None = None) -> d
     converted = {}
     for ours, published in names(model).items():
         value = state[ours].detach()
-        if _ALPHA.search(published):
-            value = value.view(1, -1, 1, 1)
-        elif value.dim() == 2 and _POINTWISE.search(published):
-            value = value.view(*value.shape, 1, 1)
-        converted[published] = value
+        converted[published] = value.view(published_shape(published, tuple(value.shape)))
     return converted
 
 

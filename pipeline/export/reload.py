@@ -4,9 +4,9 @@
     model = load_export("runs/quickstart/export")
     model.predict("cat.jpg")                      # [(class id, name, probability), ...]
 
-Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg and xxhash.
-The last four read images exactly as training does. ray, deepspeed, pydantic and all other packages
-of the pipeline are not needed; a test blocks them.
+Packages that this module imports: torch, safetensors, numpy, opencv (cv2), simplejpeg, Pillow and
+xxhash. All but the first two read images exactly as preparation and training do. ray, deepspeed,
+pydantic and all other packages of the pipeline are not needed; a test blocks them.
 
 ``python -m pipeline.export.reload DIR`` repeats the export's self-test in a fresh process.
 """
@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.checkpoint.weights_file import verify_weights_file
-from pipeline.data.augment import EvalTransform
 from pipeline.data.decode import Image
+from pipeline.data.image_files import plain_image
+from pipeline.data.preprocessing import MEAN, STD, Mode, Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export import official
 from pipeline.files import DIGEST, matches_digest
@@ -38,27 +39,50 @@ from pipeline.model import Network, NetworkSpec
 Prediction = tuple[str, str, float]  # class id, name, probability
 
 
-class Preprocessing(TypedDict):
+class PreprocessingDescription(TypedDict):
     """From an image file to the network's input; ``image_size`` in pixels."""
 
     image_size: int
-    resize: float
+    mode: NotRequired[Mode]  # see ``data/preprocessing.py``; exports of 0.1.0 have ``resize``
+    resize: NotRequired[float]
     mean: list[float]
     std: list[float]
     color: str
+    # As the training images were prepared: "apply" turns an image upright, "ignore" does not.
+    exif_orientation: NotRequired[str]
     steps: str  # the same in words
+
+
+def describe_preprocessing(
+    preprocessing: Preprocessing, exif_orientation: str = "ignore"
+) -> PreprocessingDescription:
+    """The entry of ``model.json``. By default, orientation is ignored, as published models do."""
+    return {
+        "image_size": preprocessing.image_size,
+        "mode": preprocessing.mode,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "color": "RGB",
+        "exif_orientation": exif_orientation,
+        "steps": preprocessing.steps,
+    }
 
 
 class ModelDescription(TypedDict):
     """The content of ``model.json``."""
 
     network: Mapping[str, object]  # the fields of NetworkSpec
-    preprocessing: Preprocessing
+    preprocessing: PreprocessingDescription
     classes: list[str]
     class_names: list[str]
     trained: dict[str, float]  # metrics of the training
     # Name of the split, number of its images, and the metrics on it; if the model was evaluated.
     evaluated: NotRequired[dict[str, str | int | float]]
+    # Name of the job, name of the dataset, and the training in the words of a job file. Without
+    # paths: a card with them may be published.
+    name: NotRequired[str]
+    data: NotRequired[str]
+    job: NotRequired[str]
     # The file with the published names, or why there is none. Exports of 0.1.0 lack the field.
     published_names: NotRequired[str]
     pipeline: str  # version that exported the model
@@ -71,6 +95,12 @@ class Exported:
     network: Network
     description: ModelDescription
 
+    def preprocessing(self) -> Preprocessing:
+        """How images are prepared for the network."""
+        settings = self.description["preprocessing"]
+        mode = settings.get("mode") or ("whole" if settings.get("resize") == 1 else "fast")
+        return Preprocessing(settings["image_size"], mode)
+
     def prepare(self, path: str | Path) -> Tensor:
         """Image file -> (1, 3, H, W), bit for bit as in evaluation.
 
@@ -81,8 +111,9 @@ class Exported:
         size = settings["image_size"]
         pixels: Image = np.empty((size, size, 3), dtype=np.uint8)
         try:
-            transform = EvalTransform(size, settings["resize"])
-            transform(memoryview(Path(path).read_bytes()), pixels)
+            upright = settings.get("exif_orientation") == "apply"
+            data = plain_image(Path(path).read_bytes(), orientation=upright)
+            self.preprocessing().transform()(memoryview(data), pixels)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"not a readable image: {error}", place=str(path), remedy="give an image file"
@@ -168,7 +199,7 @@ def self_test(directory: Path) -> float:
     expected = load_file(directory / SELF_TEST)
     exported = load_export(directory)
     networks = [exported.network]
-    if official.has_published_names(exported.network.spec):
+    if (directory / PUBLISHED_WEIGHTS).is_file():
         weights = torch.load(directory / PUBLISHED_WEIGHTS, weights_only=True)["model"]
         published = make_network(exported.description).eval()
         official.load(published, weights)

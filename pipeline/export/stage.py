@@ -7,28 +7,41 @@ training network's logits bit for bit.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors import SafetensorError
 
 import pipeline
 from pipeline.checkpoint.description import WeightsDescription
-from pipeline.checkpoint.weights import weights_path
+from pipeline.checkpoint.weights import weights_of
 from pipeline.checkpoint.weights_file import write_weights_file
+from pipeline.config import job_queries
+from pipeline.config.export_formats import FORMATS
+from pipeline.config.load import plain_values
 from pipeline.config.schema import Job
-from pipeline.data.device import MEAN, STD
+from pipeline.data.dataset import PreparedDataset
 from pipeline.data.job_dataset import open_job_dataset
 from pipeline.errors import ConfigError, StageError
 from pipeline.evaluate.network import load_network, preprocessing, require_same_classes
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.export import official
-from pipeline.export.reload import ModelDescription
-from pipeline.files import atomic, file_digest, with_digest, write_json
-from pipeline.layout import MODEL_JSON, MODEL_WEIGHTS, PUBLISHED_WEIGHTS, SELF_TEST, RunDir
+from pipeline.export.formats import write_formats
+from pipeline.export.reload import ModelDescription, describe_preprocessing
+from pipeline.files import atomic, with_digest, write_json
+from pipeline.layout import (
+    FORMAT_FOLDERS,
+    MODEL_JSON,
+    MODEL_WEIGHTS,
+    PUBLISHED_WEIGHTS,
+    SELF_TEST,
+    RunDir,
+)
 from pipeline.model import Network
 
 # Metrics of the training that describe the model. Its throughput describes the machine.
@@ -45,14 +58,15 @@ WRITE_ERRORS = (
 
 
 def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
-    """Write ``export/``: model.safetensors, model.json, selftest.safetensors and revcol.pth.
+    """Write ``export/``: model.safetensors, model.json, selftest.safetensors, and the formats.
 
     revcol.pth has the published names. It is written if the published code has such a network;
-    otherwise model.json says why it is not there.
+    otherwise model.json says why it is not there. A format whose packages are not installed is
+    left out.
 
     Returns:
         ``parameters``, ``bytes`` and ``reload_difference`` (0: in a fresh process, the logits are
-        equal bit for bit).
+        equal bit for bit), and ``<format>_missing`` for a format that is left out.
 
     Raises:
         StageError: the files cannot be written, or fail the self-test.
@@ -61,34 +75,9 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     if stage is None:
         raise ConfigError("the job has no stage 'export'", remedy="add it under `stages`")
     data = open_job_dataset(job, run_dir, "export")
-    image_size, resize = preprocessing(job, run_dir, stage.initial)
     require_same_classes(run_dir, stage.initial, data)
     network = load_network(job, run_dir, stage.initial, data)
-    weights = weights_path(run_dir, stage.initial)
-    trained = WeightsDescription.read(weights)
-    description: ModelDescription = {
-        "network": asdict(network.spec),
-        "preprocessing": {
-            "image_size": image_size,
-            "resize": resize,
-            "mean": list(MEAN),
-            "std": list(STD),
-            "color": "RGB",
-            "steps": "short side to image_size * resize (area; cubic where that enlarges), "
-            "centre crop, / 255, - mean, / std",
-        },
-        "classes": data.classes,
-        "class_names": data.class_names,
-        "trained": {
-            name: value for name, value in trained.metrics.items() if name in MODEL_METRICS
-        },
-        "published_names": _published_names(network),
-        "pipeline": pipeline.__version__,
-    }
-    evaluation = EvaluationRecord.read(run_dir)
-    # Only of these weights: a job may evaluate other ones than it exports.
-    if evaluation is not None and evaluation.weights == file_digest(weights):
-        description["evaluated"] = evaluation.summary()
+    description = _describe(job, run_dir, network, data)
     target = run_dir.export
     try:
         _write(network, description, target)
@@ -98,16 +87,75 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
             place=str(target),
             remedy="free some disk space, then rerun the same command",
         ) from error
+    difference = _self_test_in_fresh_process(target)
+    for folder in FORMAT_FOLDERS:  # of an earlier export
+        shutil.rmtree(target / folder, ignore_errors=True)
+    missing = [name for name in stage.formats if FORMATS[name].missing]
+    write_formats(
+        target,
+        [name for name in stage.formats if name not in missing],
+        lambda text, level="info": print(text, flush=True),
+        hub_precision=stage.hub_precision,
+    )
     return {
         "parameters": float(sum(parameter.numel() for parameter in network.parameters())),
         "bytes": float((target / MODEL_WEIGHTS).stat().st_size),
-        "reload_difference": _self_test_in_fresh_process(target),
+        "reload_difference": difference,
+        **{f"{name}_missing": 1.0 for name in missing},
     }
 
 
-def _published_names(network: Network) -> str:
+def _describe(
+    job: Job, run_dir: RunDir, network: Network, data: PreparedDataset
+) -> ModelDescription:
+    """The content of model.json."""
+    stage = job.stages.export
+    assert stage is not None
+    weights = weights_of(run_dir, stage.initial)
+    trained = WeightsDescription.read(*weights)
+    orientation = str(data.description.settings.get("exif_orientation", "ignore"))
+    description: ModelDescription = {
+        "network": asdict(network.spec),
+        "preprocessing": describe_preprocessing(
+            preprocessing(job, run_dir, stage.initial), orientation
+        ),
+        "classes": data.classes,
+        "class_names": data.class_names,
+        "trained": {
+            name: value for name, value in trained.metrics.items() if name in MODEL_METRICS
+        },
+        "name": job.name,
+        "data": job_queries.dataset_name(job, "export"),
+        "job": _training(job),
+        "published_names": _published_names(network, stage.formats),
+        "pipeline": pipeline.__version__,
+    }
+    evaluation = EvaluationRecord.read(run_dir)
+    # Only of these weights: a job may evaluate other ones than it exports.
+    if evaluation is not None and evaluation.weights == weights.digest():
+        description["evaluated"] = evaluation.summary()
+    return description
+
+
+def _published_names(network: Network, formats: list[str]) -> str:
     missing = official.not_published(network.spec)
-    return f"no file: the published code has no {missing}" if missing else PUBLISHED_WEIGHTS
+    if missing:
+        return f"no file: the published code has no {missing}"
+    return PUBLISHED_WEIGHTS if "published" in formats else "no file: not among the formats"
+
+
+def _training(job: Job) -> str:
+    """The model and the training stages, as a job file has them, but without paths."""
+    values = plain_values(job)
+    stages = {
+        name: {
+            key: Path(value).name if key == "from" else value
+            for key, value in values["stages"][name].items()
+        }
+        for name in job_queries.training_stages(job)
+    }
+    shown = {"name": job.name, "model": values["model"], "stages": stages}
+    return str(yaml.safe_dump(shown, sort_keys=False))
 
 
 def _write(network: Network, description: ModelDescription, target: Path) -> None:
@@ -115,7 +163,7 @@ def _write(network: Network, description: ModelDescription, target: Path) -> Non
     # tensors that share memory.
     state = {name: value.detach().clone() for name, value in network.state_dict().items()}
     write_weights_file(target / MODEL_WEIGHTS, state, metadata={"format": "pt"})
-    if official.has_published_names(network.spec):
+    if description["published_names"] == PUBLISHED_WEIGHTS:
         published = official.to_published(network, state)
         # An open file instead of a path: torch.save would store the (temporary) file name.
         with atomic(target / PUBLISHED_WEIGHTS) as file:

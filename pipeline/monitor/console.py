@@ -7,6 +7,7 @@ a process group and a process that trains alone show the same.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,17 @@ from rich.live import Live
 from pipeline.metric_text import metric_text
 from pipeline.monitor import tags
 from pipeline.monitor.events import Event, Follower
+from pipeline.monitor.goodput import Goodput
 from pipeline.monitor.progress_line import PhaseLine, ProgressLine
 
 _REFRESHES_PER_S = 4  # of the live line
+_PIPE_WIDTH = 160  # columns of tables where the output is no terminal
 LEVEL_STYLES = {"info": "dim", "warning": "yellow", "error": "red"}
+
+
+def output_console() -> Console:
+    """The console of standard output. Where that is no terminal, tables have room."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 
 
 @dataclass(kw_only=True)
@@ -36,6 +44,7 @@ class LatestMetrics:
     images_per_s: float = 0.0
     loss: float | None = None
     accuracy: float | None = None  # top-1 on the validation split, 0 to 1
+    goodput: float | None = None  # share of the steps in the time of training
 
     def update(self, event: Event) -> None:
         """Take the values from ``event``; a metric that it lacks keeps its value."""
@@ -54,6 +63,8 @@ class LatestMetrics:
             words.append(metric_text(tags.TOP1, self.accuracy))
         if self.images_per_s:
             words.append(metric_text(tags.IMAGES_PER_S, self.images_per_s))
+        if self.goodput is not None:
+            words.append(f"goodput {self.goodput:.0%}")
         return words
 
 
@@ -172,19 +183,33 @@ class DisplayFeed:
 
     ``highest_step`` is the largest step seen. The supervisor compares it before and after a restart
     to tell whether the processes make progress. ``compiles``: the first steps of the stage compile
-    the network, which takes minutes.
+    the network, which takes minutes. ``goodput``: that of the run, which the events of a training
+    stage are added to.
     """
 
-    def __init__(self, events: Path, display: Display, *, compiles: bool = False) -> None:
+    def __init__(
+        self,
+        events: Path,
+        display: Display,
+        *,
+        compiles: bool = False,
+        goodput: Goodput | None = None,
+    ) -> None:
         self._follower = Follower(events, from_end=True)  # events of earlier attempts are history
         self._display = display
         self._first_steps = "compiling" if compiles else "loading"
         self._metrics = LatestMetrics()
+        self._goodput = goodput
+        self._stage = events.stem
         self.highest_step = 0
 
     def poll(self) -> None:
         """Show the events written since the last call."""
         for event in self._follower.poll():
+            # Added before it is shown, so that the line has the share up to this event.
+            if self._goodput is not None:
+                self._goodput.add(event, self._stage)
+                self._metrics.goodput = self._goodput.share
             self._show(event)
 
     def _show(self, event: Event) -> None:

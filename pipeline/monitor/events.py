@@ -20,7 +20,7 @@ _REQUIRED = ("kind", "step", "time")  # written even if they are zero
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One line: ``kind`` is start, step, evaluation or message."""
+    """One line: ``kind`` is start, step, evaluation, message or end; of the driver, see goodput."""
 
     kind: str
     step: int
@@ -30,6 +30,7 @@ class Event:
     scalars: dict[str, float] = field(default_factory=dict)
     text: str = ""
     level: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)  # since the last such event, by part
 
 
 class EventWriter:
@@ -54,8 +55,13 @@ class EventWriter:
         scalars: dict[str, float] | None = None,
         text: str = "",
         level: str = "",
-    ) -> None:
-        """Append one event; empty fields are left out.
+        seconds: dict[str, float] | None = None,
+        at: float | None = None,
+    ) -> Event:
+        """Append one event and return it; empty fields are left out.
+
+        Args:
+            at: the time of the event; now by default.
 
         Values that are not finite are written as ``NaN`` and ``Infinity``: an extension of JSON
         that Python reads back.
@@ -63,12 +69,13 @@ class EventWriter:
         event = Event(
             kind=kind,
             step=step,
-            time=self._clock(),
+            time=self._clock() if at is None else at,
             total=total,
             epoch=epoch,
             scalars=scalars or {},
             text=text,
             level=level,
+            seconds=seconds or {},
         )
         line = {key: value for key, value in asdict(event).items() if key in _REQUIRED or value}
         self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
@@ -78,6 +85,7 @@ class EventWriter:
         # rare, and there is one with each checkpoint.
         if kind == "message":
             os.fsync(self._file.fileno())
+        return event
 
     def close(self) -> None:
         self._file.close()

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from pipeline.layout import RunDir
 from pipeline.monitor.events import EventWriter
+from pipeline.monitor.goodput import Goodput
 from pipeline.monitor.tensorboard import TRAINED, Board, Hparam
+from pipeline.monitor.trained_on import TrainedOn
 
 
 class Recorder:
@@ -21,6 +23,7 @@ class Recorder:
         trained: training stages of the job; TensorBoard has charts for their losses.
         resume_step: optimizer steps in the checkpoint from which training resumes (0: from
             scratch). Anything recorded for later steps becomes invalid.
+        trained_on: for a later comparison with the forecast.
     """
 
     def __init__(
@@ -30,12 +33,21 @@ class Recorder:
         *,
         trained: Sequence[str] = tuple(TRAINED),
         resume_step: int = 0,
+        trained_on: TrainedOn | None = None,
     ) -> None:
         self._step = resume_step
+        self._stage = stage
+        self._goodput = Goodput.of(run_dir, trained)
         self._events = EventWriter(run_dir.events(stage))
         # Readers of the event log drop all later steps when they meet this event; TensorBoard does
         # the same with purge_step.
-        self._events.write("start", resume_step)
+        start = self._events.write(
+            "start",
+            resume_step,
+            scalars=trained_on.scalars() if trained_on else None,
+            text=trained_on.device if trained_on else "",
+        )
+        self._goodput.add(start, stage)
         purge_step = resume_step + 1 if resume_step else None
         self._board = Board(
             run_dir.tensorboard(stage),
@@ -45,13 +57,27 @@ class Recorder:
             warn=self._log_warning,
         )
 
-    def step(self, step: int, total_steps: int, epoch: int, scalars: dict[str, float]) -> None:
+    def step(
+        self,
+        step: int,
+        total_steps: int,
+        epoch: int,
+        scalars: dict[str, float],
+        seconds: dict[str, float] | None = None,
+    ) -> None:
         """Record the metrics after optimizer step ``step`` of ``total_steps``; both, and ``epoch``,
         count from 1.
+
+        Args:
+            seconds: where the time since the last call went, by part of the goodput.
         """
         self._step = step
-        self._events.write("step", step, total=total_steps, epoch=epoch, scalars=scalars)
-        self._board.scalars(step, scalars)
+        event = self._events.write(
+            "step", step, total=total_steps, epoch=epoch, scalars=scalars, seconds=seconds
+        )
+        # TensorBoard alone gets the shares: the event log has the seconds that they follow from.
+        self._goodput.add(event, self._stage)
+        self._board.scalars(step, scalars | self._goodput.scalars())
 
     def evaluation(self, step: int, scalars: dict[str, float]) -> None:
         """Record the metrics on the validation split, with the weights after ``step``."""
@@ -75,7 +101,9 @@ class Recorder:
         """Log a message for the user; ``level`` is info, warning or error."""
         self._events.write("message", self._step, text=text, level=level)
 
-    def close(self) -> None:
+    def close(self, seconds: dict[str, float] | None = None) -> None:
+        """End the stage. ``seconds``: as in ``step``."""
+        self._events.write("end", self._step, seconds=seconds)
         self._board.close()
         self._events.close()
 

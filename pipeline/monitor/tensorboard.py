@@ -60,17 +60,31 @@ _GROUPS = {
         "learning rate": _lines(tags.LEARNING_RATE),
         "gradient norm": _lines(tags.GRAD_NORM),
         "skipped steps": _lines(tags.SKIPPED_STEPS),
+        "learning rate by depth": _lines(r"layer_rates/group_\d+"),
+        "norm of the gradient by part": _lines(r"gradient_norms/\w+"),
+        "norm of the weights by part": _lines(r"weight_norms/\w+"),
+        "norm of the update by part": _lines(r"update_norms/\w+"),
     },
     "Machine": {
         "images per second": _lines(tags.IMAGES_PER_S),
         "share of time waiting for data": _lines(tags.DATA_WAIT_SHARE),
         "replaced samples": _lines(tags.REPLACED_SAMPLES),
-        "memory (MiB)": _lines(tags.RSS_MIB, tags.DEVICE_MIB),
+        "memory (MiB)": _lines(r"memory/\w+_mib"),
+        "share of the devices' arithmetic": _lines(tags.MFU, tags.HFU),
+        "slowest rank: time above the mean (share)": _lines(tags.RANK_SPREAD),
+        "slowest rank": _lines(tags.SLOWEST_RANK),
+    },
+    "Time of the run": {
+        "goodput": _lines(tags.GOODPUT),
+        "shares by part": _lines(r"goodput_parts/\w+"),
+        "restarts": _lines(tags.RESTARTS),
     },
     "Reversible columns": {
         "mismatched elements": _lines(tags.MISMATCHED_ELEMENTS),
         "retried steps": _lines(tags.RETRIED_STEPS),
         "largest value of the stream": _lines(tags.MAX_ABS),
+        "bits left by column": _lines(r"headroom/column_\d+"),
+        "smallest and largest alpha by column": _lines(r"alpha/\w+_column_\d+"),
     },
 }
 

@@ -6,8 +6,8 @@ To add one, add one file there. Its docstring's first line describes it, and it 
     MOMENTS = ("exp_avg", "exp_avg_sq")   tensors of its state with one value per weight
     OPTIMIZER = torch.optim.AdamW         a torch optimizer; it never waits for the device
 
-The job schema and its checks read names, descriptions and ``KEYS`` without importing the file (no
-torch). The engine and the checkpoints use the rest.
+The configuration reads names, descriptions, ``KEYS`` and ``MOMENTS`` without importing the file
+(no torch). The engine and the checkpoints use the rest.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ class OptimizerFacts:
 
     description: str
     keys: tuple[str, ...]  # keys of a training stage that it reads, besides the common ones
+    moments: tuple[str, ...]  # tensors of its state that checkpoints save by ranges of weights
 
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """An optimizer's class and the state that checkpoints save by ranges of weights.
+    """An optimizer's class and its state.
 
-    ``moments`` start at zero. A step count is in ``state[weight]["step"]``, if there is one.
+    ``moments`` as in its facts; they start at zero. A step count is in ``state[weight]["step"]``,
+    if there is one.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -51,7 +53,7 @@ def facts() -> dict[str, OptimizerFacts]:
     """Return the facts of every optimizer, keyed by the name of its file and sorted by it.
 
     Raises:
-        ValueError: a file in ``kinds`` has no docstring or no literal ``KEYS``.
+        ValueError: a file in ``kinds`` has no docstring or no literal ``KEYS`` or ``MOMENTS``.
     """
     return {name: _read(path) for name, path in plugins.files(_FOLDER).items()}
 
@@ -71,8 +73,12 @@ def readers(key: str) -> list[str]:
 
 def _read(path: Path) -> OptimizerFacts:
     description = plugins.description(path)
-    keys = plugins.assigned(path, "KEYS")
+    return OptimizerFacts(description, _literals(path, "KEYS"), _literals(path, "MOMENTS"))
+
+
+def _literals(path: Path, name: str) -> tuple[str, ...]:
+    assigned = plugins.assigned(path, name)
     try:
-        return OptimizerFacts(description, tuple(ast.literal_eval(keys)))
+        return tuple(ast.literal_eval(assigned))
     except (ValueError, TypeError):
-        raise ValueError(f"{path}: KEYS must be a tuple of literals") from None
+        raise ValueError(f"{path}: {name} must be a tuple of literals") from None

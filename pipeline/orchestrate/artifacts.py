@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.checkpoint.weights_source import WeightsSource, weights_source
 from pipeline.config import job_queries
 from pipeline.config.job_queries import TRAINING, dataset_place, prepared_names
 from pipeline.config.schema import DatasetConfig, Job
@@ -20,6 +21,7 @@ from pipeline.layout import (
     CLASSES_JSON,
     DATASET_JSON,
     EXPORT_FILES,
+    FORMAT_FOLDERS,
     WEIGHTS_FILE,
     WEIGHTS_JSON,
     RunDir,
@@ -74,12 +76,19 @@ def inputs(
     initial = _initial(job, stage)
     if initial:
         # `from` names a stage of this run or a file; the file may come from anywhere.
-        weights = run_dir.weights(initial) if initial in TRAINING else Path(initial)
-        digests["weights"] = expected.get(weights) or _digest(weights)
+        if initial in TRAINING:
+            weights = WeightsSource(run_dir.weights(initial))
+        else:
+            weights = weights_source(initial)
+        is_there = weights.path.is_file()
+        known = expected.get(weights.path)
+        digests["weights"] = known or (weights.digest() if is_there else NOT_THERE)
     if stage not in TRAINING and initial in TRAINING and getattr(job.stages, initial) is not None:
         # Evaluation and export preprocess images as the training stage did.
         train = job_queries.train_config(job, initial)
-        digests["preprocessing"] = json_digest([train.image_size, train.eval_resize])
+        # Earlier versions recorded the factor before the crop.
+        mode = {"fast": 1.143, "whole": 1.0}.get(train.preprocessing, train.preprocessing)
+        digests["preprocessing"] = json_digest([train.image_size, mode])
     if stage == "export" and run_dir.evaluation.is_file():
         # The export quotes the accuracy. It does without one if the job does not evaluate.
         digests["evaluation"] = _digest(run_dir.evaluation)
@@ -121,8 +130,15 @@ def require_intact(
 
     Raises:
         StageError: a file is not as its stage wrote it.
+        CheckpointError: a weights file from elsewhere is damaged.
     """
     source = _initial(job, stage)
+    if source.endswith(Path(WEIGHTS_FILE).suffix) and Path(source).is_file():
+        # Weights from elsewhere: better now than after a preparation of hours. Imported here,
+        # because it imports torch, which takes seconds.
+        from pipeline.checkpoint.weights_file import verify_weights_file
+
+        verify_weights_file(Path(source))
     used = {} if stage == "prepare" else {"prepare": run_dir.dataset(_dataset(job, stage))}
     if source in TRAINING:
         used[source] = run_dir.stage(source)
@@ -168,6 +184,8 @@ def outputs(job: Job, stage: str, run_dir: RunDir) -> dict[str, Artifact]:
     elif stage == "export":
         # Which files there are depends on the network.
         paths = [run_dir.export / name for name in EXPORT_FILES]
+        for folder in FORMAT_FOLDERS:
+            paths += sorted((run_dir.export / folder).rglob("*"))
         files = {path: "" for path in paths if path.is_file()}
     return {
         str(path.relative_to(run_dir.path)): Artifact.of(path, digest or None)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.cluster.launcher import JobState, Launcher
 from pipeline.cluster.launchers import launcher_of
 from pipeline.cluster.record import ClusterRecord, read_record
 from pipeline.command import command
 from pipeline.errors import Interrupted, StageError
-from pipeline.layout import RunDir, has_state
+from pipeline.layout import RUNS, RunDir, has_state
 from pipeline.orchestrate.run_state import read_run_state
-
-_RUNS = Path("runs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,7 @@ def seen_run_dir(run_dir: RunDir) -> RunDir | None:
 
 def shown_run(run_dir: RunDir) -> str:
     """A run as a user names it: its name, or else the path of its directory."""
-    in_default_folder = run_dir.path.parent == _RUNS.absolute()
+    in_default_folder = run_dir.path.parent == RUNS.absolute()
     return shlex.quote(run_dir.path.name if in_default_folder else str(run_dir.path))
 
 

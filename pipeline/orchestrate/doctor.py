@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -21,7 +20,7 @@ from pipeline.config import machine, render
 from pipeline.config.load import LoadedJob
 from pipeline.errors import Detached, Interrupted, StageError
 from pipeline.layout import RunDir
-from pipeline.monitor.console import Display
+from pipeline.monitor.console import Display, output_console
 from pipeline.orchestrate import preflight
 from pipeline.orchestrate.cluster_run import ClusterRun
 from pipeline.orchestrate.follow import follow
@@ -115,7 +114,7 @@ def check_on_cluster(loaded: LoadedJob, run_dir: RunDir) -> int:
         directory=str(directory.path),
         cluster=cluster.model_dump(mode="json", exclude={"network"}),
     )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = output_console()
     try:
         return follow(ClusterRun(run_dir=run_dir, record=record), console, from_start=True)
     except Detached:

@@ -22,8 +22,8 @@ _LONGEST_POLL_S = 10.0
 _PAUSE_PER_ANSWER = 5.0  # times the seconds that the cluster took to answer
 _LAST_LINES = 10  # shown of the output before this command
 _PATIENCE_S = 120.0  # while the cluster does not answer
-# "pretrain 120/400  epoch 2  loss 1.2": on a terminal, the newest one replaces the one before.
-_PROGRESS = re.compile(r"\S+(: \S.*)? \d+/\d+(  .*)?")
+# A line of progress in the output of a driver: "pretrain 120/400  epoch 2  0:01:30 left".
+PROGRESS = re.compile(r"(?P<stage>\w+)(: .*)? (?P<step>\d+/\d+)(  .*?((?P<left>[\d:]+) left)?)?")
 
 
 def follow(run: ClusterRun, console: Console, *, from_start: bool) -> int:
@@ -105,7 +105,8 @@ class _Follower:
             lines.append(self._rest)
         for line in lines:
             text = line.decode(errors="replace").rstrip("\r")
-            if status is not None and _PROGRESS.fullmatch(text):
+            if status is not None and PROGRESS.fullmatch(text):
+                # On a terminal, the newest one replaces the one before.
                 status.update(text)
             else:
                 self._print(text)

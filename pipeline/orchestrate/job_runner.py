@@ -21,6 +21,7 @@ from pipeline.files import with_digest_line, write_text
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
+from pipeline.monitor.goodput import EVALUATION, PREPARE, START, Timeline, process_start
 from pipeline.orchestrate import artifacts, preflight, resume_policy
 from pipeline.orchestrate.joined_ray import ADDRESS, JoinedRay, joined_ray
 from pipeline.orchestrate.judgement import Judge
@@ -45,6 +46,7 @@ class JobRunner:
     run_state: RunState
     display: Display
     stop: StopRequest
+    timeline: Timeline | None = None  # None: nothing will run
     ran: list[str] = field(default_factory=list)  # stages that were not skipped
     ray: RaySession | None = None  # started by the first stage that needs it
     pool: MachinePool | None = None  # of a cluster; None: this machine only
@@ -55,6 +57,12 @@ class JobRunner:
 
     def log(self, text: str, level: str = "info") -> None:
         self.display.log(text, level)
+
+    def phase(self, part: str) -> None:
+        """From now on, the time of the run belongs to ``part``."""
+        if self.timeline is not None:
+            self.timeline.phase(part)
+            self.run_state.account(self.timeline.goodput)
 
 
 @contextlib.contextmanager
@@ -69,7 +77,7 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
     require_cache_room(job, run_dir)
     with run_lock(run_dir):
         run_dir.logs.mkdir(exist_ok=True)
-        with open(run_dir.run_log, "a", encoding="utf-8") as log_file:
+        with open(run_dir.run_log, "a", encoding="utf-8", errors="backslashreplace") as log_file:
             display = Display(console, log_file)
             stop = StopRequest(lambda text: display.log(text, "warning"))
             stop.install()
@@ -79,9 +87,19 @@ def open_run(loaded: LoadedJob, run_dir: RunDir, console: Console) -> Iterator[J
                     mirror.restore(display.log)
             run_state = RunState(run_dir, job.name)
             run_state.declare(job_queries.stage_names(job))
-            yield JobRunner(
-                loaded=loaded, run_dir=run_dir, run_state=run_state, display=display, stop=stop
-            )
+            timeline = Timeline(run_dir, job_queries.training_stages(job), started=process_start())
+            try:
+                yield JobRunner(
+                    loaded=loaded,
+                    run_dir=run_dir,
+                    run_state=run_state,
+                    display=display,
+                    stop=stop,
+                    timeline=timeline,
+                )
+            finally:
+                timeline.close()
+                run_state.account(timeline.goodput)
 
 
 def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False) -> None:
@@ -209,6 +227,7 @@ def _ray(run: JobRunner) -> Iterator[RaySession]:
 
 def _run_stage(run: JobRunner, stage: str, ray: RaySession) -> None:
     started = time.monotonic()
+    run.phase({"prepare": PREPARE}.get(stage, START if stage in TRAINING else EVALUATION))
     try:
         with run.display.stage(stage), ray.explained():
             metrics = _prepare(run, ray) if stage == "prepare" else _supervise(run, stage, ray)
@@ -221,6 +240,9 @@ def _run_stage(run: JobRunner, stage: str, ray: RaySession) -> None:
         message = error.message if isinstance(error, PipelineError) else repr(error)
         run.run_state.stop(stage, time.monotonic() - started, message)
         raise
+    finally:
+        # What follows connects this stage with the next one.
+        run.phase(START)
     seconds = time.monotonic() - started
     run.run_state.finish(stage, seconds, outputs, metrics)
     run.log(f"{stage}: done in {seconds:,.1f} s  {_headline(metrics)}")
@@ -244,7 +266,12 @@ def _prepare(run: JobRunner, ray: RaySession) -> dict[str, float]:
 def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
     """Run a stage in its group of processes and show its events."""
     compiles = stage in TRAINING and run.job.model.compile
-    feed = DisplayFeed(run.run_dir.events(stage), run.display, compiles=compiles)
+    feed = DisplayFeed(
+        run.run_dir.events(stage),
+        run.display,
+        compiles=compiles,
+        goodput=run.timeline.goodput if run.timeline and stage in TRAINING else None,
+    )
     if stage not in TRAINING:  # these write no events that could show progress
         run.display.phase("running")
 
@@ -254,7 +281,14 @@ def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
 
     saves_first = run.stop.after_step() if stage in TRAINING else contextlib.nullcontext()
     with saves_first:
-        watch = Watch(stop=run.stop, poll=poll, check=ray.check, log=run.log, pool=run.pool)
+        watch = Watch(
+            stop=run.stop,
+            poll=poll,
+            check=ray.check,
+            log=run.log,
+            phase=run.phase,
+            pool=run.pool,
+        )
         metrics = run_supervised(
             stage_fn(run.job, stage, run.run_dir), placement(run.job, stage, run.run_dir), watch
         )

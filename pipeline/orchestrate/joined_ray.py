@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pipeline.errors import ConfigError, StageError
 from pipeline.orchestrate.machines import ID_LABEL, Machine
 from pipeline.orchestrate.ray_connection import ray_connection
-from pipeline.orchestrate.ray_session import RayLost, RaySession
+from pipeline.orchestrate.ray_loss import RayLost
+from pipeline.orchestrate.ray_session import RaySession
 from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment
@@ -62,10 +63,9 @@ class JoinedRay(RaySession):
         if now - self._knocked < _KNOCK_S:
             return
         self._knocked = now
-        host, _, port = self.address.rpartition(":")
         try:
-            with socket.create_connection((host, int(port)), timeout=_ASK_S):
-                self._heard = time.monotonic()
+            _knock(self.address)
+            self._heard = time.monotonic()
         except OSError as error:
             if now - self._heard > _SILENCE_S or isinstance(error, ConnectionRefusedError):
                 raise RayLost(
@@ -113,7 +113,14 @@ def _ask(address: str) -> None:
                 place=token,
                 remedy="set RAY_AUTH_TOKEN_PATH to the file with the token of the cluster",
             ) from None
-    _knock(address)
+    try:
+        _knock(address)
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"no Ray cluster answers: {error}",
+            place=address,
+            remedy=f"start it, or correct {ADDRESS}",
+        ) from None
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
@@ -129,13 +136,7 @@ def _ask(address: str) -> None:
 
 
 def _knock(address: str) -> None:
+    """Connect, and hang up. Raises OSError if nothing answers."""
     host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=_ASK_S):
-            pass
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"no Ray cluster answers: {error}",
-            place=address,
-            remedy=f"start it, or correct {ADDRESS}",
-        ) from None
+    with socket.create_connection((host, int(port)), timeout=_ASK_S):
+        pass

@@ -158,7 +158,7 @@ class Judge:
             if config.synthetic is not None:
                 is_new = any(change.changes_result for change in self._changed_settings(name))
                 return NEW if is_new else artifacts.fingerprint(directory)
-            return expected_fingerprint(config, self.job.seed)
+            return expected_fingerprint(directory, config, self.job.seed)
         except DataError:
             # Damaged, or the source is not there: preparation repairs or reports it.
             return UNKNOWN

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.checkpoint.manifest import list_checkpoints
 from pipeline.config import job_queries, machine
-from pipeline.config.job_queries import TRAINING
 from pipeline.config.schema import ClusterConfig, Job
 from pipeline.errors import ConfigError, Interrupted
 from pipeline.orchestrate.machines import Machine, alive_machines, leaving_machines
@@ -197,10 +196,9 @@ class MachinePool:
     def size(self, available: int) -> int:
         """The largest number of machines whose processes share every stage's batch; 0 if none."""
         cluster = self.cluster
-        trainings = [name for name in job_queries.stage_names(self.job) if name in TRAINING]
         for count in range(min(available, cluster.nodes), cluster.fewest_nodes - 1, -1):
             try:
-                for stage in trainings:
+                for stage in job_queries.training_stages(self.job):
                     train = job_queries.train_config(self.job, stage)
                     job_queries.batches(train, count * cluster.devices_per_node)
             except ConfigError:

@@ -40,10 +40,11 @@ from pipeline.orchestrate.descendants import (
     kill_descendants,
     reap,
 )
+from pipeline.orchestrate.ports import free_port
+from pipeline.orchestrate.ray_session import LONGEST_PATH
 from pipeline.runtime import environment
 
 ADDRESSES = "address.json"  # in the directory of a head, once it is up
-LONGEST_DIRECTORY = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
 
 _WRITTEN_BY_RAY = "ray_current_cluster"  # when Ray is up: the address of the control process
 _AT_ONCE = signal.SIGUSR2  # for scripts: nobody needs Ray any more
@@ -69,6 +70,7 @@ class NodeOptions:
         cpus, gpus: what Ray may assign; None: what the machine has.
         grace: longest time between a stop signal and the end (seconds).
         address: IP of this machine as the others reach it; empty: that of its host name.
+        port: of a head, for the other machines; 0: any free one.
         dashboard: whether a head offers the API for Ray jobs.
     """
 
@@ -78,6 +80,7 @@ class NodeOptions:
     gpus: int | None = None
     grace: float = 120.0
     address: str = ""
+    port: int = 0
     dashboard: bool = True
 
 
@@ -107,7 +110,7 @@ class _Node:
         self._output = options.directory / "start.log"
         self._dashboard = 0  # its port; 0: none
         if options.dashboard and not options.gcs:
-            self._dashboard = _free_port(self._address, _DEFAULT_DASHBOARD)
+            self._dashboard = _port_of_server(self._address, _DEFAULT_DASHBOARD)
         self._starter: psutil.Process | None = None
         self._servers: list[psutil.Process] = []  # once Ray is up
         self._refused = 0  # knocks in a row
@@ -184,9 +187,9 @@ class _Node:
             arguments.append(f"--num-gpus={options.gpus}")
         if options.gcs:
             return [*arguments, f"--address={options.gcs}"]
-        arguments += ["--head", "--port=0"]
+        arguments += ["--head", f"--port={options.port}"]
         # Nothing here uses this server, but it starts wherever grpcio is installed.
-        arguments.append(f"--ray-client-server-port={_free_port(self._address)}")
+        arguments.append(f"--ray-client-server-port={_port_of_server(self._address)}")
         arguments += [f"--include-dashboard={bool(self._dashboard)}"]
         if self._dashboard:
             host = self._address or "0.0.0.0"
@@ -279,12 +282,11 @@ def _own_address() -> str:
     return "" if address.startswith("127.") else address
 
 
-def _free_port(address: str, preferred: int = 0) -> int:
+def _port_of_server(address: str, preferred: int = 0) -> int:
     """A free port of this machine: the preferred one if possible."""
     for port in (preferred, *[0] * 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((address, port))
-            free: int = probe.getsockname()[1]
+        with contextlib.suppress(OSError):
+            free = free_port(address, port)
             if free not in _PORTS_OF_WORKERS:
                 return free
     raise StageError("no port is free", place=address)
@@ -292,9 +294,9 @@ def _free_port(address: str, preferred: int = 0) -> int:
 
 def _make_directory(directory: Path) -> None:
     """Create the directory, for this user only; an empty one that exists is used."""
-    if len(os.fsencode(directory)) > LONGEST_DIRECTORY:
+    if len(os.fsencode(directory)) > LONGEST_PATH:
         raise ConfigError(
-            f"the path is too long for Ray's sockets: more than {LONGEST_DIRECTORY} bytes",
+            f"the path is too long for Ray's sockets: more than {LONGEST_PATH} bytes",
             place=str(directory),
             remedy="choose another one, such as /tmp/ray-1",
         )

@@ -13,11 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.checkpoint.weights_source import is_weights_file, weights_source
 from pipeline.command import command
+from pipeline.config.trained_weights import weights_file
 from pipeline.errors import DataError, PipelineError
 from pipeline.export.classify_files import ClassifiedFile, classify_files
 from pipeline.export.reload import load_export
-from pipeline.layout import MODEL_JSON, find_run, runs_in
+from pipeline.export.weights_model import load_weights
+from pipeline.layout import HUB_CONFIG, MODEL_JSON, find_run, runs_in
 from pipeline.monitor.console import Display
 from pipeline.sources.names import is_hidden, is_image
 
@@ -31,7 +34,8 @@ def predict(
     """Print the most probable classes of every image.
 
     Args:
-        target: a run (name or directory), or an exported model (its folder, or a file in it).
+        target: a run (name or directory), an exported model (its folder, or a file in it), or
+            weights that describe themselves: a published file, or a folder for timm.
         images: files, folders and patterns such as ``photos/**/*.jpg``.
         runs: folder of the runs.
         best: classes per image.
@@ -42,7 +46,10 @@ def predict(
         DataError: ``target`` names no exported model.
         PipelineError: some files cannot be classified; all others have been.
     """
-    model = load_export(find_export(target, runs))
+    if _is_weights(target):
+        model = load_weights(weights_file(target))
+    else:
+        model = load_export(find_export(target, runs))
     files, missing = find_images(images)
     results = _with_progress(
         classify_files(model, files, best=best, batch=batch),
@@ -58,6 +65,14 @@ def predict(
             f"{count} could not be classified:\n{listed}",
             remedy="replace or leave out these files; all others are classified",
         )
+
+
+def _is_weights(target: str) -> bool:
+    """True for a weights file, or a folder for timm, that is no exported model of ours."""
+    path = weights_source(target).path
+    if (path if path.is_dir() else path.parent).joinpath(MODEL_JSON).is_file():
+        return False
+    return (path / HUB_CONFIG).is_file() or (path.is_file() and is_weights_file(target))
 
 
 def find_export(target: str, runs: Path) -> Path:

@@ -18,8 +18,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from pipeline.cluster.code_package import module_digests
+from pipeline.cluster.record import versions
 from pipeline.config.schema import ClusterConfig, Job
 from pipeline.errors import StageError
 from pipeline.files import write_text
@@ -114,16 +115,6 @@ def plan_of(job: Job, run_dir: RunDir) -> CheckPlan:
     )
 
 
-def plan_without_job(cluster: ClusterConfig, folder: Path) -> CheckPlan:
-    """What can be checked without a job. ``folder``: of the runs on the cluster."""
-    return CheckPlan(
-        folders=[folder],
-        shard_cache=cluster.shard_cache,
-        interface=cluster.network.interface,
-        site_check=cluster.site_check,
-    )
-
-
 def check_machines(
     machines: Sequence[Machine], cluster: ClusterConfig, plan: CheckPlan, check: Check
 ) -> MachinesReport:
@@ -150,8 +141,8 @@ def check_machines(
         machine_checks.shared_folders(plan, facts, read),
         machine_checks.sources(facts),
         machine_checks.space(plan, facts),
-        machine_checks.versions(facts, probe.library_versions()),
-        machine_checks.code(facts, probe.code_digests()),
+        machine_checks.versions(facts, versions()),
+        machine_checks.code(facts, module_digests()),
         machine_checks.clocks(offsets),
         machine_checks.limits(facts, cluster),
         machine_checks.devices(facts, cluster),

@@ -7,7 +7,6 @@ seconds, and leaves nothing behind.
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import shlex
 import shutil
@@ -15,19 +14,19 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
-import pipeline
+from pipeline.cluster.code_package import module_digests
+from pipeline.cluster.record import versions
 from pipeline.config.schema import ShardCacheConfig
 from pipeline.errors import PipelineError
 from pipeline.files import file_digest, json_digest
 from pipeline.layout import DATASET_JSON
-from pipeline.orchestrate.probe_network import free_port, interface_addresses, own_id
+from pipeline.orchestrate.ports import free_port
+from pipeline.orchestrate.probe_network import interface_addresses, own_id
 from pipeline.sources.remote import open_storage
 
 DRIVER = "driver"  # name of the file that the driver writes
-_LIBRARIES = ("torch", "ray", "deepspeed", "numpy", "pyarrow", "pydantic")
 _LISTED = 1000  # entries of a source folder that are compared
 _SITE_CHECK_S = 20
 
@@ -92,8 +91,8 @@ class ReadBack:
 def collect_facts(plan: CheckPlan) -> MachineFacts:
     """Describe this machine, and write a file into every folder that must be shared."""
     return MachineFacts(
-        versions=library_versions(),
-        code=code_digests(),
+        versions=versions(),
+        code=module_digests(),
         open_files=_open_files(),
         shared_memory=shutil.disk_usage("/dev/shm").total,
         free=_free(plan),
@@ -142,18 +141,6 @@ def _holds(path: Path, content: str) -> bool:
         return False
 
 
-def code_digests() -> dict[str, str]:
-    """Digest of each source file of the pipeline, by its path relative to the package."""
-    root = Path(pipeline.__file__).parent
-    return {str(path.relative_to(root)): file_digest(path) for path in sorted(root.rglob("*.py"))}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that must agree between machines."""
-    libraries = {name: metadata.version(name) for name in _LIBRARIES}
-    return {"python": platform.python_version(), **libraries}
-
-
 def _open_files() -> int:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return 1 << 30 if hard == resource.RLIM_INFINITY else hard
@@ -174,7 +161,7 @@ def _free(plan: CheckPlan) -> dict[str, int]:
 
 
 def _free_bytes(folder: Path) -> int:
-    """Free bytes; what the folder holds already counts as free, if it is a cache of ours."""
+    """Free bytes where a folder is, or will be."""
     present = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(present).free
 

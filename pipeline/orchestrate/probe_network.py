@@ -12,6 +12,8 @@ from datetime import timedelta
 
 import psutil
 
+from pipeline.runtime import environment
+
 _LINK_TIMEOUT = timedelta(seconds=6)
 _LINK_BYTES = 8 << 20
 _LINK_REPEATS = 3
@@ -58,8 +60,7 @@ def measure_link(test: LinkTest) -> float:
     rank = test.machines.index(own_id())
     size = len(test.machines)
     use_cuda = test.device == "cuda"
-    if test.interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = test.interface
+    os.environ.update(environment.collectives(test.interface))
     if use_cuda:
         torch.cuda.set_device(0)
     store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -145,11 +146,3 @@ def interface_addresses(interface: str) -> list[str]:
         for entry in entries
         if entry.family == socket.AF_INET and interface in ("", name)
     ]
-
-
-def free_port() -> int:
-    """A port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

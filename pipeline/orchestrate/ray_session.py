@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import Interrupted, StageError
 from pipeline.orchestrate.ray_connection import ray_connection
+from pipeline.orchestrate.ray_loss import RayLost, loss_watched
 from pipeline.orchestrate.ray_tasks import Item, Result, map_tasks
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.runtime import environment
@@ -33,19 +35,15 @@ _ABANDONED_AFTER_S = 60
 _POLL_S = 0.1
 _END_S = 30
 _SETTLE_S = 1.0
-_LONGEST_PATH = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
+LONGEST_PATH = 43  # bytes: Ray appends up to 64 of the 107 that the path of a socket may have
 
 
-class RayLost(StageError):
-    """A server process of Ray died: nothing that needs Ray can continue."""
-
-
-class RaySession:
+class RaySession(ABC):
     """A running Ray that this process is connected with."""
 
+    @abstractmethod
     def check(self) -> None:
         """Call it several times per second; raises RayLost if Ray cannot be used any more."""
-        raise NotImplementedError
 
     def map_tasks(
         self, function: Callable[[Item], Result], items: Sequence[Item]
@@ -93,6 +91,10 @@ class PrivateRay(RaySession):
         if self._lost is not None:
             raise self._lost
 
+    def is_lost(self) -> bool:
+        """Whether ``check`` has raised, or would."""
+        return self._lost is not None or self._keeper.poll() is not None or self._has_report()
+
     def address(self, check: Callable[[], None]) -> str:
         """Wait until Ray has started; returns the address of its control process.
 
@@ -120,11 +122,16 @@ class PrivateRay(RaySession):
             self._keeper.kill()  # upon which the kernel kills Ray's servers
             self._keeper.wait()
 
+    def _has_report(self, wait_s: float = 0.0) -> bool:
+        """Whether the keeper has written what nobody has read, or has ended."""
+        assert self._keeper.stdout is not None
+        return bool(select.select([self._keeper.stdout], [], [], wait_s)[0])
+
     def _new_reports(self, wait_s: float = 0.0) -> list[str]:
         """Complete lines that the keeper has written since the last call."""
         pipe = self._keeper.stdout
         assert pipe is not None
-        if select.select([pipe], [], [], wait_s)[0]:
+        if self._has_report(wait_s):
             self._reports += os.read(pipe.fileno(), 65536).decode()
         *lines, self._reports = self._reports.split("\n")
         return lines
@@ -154,7 +161,11 @@ def ray_session(
         session = _start_keeper(directory, cpus, gpus)
         try:
             address = session.address(check)
-            with ray_connection(address, session.check, _not_started):
+            # The connection is closed while it is watched: that calls Ray, too.
+            with (
+                loss_watched(session.is_lost, session.check),
+                ray_connection(address, session.check, _not_started),
+            ):
                 check()
                 yield session
         finally:
@@ -211,8 +222,8 @@ def _private_directory() -> Iterator[Path]:
         _remove_if_abandoned(stale)
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
     try:
-        if len(os.fsencode(directory)) > _LONGEST_PATH:
-            longest = _LONGEST_PATH - len(_PREFIX) - _RANDOM_SUFFIX - 1  # 1: the slash
+        if len(os.fsencode(directory)) > LONGEST_PATH:
+            longest = LONGEST_PATH - len(_PREFIX) - _RANDOM_SUFFIX - 1  # 1: the slash
             raise StageError(
                 f"the path {directory} is too long for Ray's sockets",
                 place="TMPDIR",

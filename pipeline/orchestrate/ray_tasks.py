@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RETRIES = 5  # of a task whose worker died
 TASKS_PER_CORE = 2  # submitted at a time, so that a worker finds its next task waiting
-_COUNT_S = 2.0  # between counts of the cores: machines come and go
+_COUNT_S = 2.0  # between counts of the cores of a cluster, whose machines come and go
 _LONGEST_ITEM = 120  # characters of an item in an error
 
 Item = TypeVar("Item")
@@ -54,7 +54,7 @@ def map_tasks(
     task: Any = ray.remote(num_cpus=1, max_retries=RETRIES)(_apply)
     if options:
         task = task.options(**options)
-    limit = _TaskLimit()
+    limit = _TaskLimit(machines_change=shares is not None)
     waiting = iter(items)
     submitted: dict[ObjectRef[tuple[str, Result]], Item] = {}
     try:
@@ -108,14 +108,16 @@ def _result(
 class _TaskLimit:
     """How many tasks may be submitted at a time: as many as keep every core of Ray busy."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, machines_change: bool) -> None:
+        self._machines_change = machines_change
         self._limit = 0
         self._counted = 0.0
 
     def __call__(self) -> int:
         import ray
 
-        if not self._limit or time.monotonic() - self._counted > _COUNT_S:
+        is_old = self._machines_change and time.monotonic() - self._counted > _COUNT_S
+        if not self._limit or is_old:
             cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
             self._limit = TASKS_PER_CORE * cores
             self._counted = time.monotonic()

@@ -207,6 +207,15 @@ def fetch(run_dir: RunDir, part: str) -> Path:
     return target
 
 
+def viewer_of(target: str, runs: Path) -> str:
+    """How to show the curves of a run where they are, as text; '': ``curves_of`` brings them."""
+    run_dir = find_run(target, runs) if target else None
+    run = cluster_run(RunDir(run_dir.path.absolute())) if run_dir is not None else None
+    if run is None or run.here is not None:
+        return ""
+    return run.launcher.viewer(shown_run(run.run_dir), run.record.run_dir.path)
+
+
 def curves_of(target: str, runs: Path) -> Path:
     """The folder that TensorBoard reads: of one run (name or directory), or of all if it is ''.
 

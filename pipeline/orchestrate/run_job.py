@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -14,15 +13,13 @@ from pipeline.config.micro_batch import choose_micro_batches
 from pipeline.errors import Interrupted
 from pipeline.layout import RunDir
 from pipeline.metric_text import metric_text
-from pipeline.monitor.console import Display, DisplayFeed, polled_in_background
+from pipeline.monitor.console import Display, DisplayFeed, output_console, polled_in_background
 from pipeline.orchestrate.job_runner import open_run, run_stages
 from pipeline.orchestrate.mirror import Mirror, mirrored
 from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
 from pipeline.runtime.dist_env import DistEnv
-
-_PIPE_WIDTH = 160  # columns of the table of stages where the output is no terminal
 
 
 def dry_run(loaded: LoadedJob, run_dir: RunDir) -> str:
@@ -38,7 +35,7 @@ def run_job(
     loaded: LoadedJob, run_dir: RunDir, stages: Sequence[str] = (), *, force: bool = False
 ) -> None:
     """Run all stages of a job, or only ``stages``; print a summary. Raises as ``run_stages``."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console = output_console()
     grace_s = float(loaded.job.cluster.grace)
     with (
         open_run(loaded, run_dir, console) as run,

@@ -7,7 +7,6 @@ from the run directory where this machine sees it, else from the last lines of t
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -28,17 +26,15 @@ from pipeline.errors import ConfigError, Interrupted, StageError
 from pipeline.layout import RunDir, runs_in
 from pipeline.metric_text import metric_text
 from pipeline.monitor import tags
+from pipeline.monitor.console import output_console
 from pipeline.monitor.events import Event, read_last_events
 from pipeline.orchestrate.cluster_run import ClusterRun, cluster_run, exit_code
-from pipeline.orchestrate.follow import waiting_text
+from pipeline.orchestrate.follow import PROGRESS, waiting_text
 from pipeline.orchestrate.run_lock import is_locked
 from pipeline.orchestrate.run_state import RunStateRecord, StageRecord, read_run_state
 
-_PIPE_WIDTH = 160  # columns of the table where the output is no terminal
 _AGES = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))  # largest unit first
 _CONCURRENT = 8  # runs that are looked at together
-# A line of progress in the output of a driver: "pretrain 120/400  epoch 2  0:01:30 left".
-_PROGRESS = re.compile(r"(?P<stage>\w+)(: .*)? (?P<step>\d+/\d+)(  .*?((?P<left>[\d:]+) left)?)?")
 _COLOURS = {"done": "green", "running": "cyan", "failed": "red", "unreadable": "red"}
 
 
@@ -90,7 +86,7 @@ def print_runs(folder: Path) -> None:
         table.add_column(title, overflow="fold")
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    output_console().print(table)
 
 
 def overviews(folder: Path) -> list[RunOverview]:
@@ -168,7 +164,7 @@ def _with_state_of_job(overview: RunOverview, run: ClusterRun) -> RunOverview:
     # The files know more than the cluster, except that a driver on another machine is alive.
     if run.here is not None:
         return replace(overview, state="running") if job.phase == "running" else overview
-    progress = [match for line in output.splitlines() if (match := _PROGRESS.fullmatch(line))]
+    progress = [match for line in output.splitlines() if (match := PROGRESS.fullmatch(line))]
     if progress:
         stage, step, left = progress[-1]["stage"], progress[-1]["step"], progress[-1]["left"] or ""
         overview = replace(overview, stage=stage, metric=f"step {step}", left=left)

@@ -30,7 +30,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import signal
 import sys
@@ -42,10 +41,11 @@ from typing import IO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.cluster.shared_paths import LOCAL_TYPES, mount_of
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.layout import RunDir
-from pipeline.runtime.environment import job_id
+from pipeline.runtime.environment import job_id, restarts
 
 RENEW_S = 4.0
 LEASE_S = 30.0  # without a renewal for so long, the owner is gone
@@ -56,9 +56,6 @@ _PREDECESSOR_S = 600.0  # longest wait for an earlier attempt of the same job
 _ATTEMPTS = 5
 _PAUSE_S = 0.02
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-# File systems of one machine.
-_LOCAL = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs"}
-_LOCAL |= {"xfs", "zfs"}
 
 Lock = Literal["ours", "taken", "unsupported"]
 
@@ -87,7 +84,7 @@ class RunOwner(BaseModel):
             started=_start_of(os.getpid()),
             token=secrets.token_hex(8),
             job=job_id(),
-            attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            attempt=restarts(),
         )
 
     @property
@@ -107,6 +104,18 @@ class RunOwner(BaseModel):
             return _start_of(self.pid) != self.started
         boot, own_boot = (system.partition(" ")[0] for system in (self.system, _system()))
         return self.host == os.uname().nodename and boot != own_boot  # the machine has restarted
+
+
+def make_folder(path: Path) -> None:
+    """Create the folder of a run. Raises ConfigError if that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be created: {error.strerror} ({error.filename})",
+            place=str(path),
+            remedy="choose another folder with --run-dir, or mount the disk that it lies on",
+        ) from None
 
 
 def read_owner(run_dir: RunDir) -> RunOwner | None:
@@ -141,9 +150,9 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Hold the lock of a run, see above. A driver that is replaced gets SIGTERM.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or the folder cannot be created.
     """
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir.path)
     # The file stays after the run: if it were removed, one process could hold the lock of the
     # removed file, another that of a new one.
     with open(run_dir.lock, "a+") as file:
@@ -157,6 +166,19 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
             claim.ended.set()
             renewal.join(RENEW_S)
             claim.release()
+
+
+def in_use(run_dir: RunDir, owner: RunOwner | None) -> ConfigError:
+    """The refusal of a second driver: the first one is named, if it is known."""
+    holder, stop = "another process", "stop it"
+    if owner is not None:
+        holder = owner.name
+        stop = f"stop job {owner.job}" if owner.job else f"stop process {owner.pid}"
+    return ConfigError(
+        f"{holder} is working on this run",
+        place=str(run_dir.path),
+        remedy=f"wait for it or {stop}, or give this run a directory of its own with --run-dir",
+    )
 
 
 class _Claim:
@@ -179,7 +201,7 @@ class _Claim:
             owner = read_owner(self.run_dir)
             if lock == "taken" if local else self._is_held(lock, owner):
                 if not self._succeeds(owner) or time.monotonic() > deadline:
-                    raise self._refused(owner)
+                    raise in_use(self.run_dir, owner)
             else:
                 self._write()
                 if local or self._is_still_mine():
@@ -259,24 +281,13 @@ class _Claim:
             return False
         return owner.job == self.me.job and owner.attempt < self.me.attempt
 
-    def _refused(self, owner: RunOwner | None) -> ConfigError:
-        holder, stop = "another process", "stop it"
-        if owner is not None:
-            holder = owner.name
-            stop = f"stop job {owner.job}" if owner.job else f"stop process {owner.pid}"
-        return ConfigError(
-            f"{holder} is working on this run",
-            place=str(self.run_dir.path),
-            remedy=f"wait for it or {stop}, or give this run a directory of its own with --run-dir",
-        )
-
     def _write(self) -> None:
         me = self.me.model_copy(update={"renewed": time.time()})
         write_json(self.run_dir.owner, me.model_dump(mode="json"))
 
 
 def _flock_decides(run_dir: RunDir) -> bool:
-    return file_system(run_dir.path) in _LOCAL
+    return mount_of(str(run_dir.path.resolve())).type in LOCAL_TYPES
 
 
 def _mark(run_dir: RunDir) -> object:
@@ -286,19 +297,6 @@ def _mark(run_dir: RunDir) -> object:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system that a path is on, such as "nfs4"; "" if it is not known."""
-    path = path.resolve()
-    best = ("", "")
-    for line in _read("/proc/self/mountinfo").splitlines():
-        # "36 35 98:0 /root /mount/point rw,noatime shared:1 - ext4 /dev/sda1 rw"
-        fields, _, rest = line.partition(" - ")
-        mount = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), fields.split()[4])
-        if path.is_relative_to(mount) and len(mount) >= len(best[0]):
-            best = (mount, rest.split()[0])
-    return best[1]
 
 
 def _system() -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.errors import StageError
 from pipeline.files import file_digest, matches_digest, with_digest, write_json
 from pipeline.layout import RunDir
+from pipeline.monitor.goodput import Goodput
 
 # pending: not started, or stopped on request. A stage whose driver was killed stays "running"; the
 # lock of the run (run_lock), not this state, tells whether a process is working on it.
@@ -102,6 +103,10 @@ class RunStateRecord(BaseModel):
     format: Literal[1] = 1
     name: str
     stages: dict[str, StageRecord] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(
+        default_factory=dict, description="Where the time of the run went, summed over all calls."
+    )
+    restarts: int = Field(0, description="How often processes of a stage were started again.")
 
 
 class RunState:
@@ -169,6 +174,17 @@ class RunState:
         record.state = "failed" if error else "pending"
         record.error = error
         record.seconds = round(record.seconds + seconds, 3)
+        self._save()
+
+    @property
+    def goodput(self) -> Goodput:
+        """Where the time of the run went, as of the last ``account``."""
+        return Goodput.recorded(self._record.seconds, self._record.restarts)
+
+    def account(self, goodput: Goodput) -> None:
+        """Record where the time of the run went."""
+        self._record.seconds = {part: round(value, 3) for part, value in goodput.seconds.items()}
+        self._record.restarts = goodput.restarts
         self._save()
 
     def _save(self) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from pipeline.cluster.code_package import code_digest
 from pipeline.cluster.launcher import Submission
@@ -27,7 +24,7 @@ from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.load import ON_CLUSTER, LoadedJob
 from pipeline.errors import ConfigError, DataError
 from pipeline.layout import RunDir, has_state
-from pipeline.monitor.console import Display
+from pipeline.monitor.console import Display, output_console
 from pipeline.orchestrate.cluster_run import (
     ClusterRun,
     cluster_run,
@@ -37,12 +34,10 @@ from pipeline.orchestrate.cluster_run import (
 from pipeline.orchestrate.follow import follow
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.judgement import Judge
-from pipeline.orchestrate.run_lock import is_locked, read_owner
+from pipeline.orchestrate.run_lock import in_use, is_locked, make_folder, read_owner
 from pipeline.orchestrate.run_state import RunState
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
-
-_PIPE_WIDTH = 160  # columns of the table of stages where the output is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +54,7 @@ def cluster_directory(loaded: LoadedJob, run_dir: RunDir) -> RunDir:
 
     Example: runs: /shared/runs in the cluster file, here runs/a -> /shared/runs/a.
     """
-    runs = loaded.job.cluster.runs
+    runs = loaded.job.cluster.runs_folder
     return RunDir(Path(runs) / run_dir.path.name) if runs else run_dir
 
 
@@ -69,7 +64,7 @@ def render_submission(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions
     Raises:
         ConfigError: the job cannot work.
     """
-    submission = _submission(checked(loaded, run_dir), run_dir, options, attempt=1)
+    submission = submission_of(checked(loaded, run_dir), run_dir, options, attempt=1)
     return launcher_for(loaded.job.cluster).render(submission)
 
 
@@ -81,7 +76,7 @@ def submit_run(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> in
             working on the run.
         Detached: the run continues without this command.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    console = output_console()
     display = Display(console)
     with _submit_lock(run_dir):
         # 1. Is it under way? Whatever the command line asks for now, one job works on a run.
@@ -120,13 +115,15 @@ def checked(loaded: LoadedJob, run_dir: RunDir) -> LoadedJob:
     loaded = check_on_machine(loaded, directory)
     cluster = loaded.job.cluster
     # A folder that the user names in `runs` is shared, whatever this machine sees at that path.
-    if reason := "" if cluster.runs else why_not_shared(directory.path):
+    if reason := "" if cluster.runs_folder else why_not_shared(directory.path):
         raise ConfigError(
             f"the machines of a cluster cannot see this run directory: {reason}",
             place=str(directory.path),
             remedy="--run-dir DIR on a file system that all machines share, or name the cluster's "
             "folder with --set cluster.runs=DIR",
         )
+    if cluster.kind == "kubernetes":
+        return loaded  # pods see their claims, whatever lies at these paths on this machine
     for name, dataset in loaded.job.data.items():
         # What is not here may be on the cluster; its machines look for it before the first stage.
         if "://" in dataset.root or not Path(dataset.root or "/-").exists():
@@ -178,15 +175,10 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     cluster = loaded.job.cluster
     directory = cluster_directory(loaded, run_dir)
     if is_locked(directory):
-        owner = read_owner(directory)
-        raise ConfigError(
-            f"{owner.name if owner is not None else 'a process'} is working on this run",
-            place=str(directory.path),
-            remedy="wait for it or stop it, or give this run a directory of its own with --run-dir",
-        )
+        raise in_use(directory, read_owner(directory))
     earlier = read_record(run_dir)
     attempt = 1 if earlier is None else earlier.attempt + 1
-    submission = _submission(loaded, run_dir, options, attempt)
+    submission = submission_of(loaded, run_dir, options, attempt)
     # Before the mark of a stop is removed and the attempt counted: a refusal changes nothing.
     launcher = launcher_for(cluster)
     launcher.check(submission)
@@ -213,9 +205,10 @@ def _submit(loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions) -> Clust
     return ClusterRun(run_dir=run_dir, record=record)
 
 
-def _submission(
+def submission_of(
     loaded: LoadedJob, run_dir: RunDir, options: SubmitOptions, attempt: int
 ) -> Submission:
+    """What a launcher gets to submit a run. ``attempt``: number of the submission, from 1."""
     directory = cluster_directory(loaded, run_dir)
     stages = [word for stage in options.stages for word in ("--stage", stage)]
     for stage in options.stages:
@@ -234,7 +227,7 @@ def _submission(
 @contextlib.contextmanager
 def _submit_lock(run_dir: RunDir) -> Iterator[None]:
     """Let one command at a time decide about a run: two would both submit it."""
-    run_dir.path.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir.path)
     with open(run_dir.submit_lock, "w") as file:
         with contextlib.suppress(OSError):  # a file system without locks; the run has its own
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pipeline.command import command
 from pipeline.config import job_queries
+from pipeline.config.export_formats import FORMATS
 from pipeline.metric_text import metric_text
 from pipeline.orchestrate.job_runner import JobRunner
 from pipeline.orchestrate.run_state import StageRecord
@@ -18,8 +19,8 @@ from pipeline.orchestrate.run_state import StageRecord
 _OF_BEST = ("selection_top1", "validation_top1", "kept_step")  # with `keep: best`
 _METRICS = {  # shown in the table, in this order
     "prepare": ("images", "selection", "validation", "test", "rejected", "duplicates"),
-    "pretrain": ("top1", *_OF_BEST, "loss", "steps", "images_per_s"),
-    "finetune": ("top1", *_OF_BEST, "loss", "steps", "images_per_s"),
+    "pretrain": ("top1", *_OF_BEST, "loss", "steps", "skipped_steps", "images_per_s"),
+    "finetune": ("top1", *_OF_BEST, "loss", "steps", "skipped_steps", "images_per_s"),
     "evaluate": ("top1", "top5", "validation_images", "test_images"),
     "export": ("parameters", "reload_difference"),
 }
@@ -33,6 +34,7 @@ def summarise(run: JobRunner) -> None:
         run.display.console.print(table({name: run.run_state.stage(name) for name in names}))
     else:
         run.log("nothing to do: every stage is up to date")
+    run.log(f"time             {run.run_state.goodput.in_words()}")
     directory = _relative(run.run_dir.path)
     if run.run_state.stage("export").state == "done":
         export = _relative(run.run_dir.export)
@@ -67,7 +69,14 @@ def _metrics(stage: str, metrics: Mapping[str, float]) -> str:
     shown = list(_METRICS[stage])
     if stage == "evaluate":
         shown += [name for name in metrics if name not in (*shown, "loss")]
-    return "  ".join(metric_text(name, metrics[name]) for name in shown if name in metrics)
+    texts = [metric_text(name, metrics[name]) for name in shown if name in metrics]
+    if stage == "export":
+        texts += [
+            f"{name} not written: {facts.install}"
+            for name, facts in FORMATS.items()
+            if f"{name}_missing" in metrics
+        ]
+    return "  ".join(texts)
 
 
 def _relative(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.files import write_text
+from pipeline.monitor.goodput import IDLE, RECOVERY, START
 from pipeline.orchestrate.group_outcomes import collect, first_error, is_death, is_failure
 from pipeline.orchestrate.machine_pool import MachineChange, MachinePool
 from pipeline.orchestrate.placement import GroupDied, MachinesChanged, Placement
@@ -44,6 +45,7 @@ class Watch:
         poll: called several times per second; returns the highest step reached so far.
         check: called as often; raises if Ray is lost, which no restart of the group can mend.
         log: logs a message for the user.
+        phase: records what the time from now on belongs to.
         pool: the machines of a cluster; None: this machine, with our own Ray.
     """
 
@@ -51,6 +53,7 @@ class Watch:
     poll: Callable[[], int]
     check: Callable[[], None]
     log: Log
+    phase: Callable[[str], None] = lambda part: None
     pool: MachinePool | None = None
 
     def check_start(self) -> None:
@@ -76,17 +79,25 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
     """
     reached = watch.poll()
     failures = 0
+    begun = START
     while True:
         if watch.stop():
             raise interrupted()
-        placed = placement if watch.pool is None else watch.pool.place(placement)
+        placed = placement
+        if watch.pool is not None:
+            # Waiting for machines is nobody's work.
+            watch.phase(IDLE)
+            placed = watch.pool.place(placement)
+            watch.phase(begun)
         try:
             return run_group(stage_fn, placed, watch)
         except MachinesChanged as change:
+            begun = _begin_recovery(watch)
             watch.log(f"{change}; forming the group of processes again", "warning")
         except GroupDied as error:
             if watch.pool is not None and error.machine is not None:
                 watch.pool.avoid(error.machine)
+            begun = _begin_recovery(watch)
             highest = watch.poll()
             progress = highest > reached
             reached = highest
@@ -109,6 +120,13 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
                 f"(restart {failures or 1} of {RESTARTS})",
                 "warning",
             )
+
+
+def _begin_recovery(watch: Watch) -> str:
+    """Record that the processes have ended too early."""
+    watch.poll()  # what they have written belongs to the time before
+    watch.phase(RECOVERY)
+    return RECOVERY
 
 
 def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str, float]:

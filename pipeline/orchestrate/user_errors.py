@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
-from pipeline.errors import PipelineError, StageError
+from pipeline.errors import ConfigError, PipelineError, StageError
 
+# The user, the mount or the path does not permit what a command has to do.
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 RERUN = "rerun the same command to resume"  # the remedy of everything that can be resumed
 
 
@@ -18,5 +22,15 @@ def user_error(error: BaseException) -> PipelineError | None:
             "the disk is full",
             place=str(error.filename or ""),
             remedy=f"free some space, then {RERUN}",
+        )
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename:
+        path = Path(os.fsdecode(error.filename)).absolute()
+        # A file is first written under a temporary name, which tells the user nothing.
+        is_temporary = path.name.startswith(".") and path.suffix == ".tmp"
+        return ConfigError(
+            f"cannot be used: {error.strerror}",
+            place=str(path.parent if is_temporary else path),
+            remedy="correct its permissions, or choose another path (--run-dir for a run, --out "
+            "for an image)",
         )
     return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
@@ -20,7 +19,9 @@ from pathlib import Path
 
 from pipeline.config import machine
 from pipeline.errors import PipelineError
+from pipeline.orchestrate.ports import free_port
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.environment import forget_other_launchers
 
 # Runs one rank. Arguments: its coordinates, and a function that is true after a stop request.
 # Returns the metrics of the stage.
@@ -88,10 +89,7 @@ class Worker:
 
     def free_port(self, address: str) -> int:
         """Return a port for the rendezvous that is free on this address of the machine now."""
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            port: int = probe.getsockname()[1]
-            return port
+        return free_port(address)
 
     def run(
         self, stage_fn: StageFn, log: Path, fence: Path, environment: dict[str, str]
@@ -106,6 +104,7 @@ class Worker:
             fence: file of the newest generation. This process ends when it has been replaced.
             environment: variables to set before torch and DeepSpeed are imported.
         """
+        forget_other_launchers()
         os.environ.update(environment)
         dist_env = DistEnv.from_environment()
         rank = dist_env.rank

@@ -25,17 +25,21 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config.schema import DatasetConfig
 from pipeline.data.description import DatasetDescription, SplitDescription
 from pipeline.data.shards import FORMAT, ShardInfo
 from pipeline.errors import DataError
+from pipeline.prepare.changed_source import current_fingerprint
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.extract import extract_unit
-from pipeline.prepare.fingerprint import fingerprint, units_fingerprint
+from pipeline.prepare.fingerprint import units_fingerprint
 from pipeline.prepare.map_tasks import MapTasks
 from pipeline.prepare.plan import DatasetPlan, make_plan
 from pipeline.prepare.quarantine import write_quarantine_list
 from pipeline.prepare.shuffle import shuffle_shard
+from pipeline.prepare.source_content import content_of, keep_times
 from pipeline.prepare.splits import SPLITS
 from pipeline.prepare.stats import DatasetStats
 from pipeline.prepare.target import finished_dataset, prepare_target, remove_leftovers
@@ -45,6 +49,7 @@ from pipeline.sources.units import Survey, Unit
 
 # With fewer images, the share of rejected ones says little: the first class may happen to be bad.
 MIN_IMAGES_TO_STOP_EARLY = 1000
+_NAMED = 5  # classes in a note
 
 # Libraries that decode, encode or write. Recorded only: other versions may give other bytes.
 RECORDED_LIBRARIES = ("opencv-python-headless", "simplejpeg", "pyarrow", "pillow")
@@ -74,13 +79,14 @@ def prepare_dataset(
     context = BuildContext(
         target=target,
         config=config,
-        fingerprint=fingerprint(source, config, seed),
+        fingerprint=current_fingerprint(target, source, config, seed, tasks),
         units_fingerprint=units_fingerprint(source, config, seed),
         seed=seed,
     )
     # 1. Nothing to do if the finished dataset is up to date and intact.
     finished = finished_dataset(context, tasks)
     if finished is not None:
+        keep_times(context)
         return _metrics(finished)
     # 2. Two phases on the workers, the plan between them in this process.
     finished_units = prepare_target(context, source)
@@ -89,14 +95,19 @@ def prepare_dataset(
         reused = len(source.units) - stats.units_read
         log(f"{name}: {reused} of {len(source.units)} units were read by an earlier call", "info")
     stats.require_few_rejected(context, source.units)
+    if stats.left_out:
+        log(f"{name}: {stats.left_out_in_words(context)}", "info")
     plan = make_plan(context, source.units, stats.images_per_unit, len(source.classes))
     write_quarantine_list(context, source.units, stats.images_per_unit, plan)
     _require_images(plan, context, source.units)
     for note in _selection_notes(plan, config):
         log(f"{name}: {note}", "warning")
+    for note in _class_notes(plan, source):
+        log(f"{name}: {note}", "warning")
     shards = _shuffle(name, context, plan, tasks, progress)
     # 3. dataset.json comes last: readers take its presence as "complete".
     description = _describe(context, source, stats, plan, shards)
+    keep_times(context)
     description.write(target)
     remove_leftovers(context, shards)
     return _metrics(description)
@@ -133,7 +144,8 @@ def _require_images(plan: DatasetPlan, context: BuildContext, units: Sequence[Un
         if not is_wanted or plan.labels[split].any():
             continue
         remedy = (
-            "raise validation_fraction, or add a val/ folder to the source"
+            "add images (every class keeps one for training), raise validation_fraction, or add "
+            "a val/ folder to the source"
             if split == "validation"
             else "add images"
         )
@@ -154,6 +166,22 @@ def _selection_notes(plan: DatasetPlan, config: DatasetConfig) -> Iterator[str]:
     else:
         share = f"{config.selection_fraction:g}"
         yield f"too few images for a selection split of {share}: none is held out"
+
+
+def _class_notes(plan: DatasetPlan, source: Survey) -> Iterator[str]:
+    """Classes that the held-out images lack, or that have lost all of their training images."""
+    surveyed = {part.label for unit in source.units for part in unit.parts if part.images}
+    trained = plan.labels["train"] > 0
+    for split in ("train", "validation"):
+        images = plan.labels[split]
+        if not images.any() or not trained.any():
+            continue
+        # The survey has noted classes without an image in the source.
+        wanted = trained if split == "validation" else np.isin(np.arange(len(images)), [*surveyed])
+        missing = np.flatnonzero(wanted & (images == 0)).tolist()
+        if missing and (split == "train" or any(unit.split == "" for unit in source.units)):
+            names = ", ".join(source.classes[label][0] for label in missing[:_NAMED])
+            yield f"{len(missing)} classes have no {split} images in the prepared set: {names}"
 
 
 def _shuffle(
@@ -205,6 +233,7 @@ def _describe(
         mean=[round(float(value), 6) for value in mean],
         std=[round(float(value), 6) for value in std],
         images_by_short_side=dict(short_sides),
+        source_content=content_of(stats.contents),
         settings=context.config.model_dump(mode="json", exclude={"root", "synthetic"}),
         versions={name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
     )

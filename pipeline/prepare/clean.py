@@ -5,44 +5,38 @@
     photo.JPEG, cut            rejected: truncated
     photo.JPEG that is a PNG   converted to JPEG (also GIF, TIFF, WebP, CMYK, 16 bit, alpha)
     photo.JPEG, gzipped        unpacked, then treated as above
-    404 page                   rejected: not_an_image
+    photo.JPEG, taken upright  rotated, with exif_orientation: apply
+    404 page named .JPEG       rejected: not_an_image
+    photo.txt, .DS_Store       left out: no image, and does not look like one
     30,000 x 30,000 pixels     rejected: too_many_pixels, from the header alone
     40 x 66,000 pixels, a PNG  rejected: too_long, no JPEG has so long a side
     8 x 8 pixels               rejected: too_small
 
 Rejections are strict, because a decoder that paints half of an image grey would train the model on
 grey. An image of more than ``max_pixels`` is never decoded, so that a small file cannot exhaust the
-memory.
+memory. ``data/image_files`` has the rules of pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
-from pipeline.data.decode import JPEG_MAGIC, Image, decode_any, decode_jpeg, jpeg_header
-from pipeline.sources.member import MAX_BYTES, Rejection
-from pipeline.sources.names import is_litter
+from pipeline.data.decode import Image
+from pipeline.data.image_files import ImageHeader, UnusableImage, decode_file, read_header
+from pipeline.sources.image_kinds import HEAD_BYTES, image_kind
+from pipeline.sources.member import LEFT_OUT, MAX_BYTES, Rejection
+from pipeline.sources.names import is_litter, may_be_image
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_JPEG_END = b"\xff\xd9"
-# Warnings of libjpeg after which all pixels are there.
-_HARMLESS_WARNINGS = ("extraneous bytes", "Invalid SOS parameters", "Inconsistent progression")
-# Formats that consist of pixels. Pillow opens others too, among them EPS: a program, which it would
-# run (N5).
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "ICO")
+_LFS_POINTER = b"version https://git-lfs"
 _LONGEST_SIDE = 65_500  # pixels, of libjpeg
-CHANGES = ("", "converted", "resized", "unpacked")
+CHANGES = ("", "converted", "resized", "unpacked", "rotated")
 _MOMENTS_GRID = 32  # about so many rows and columns of pixels are sampled for mean and std
 
 
@@ -67,19 +61,26 @@ class CleanImage:
 def clean(data: bytes, name: str, config: DatasetConfig) -> CleanImage | Rejection:
     """Clean one file.
 
-    ``name`` serves only to recognise files that operating systems leave behind.
+    ``name``: path of the file. The content decides whether it is an image; of a file that is none,
+    the name decides whether it was meant to be one.
     """
-    base = name.rsplit("/", 1)[-1].lower()
-    if is_litter(base):
-        return Rejection("not_an_image", f"left by an operating system: {base}")
+    if is_litter(name):
+        return Rejection(LEFT_OUT, "no image: a system file or a note")
     unpacked = _gunzip(data) if data.startswith(_GZIP_MAGIC) else data
+    if not may_be_image(name) and not (unpacked and image_kind(unpacked[:HEAD_BYTES])):
+        return Rejection(LEFT_OUT, "no image, by its content and its ending")
     if unpacked is None:
         return Rejection("damaged_gzip", "does not unpack, or to more than 256 MiB")
     if not unpacked:
         return Rejection("empty", "no bytes")
-    if unpacked.startswith(JPEG_MAGIC):
-        return _clean_jpeg(unpacked, config, changed="unpacked" if unpacked is not data else "")
-    return _clean_other(unpacked, config)
+    if unpacked.startswith(_LFS_POINTER):
+        return Rejection("not_an_image", "a pointer of Git LFS: run `git lfs pull` in the source")
+    try:
+        return _clean_image(unpacked, config, is_unpacked=unpacked is not data)
+    except MemoryError:
+        raise  # says nothing about the file
+    except Exception as error:  # whatever a decoder or the encoder meets, it is about this file
+        return Rejection("undecodable", f"{type(error).__name__}: {error}")
 
 
 def _gunzip(data: bytes) -> bytes | None:
@@ -92,117 +93,42 @@ def _gunzip(data: bytes) -> bytes | None:
     return None if unpacker.unconsumed_tail or not unpacker.eof else unpacked
 
 
-def _clean_jpeg(data: bytes, config: DatasetConfig, changed: str) -> CleanImage | Rejection:
+def _clean_image(
+    data: bytes, config: DatasetConfig, *, is_unpacked: bool
+) -> CleanImage | Rejection:
     try:
-        height, width, colour_space = jpeg_header(data)
-    except ValueError as error:
-        return Rejection("undecodable", str(error))
-    rejection = reject_size(width, height, config)
+        header = read_header(data, orientation=config.exif_orientation == "apply")
+    except UnusableImage as error:
+        return Rejection(error.reason, error.detail)
+    rejection = reject_size(header.width, header.height, config)
     if rejection is not None:
         return rejection
-    is_cmyk = colour_space in ("CMYK", "YCCK")
-    # Decode even what is kept as it is: only decoding shows damage.
-    pixels = _decode_with_pillow(data) if is_cmyk else _decode_strictly(data)
-    if isinstance(pixels, Rejection):
-        return replace(pixels, size=(width, height))
-    if is_cmyk:
-        return _encode(pixels, config, "converted")
-    if config.short_side != "keep" and min(width, height) > config.short_side:
-        return _encode(pixels, config, "resized")
+    try:
+        # Decode even what is kept as it is: only decoding shows damage.
+        pixels = decode_file(data, header)
+    except UnusableImage as error:
+        return Rejection(error.reason, error.detail, size=(header.width, header.height))
+    change = _change(header, config)
+    if change:
+        return _encode(pixels, config, change)
     return CleanImage(
         data=data,
-        width=width,
-        height=height,
-        changed=changed,
+        width=header.width,
+        height=header.height,
+        changed="unpacked" if is_unpacked else "",
         moments=_moments(pixels),
-        source_size=(width, height),
+        source_size=(header.width, header.height),
     )
 
 
-def _decode_strictly(data: bytes) -> Image | Rejection:
-    """All pixels, or what is wrong with the file."""
-    try:
-        image: Image = simplejpeg.decode_jpeg(data, "RGB", fastdct=True, strict=True)
-        return image
-    except ValueError as error:
-        problem = str(error)
-    if problem == "Premature end of JPEG file":
-        # libjpeg says so both when pixels are missing and when only the end marker is. With a
-        # marker appended, the second kind decodes without a warning.
-        repaired = _decode_with_end(data)
-        return repaired if repaired is not None else Rejection("truncated", problem)
-    if any(warning in problem for warning in _HARMLESS_WARNINGS):
-        try:
-            return decode_jpeg(data)
-        except ValueError as error:  # a second problem follows the harmless one
-            return Rejection("corrupt", str(error))
-    return Rejection("truncated" if "remature" in problem else "corrupt", problem)
-
-
-def _decode_with_end(data: bytes) -> Image | None:
-    try:
-        image: Image = simplejpeg.decode_jpeg(data + _JPEG_END, "RGB", fastdct=True, strict=True)
-    except ValueError:
-        return None
-    return image
-
-
-def _clean_other(data: bytes, config: DatasetConfig) -> CleanImage | Rejection:
-    """Convert PNG, GIF, BMP, TIFF, WebP and others to JPEG."""
-    try:
-        with _opened(data) as header:  # reads the header only
-            width, height = header.size
-    except _NotDecodable as error:
-        return Rejection("not_an_image", str(error))
-    rejection = reject_size(width, height, config)
-    if rejection is not None:
-        return rejection
-    try:
-        image = decode_any(data)
-    except ValueError:
-        # OpenCV knows fewer formats than Pillow, but decodes those that it knows faster.
-        decoded = _decode_with_pillow(data)
-        if isinstance(decoded, Rejection):
-            return replace(decoded, size=(width, height))
-        image = decoded
-    return _encode(image, config, "converted")
-
-
-class _NotDecodable(Exception):
-    """Pillow cannot read a file."""
-
-
-@contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Pillow.Image]:
-    """Open a file and close it again. Raises _NotDecodable, also for an error of the body."""
-    # Pillow has a limit of its own, which it looks up whenever it opens a file. Here the limit is
-    # the job's ``max_pixels``, which may be larger.
-    limit_of_pillow = Pillow.MAX_IMAGE_PIXELS
-    Pillow.MAX_IMAGE_PIXELS = None
-    try:
-        # Pillow also warns, for example of odd EXIF data. What counts is whether it decodes.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Pillow.open(io.BytesIO(data), formats=_FORMATS) as image:
-                yield image
-    except MemoryError:
-        raise  # says nothing about the file
-    except Exception as error:
-        # Damaged bytes make Pillow's many decoders raise whatever they happen to meet: a damaged
-        # AVIF a RuntimeError, others an IndexError or a struct.error. One such file must not end
-        # the preparation. The message is "cannot identify image file <_io.BytesIO ...>", for
-        # example; the address is of no use.
-        raise _NotDecodable(str(error).split(" <")[0]) from error
-    finally:
-        Pillow.MAX_IMAGE_PIXELS = limit_of_pillow
-
-
-def _decode_with_pillow(data: bytes) -> Image | Rejection:
-    try:
-        with _opened(data) as image:
-            return np.asarray(image.convert("RGB"), dtype=np.uint8)
-    except _NotDecodable as error:
-        return Rejection("undecodable", str(error))
+def _change(header: ImageHeader, config: DatasetConfig) -> str:
+    """Why an image is encoded again; '' if its bytes are kept."""
+    if header.kind != "JPEG" or header.is_cmyk:
+        return "converted"
+    if header.orientation != 1:
+        return "rotated"
+    side = min(header.width, header.height)
+    return "resized" if config.short_side != "keep" and side > config.short_side else ""
 
 
 def reject_size(width: int, height: int, config: DatasetConfig) -> Rejection | None:

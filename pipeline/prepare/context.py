@@ -53,6 +53,11 @@ class BuildContext:
         """One JSON object per image that is left out (``QuarantineEntry``)."""
         return self.quarantine / "rejected.jsonl"
 
+    @property
+    def left_out_list(self) -> Path:
+        """One JSON object per file that is no image and does not look like one."""
+        return self.quarantine / "left_out.jsonl"
+
     def unit_shard(self, unit: int) -> Path:
         return self.work / f"unit-{unit:06d}.parquet"
 

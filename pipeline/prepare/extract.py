@@ -34,6 +34,7 @@ from pipeline.prepare.cleaned_member import CleanedMember
 from pipeline.prepare.context import BuildContext
 from pipeline.prepare.quarantine import quarantined_name
 from pipeline.prepare.recheck import NotEnoughKept
+from pipeline.prepare.source_content import add_content
 from pipeline.prepare.unit_record import (
     IMAGE_RECORD,
     MEMBER_RECORD,
@@ -42,7 +43,7 @@ from pipeline.prepare.unit_record import (
     finished_unit,
     size_limits,
 )
-from pipeline.sources.member import Member, Rejection
+from pipeline.sources.member import LEFT_OUT, Member, Rejection
 from pipeline.sources.reader import members
 from pipeline.sources.units import Unit
 
@@ -81,15 +82,24 @@ def _rechecked(context: BuildContext, unit: int, earlier: UnitRecord) -> UnitRec
         return earlier
     record = recheck.same_verdicts(context, unit, earlier)
     if record is None:
-        return _write_unit(context, unit, recheck.cleaned_again(context, unit, earlier), earlier)
+        cleaned = recheck.cleaned_again(context, unit, earlier)
+        return _write_unit(context, unit, cleaned, earlier, earlier.content)
     record.write(context.unit_record(unit))
     return record
 
 
 def _write_unit(
-    context: BuildContext, unit: int, cleaned: Iterator[CleanedMember], earlier: UnitRecord | None
+    context: BuildContext,
+    unit: int,
+    cleaned: Iterator[CleanedMember],
+    earlier: UnitRecord | None,
+    content: str | None = None,
 ) -> UnitRecord:
-    """Write the files of a unit from its cleaned members, in place of ``earlier`` ones."""
+    """Write the files of a unit from its cleaned members, in place of ``earlier`` ones.
+
+    Args:
+        content: digest of the source's files, if the members do not come from there.
+    """
     # First: while the files are being replaced, the unit does not count as done. The members may
     # still come from the earlier files; those stay open until they are replaced.
     context.unit_record(unit).unlink(missing_ok=True)
@@ -107,10 +117,12 @@ def _write_unit(
         images=shard.rows,
         shard=shard,
         rejected=collector.rejected,
+        left_out=collector.left_out,
         changed=dict(sorted(collector.changed.items())),
         moments=collector.moments.tolist(),
         sides=dict(sorted(collector.sides.items(), key=lambda item: int(item[0]))),
         limits=size_limits(context.config),
+        content=collector.content.hexdigest() if content is None else content,
     )
     # Last: a worker that dies before this line leaves a unit that counts as not done.
     record.write(context.unit_record(unit))
@@ -129,13 +141,22 @@ class _Collector:
         self.image_records: list[tuple[int, int, int, int]] = []
         self.member_records: list[tuple[object, ...]] = []
         self.rejected: list[QuarantineEntry] = []
+        self.left_out: list[QuarantineEntry] = []
         self.changed: Counter[str] = Counter()
         self.sides: Counter[str] = Counter()
         self.moments: NDArray[np.float64] = np.zeros(6)
+        self.content = xxhash.xxh3_128()
 
     def rows(self, cleaned: Iterator[CleanedMember]) -> Iterator[Row]:
         for member in cleaned:
-            if isinstance(member.result, Rejection):
+            add_content(self.content, member.key, member.data)
+            if isinstance(member.result, Rejection) and member.result.reason == LEFT_OUT:
+                self.left_out.append(
+                    QuarantineEntry(
+                        key=member.key, reason=LEFT_OUT, detail=member.result.detail, file=""
+                    )
+                )
+            elif isinstance(member.result, Rejection):
                 self._quarantine(member, member.result)
             else:
                 yield self._keep(member, member.result)
@@ -181,10 +202,10 @@ class _Collector:
 
 def _read(context: BuildContext, unit: Unit) -> Iterator[CleanedMember]:
     """Every file of a unit, read from the source and cleaned."""
-    for member in _members(context, unit):
+    for member in unit_members(context, unit):
         # With the seed: another seed shuffles the dataset differently.
         yield CleanedMember(
-            key=_printable(member.key),
+            key=printable(member.key),
             key_hash=xxhash.xxh3_64_intdigest(_key_bytes(member), context.seed),
             label=member.label,
             data=member.data,
@@ -192,7 +213,7 @@ def _read(context: BuildContext, unit: Unit) -> Iterator[CleanedMember]:
         )
 
 
-def _members(context: BuildContext, unit: Unit) -> Iterator[Member]:
+def unit_members(context: BuildContext, unit: Unit) -> Iterator[Member]:
     """The members of a unit, with the split in their keys: both splits may use the same names."""
     classes = {
         entry["id"]: entry["index"]
@@ -226,6 +247,6 @@ def _key_bytes(member: Member) -> bytes:
     return member.key.encode("utf-8", "surrogateescape")
 
 
-def _printable(key: str) -> str:
+def printable(key: str) -> str:
     """The key as text that can be written to JSON and Parquet."""
     return key.encode("utf-8", "backslashreplace").decode()

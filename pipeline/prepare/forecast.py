@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.config.schema import DatasetConfig
+from pipeline.prepare.changed_source import current_fingerprint
 from pipeline.prepare.context import BuildContext
-from pipeline.prepare.fingerprint import fingerprint
+from pipeline.prepare.map_tasks import Item, Result
 from pipeline.sources.survey import survey
 
 
-def expected_fingerprint(config: DatasetConfig, seed: int) -> str:
-    """The fingerprint of the dataset that a preparation would build. Lists the source.
+def expected_fingerprint(target: Path, config: DatasetConfig, seed: int) -> str:
+    """The fingerprint of the dataset that a preparation in ``target`` would leave there.
+
+    Lists the source, and reads it if its times have changed since the dataset was prepared.
 
     Raises:
         DataError: the source is missing or unusable.
     """
-    return fingerprint(survey(config), config, seed)
+    return current_fingerprint(target, survey(config), config, seed, _in_this_process)
+
+
+def _in_this_process(
+    function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    for item in items:
+        yield item, function(item)
 
 
 def finished_units(target: Path) -> int:

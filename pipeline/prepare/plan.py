@@ -124,12 +124,13 @@ def make_plan(
     # 2 and 1 images have the first numbers 0, 3 and 5, so row 1 of unit 1 is image 4.
     first_numbers = np.cumsum(images_per_unit) - images_per_unit
     drop_reasons = np.lib.format.open_memmap(scratch / "drop_reasons", "w+", np.uint8, (total,))
-    last_images = LastTrainingImages(splitter, num_classes)
+    last_images = [LastTrainingImages(splitter, num_classes, code) for code in splitter.held_out]
     for records in by_content:
         reasons = _find_repeated_contents(records)
         drop_reasons[_image_numbers(records, first_numbers)] = reasons
-        last_images.add(records[reasons == KEPT])
-    by_split = (last_images.restored(records) for records in by_key)
+        for last in last_images:
+            last.add(records[reasons == KEPT])
+    by_split = (_with_last_images(records, last_images) for records in by_key)
     labels, dropped = _write_orders(context, by_split, drop_reasons, first_numbers, num_classes)
     drop_reasons.flush()
     os.replace(scratch / "drop_reasons", context.drop_reasons)
@@ -165,6 +166,15 @@ def _plan_records(
             rows = 0
     if chunk:
         yield np.concatenate(chunk)
+
+
+def _with_last_images(
+    records: NDArray[np.void], last_images: Iterable[LastTrainingImages]
+) -> NDArray[np.void]:
+    """The records, with one training image of each class that has lost all of them."""
+    for last in last_images:
+        records = last.restored(records)
+    return records
 
 
 def _image_numbers(

@@ -2,6 +2,7 @@
 
 quarantine/truncated/bad0-1f3c9a0d27e4b865.JPEG    the file, byte for byte
 quarantine/rejected.jsonl                          {"key": "train/c2/bad0.JPEG", "reason": ...}
+quarantine/left_out.jsonl                          {"key": "train/c2/README", ...}: no images
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def write_quarantine_list(
     unit lists come from an attempt that was cut short under other limits, and are deleted.
     """
     dropped = _dropped(context, units, images_per_unit, plan)
-    _write_list(context, itertools.chain(_rejected(context, units), dropped))
+    _write_list(context.quarantine_list, itertools.chain(_rejected(context, units), dropped))
+    left_out = (entry for record in _records(context, units) for entry in record.left_out)
+    _write_list(context.left_out_list, left_out)
     listed = {entry["file"] for entry in _rejected(context, units)}
     for path in context.quarantine.glob("*/*"):
         if f"{path.parent.name}/{path.name}" not in listed:
@@ -66,21 +69,26 @@ def write_quarantine_list(
 
 def write_rejections(context: BuildContext, units: Sequence[Unit]) -> None:
     """List the files that extraction has rejected so far, for a preparation that stops here."""
-    _write_list(context, _rejected(context, units))
+    _write_list(context.quarantine_list, _rejected(context, units))
 
 
-def _write_list(context: BuildContext, entries: Iterator[QuarantineEntry]) -> None:
-    with atomic(context.quarantine_list) as file:
+def _write_list(path: Path, entries: Iterator[QuarantineEntry]) -> None:
+    with atomic(path) as file:
         for entry in entries:
             file.write((json.dumps(entry) + "\n").encode())
 
 
 def _rejected(context: BuildContext, units: Sequence[Unit]) -> Iterator[QuarantineEntry]:
+    for record in _records(context, units):
+        yield from record.rejected
+
+
+def _records(context: BuildContext, units: Sequence[Unit]) -> Iterator[UnitRecord]:
     for unit in units:
         path = context.unit_record(unit.number)
         # A preparation that stops early has not read every unit.
         if path.exists():
-            yield from UnitRecord.read(path).rejected
+            yield UnitRecord.read(path)
 
 
 def _dropped(

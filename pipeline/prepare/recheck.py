@@ -68,6 +68,15 @@ def cleaned_again(context: BuildContext, unit: int, record: UnitRecord) -> Itera
             row += 1
         else:
             yield _rejected_now(context, member, next(entries))
+    # No limit concerns files that are no images.
+    for entry in record.left_out:
+        yield CleanedMember(
+            key=entry["key"],
+            key_hash=0,
+            label=0,
+            data=b"",
+            result=Rejection(entry["reason"], entry["detail"]),
+        )
 
 
 def _members(context: BuildContext, unit: int) -> NDArray[np.void]:

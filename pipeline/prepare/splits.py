@@ -48,17 +48,24 @@ class Splitter:
     validation_fraction: float  # of the images of units without a split
     selection_fraction: float  # of the training images
     seed: int
+    # Splits whose images are held out, so that a class may lose all of its training images.
+    held_out: tuple[int, ...]
 
     @classmethod
     def of(cls, config: DatasetConfig, seed: int, units: Iterable[Unit]) -> Splitter:
         """The splitter of a dataset."""
         # With a test split, nobody reports the accuracy of the validation split as the result. It
         # may choose the checkpoint, and no training image has to be given up.
-        has_test = any(unit.split == "test" for unit in units)
+        names = {unit.split for unit in units}
+        has_test = "test" in names
+        # Images of a validation split of the source's own are never trained on. With a share of 1,
+        # all images are for evaluation.
+        divides = names <= {"", "test"} and config.validation_fraction < 1
         return cls(
             validation_fraction=config.validation_fraction,
             selection_fraction=0.0 if has_test else config.selection_fraction,
             seed=seed,
+            held_out=(SELECTION, VALIDATION) if divides else (SELECTION,),
         )
 
     def codes(self, unit: Unit, contents: NDArray[np.uint64]) -> NDArray[np.int8]:
@@ -95,20 +102,25 @@ class LastTrainingImages:
     Example: a class has the images A and B, and both are below the share of the selection split.
     The one with the larger hash, which a slightly smaller share would have left, goes back to
     training.
+
+    Args:
+        split: that gives images back, a code. Images of the splits above it count as training
+            images: ``validation`` gives none back where ``selection`` can.
     """
 
-    def __init__(self, splitter: Splitter, num_classes: int) -> None:
+    def __init__(self, splitter: Splitter, num_classes: int, split: int = SELECTION) -> None:
         self._splitter = splitter
+        self._split = split
         self._has_training_image = np.zeros(num_classes, dtype=bool)
-        # Of each class, the selection image with the largest hash so far.
+        # Of each class, the image of the split with the largest hash so far.
         self._candidates = np.zeros(num_classes, dtype=_CANDIDATE)
         self._has_candidate = np.zeros(num_classes, dtype=bool)
 
     def add(self, records: NDArray[np.void]) -> None:
         """Count kept records of the plan."""
-        self._has_training_image[records["label"][records["split"] == TRAIN]] = True
-        held_out = records[records["split"] == SELECTION]
-        hashes = self._splitter.hashes(held_out["low"], "selection")
+        self._has_training_image[records["label"][records["split"] < self._split]] = True
+        held_out = records[records["split"] == self._split]
+        hashes = self._splitter.hashes(held_out["low"], SPLITS[self._split])
         # Sorted by hash, the last image of a class has its largest one. The hash is one of half the
         # content's digest; the other half decides between equal ones, in whatever order they come.
         by_hash = np.lexsort([held_out["high"], hashes])
@@ -137,7 +149,7 @@ class LastTrainingImages:
         needed = self._candidates[self._has_candidate & ~self._has_training_image]
         wanted = set(zip(needed["high"].tolist(), needed["low"].tolist(), strict=True))
         possible = np.flatnonzero(
-            (records["split"] == SELECTION) & np.isin(records["low"], needed["low"])
+            (records["split"] == self._split) & np.isin(records["low"], needed["low"])
         )
         for row in possible.tolist():
             if (int(records["high"][row]), int(records["low"][row])) in wanted:

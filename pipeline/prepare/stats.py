@@ -17,6 +17,7 @@ from pipeline.prepare.context import BuildContext
 from pipeline.prepare.extract import ExtractedUnit
 from pipeline.prepare.quarantine import write_rejections
 from pipeline.prepare.unit_record import QuarantineEntry
+from pipeline.sources.member import LEFT_OUT
 from pipeline.sources.units import Unit
 
 LISTED_REASONS = 10  # commonest causes in the error message
@@ -30,6 +31,8 @@ class DatasetStats:
         self.units_read = 0  # from the source, by this call
         self.kept = 0  # images
         self.rejected = 0  # images
+        self.left_out = 0  # files that are no images
+        self.contents = [""] * units  # digests of the files in the source
         self.images_per_unit: NDArray[np.int64] = np.zeros(units, dtype=np.int64)  # kept ones
         self.rejected_by_reason: Counter[str] = Counter()
         self.changed_by_kind: Counter[str] = Counter()
@@ -43,6 +46,8 @@ class DatasetStats:
         self.units_read += extracted.was_read
         self.kept += record.images
         self.rejected += len(record.rejected)
+        self.left_out += len(record.left_out)
+        self.contents[unit] = record.content
         self.images_per_unit[unit] = record.images
         self._moments[unit] = record.moments
         self.changed_by_kind.update(record.changed)
@@ -50,6 +55,15 @@ class DatasetStats:
         self.rejected_by_reason.update(entry["reason"] for entry in record.rejected)
         for entry in record.rejected:
             self._examples.setdefault(entry["reason"], entry)
+        for entry in record.left_out[:1]:
+            self._examples.setdefault(LEFT_OUT, entry)
+
+    def left_out_in_words(self, context: BuildContext) -> str:
+        """How many files are no images, with an example."""
+        return (
+            f"{self.left_out} files are no images and are left out, such as "
+            f"{self._examples[LEFT_OUT]['key']} (all are listed in {context.left_out_list})"
+        )
 
     def mean_and_std(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and standard deviation of each channel over all kept images, shape (3,) each.

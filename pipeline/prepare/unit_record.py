@@ -43,7 +43,7 @@ MEMBER_RECORD = np.dtype(
 class QuarantineEntry(TypedDict):
     """One line of quarantine/rejected.jsonl.
 
-    ``file``: in the quarantine, empty if nothing was kept.
+    ``file``: in the quarantine, empty if nothing was kept. ``left_out.jsonl`` has the same lines.
     """
 
     key: str
@@ -56,9 +56,11 @@ class QuarantineEntry(TypedDict):
 class UnitRecord:
     """The result of one unit.
 
-    ``changed``: images by conversion. ``moments``: sums over its images of the six numbers in
-    ``CleanImage.moments``. ``sides``: images by short side, in steps of 32 pixels. ``limits``: the
-    size limits by which images were rejected (``size_limits``); empty in a record of version 0.1.0.
+    ``left_out``: files that were never meant to be images. ``changed``: images by conversion.
+    ``moments``: sums over its images of the six numbers in ``CleanImage.moments``. ``sides``:
+    images by short side, in steps of 32 pixels. ``limits``: the size limits by which images were
+    rejected (``size_limits``). ``content``: digest of names and bytes of its files in the source.
+    Records of version 0.1.0 lack the last two.
     """
 
     images: int
@@ -68,6 +70,8 @@ class UnitRecord:
     moments: list[float]
     sides: dict[str, int]
     limits: dict[str, int] = field(default_factory=dict)
+    content: str = ""
+    left_out: list[QuarantineEntry] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> UnitRecord:

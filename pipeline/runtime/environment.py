@@ -9,10 +9,23 @@ import json
 import os
 from pathlib import Path
 
+# Of torchrun and of MPI: a process of ours that finds them takes itself for one of theirs.
+# DeepSpeed asks MPI for the ranks, and torch waits for the store of an agent.
+_OTHER_LAUNCHERS = ("TORCHELASTIC_", "PET_", "OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_", "I_MPI_")
+_KUBERNETES_JOB = "PIPELINE_JOB"  # name of the RayJob, in its pods
+_KUBERNETES_RESTARTS = "PIPELINE_RESTARTS"
 
-def is_requeued() -> bool:
-    """True if Slurm has started this job again, after a preemption or its time limit."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+def forget_other_launchers() -> None:
+    """Remove the variables that another launcher around ``run`` has set from this process."""
+    for name in [name for name in os.environ if name.startswith(_OTHER_LAUNCHERS)]:
+        del os.environ[name]
+
+
+def restarts() -> int:
+    """How often the scheduler has started this job again: after a preemption, a loss, a limit."""
+    count = os.environ.get("SLURM_RESTART_COUNT") or os.environ.get(_KUBERNETES_RESTARTS)
+    return int(count or 0)
 
 
 def deepspeed_import(device: str) -> dict[str, str]:
@@ -82,8 +95,7 @@ def ray_node(grace: float) -> dict[str, str]:
     Args:
         grace: longest time that a stop may take (seconds).
     """
-    return {
-        "RAY_USAGE_STATS_ENABLED": "0",
+    return ray_client() | {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(int(grace)),
         # A machine that falls silent is lost after 15 s. Ray's own settings need more than 60 s.
@@ -94,6 +106,21 @@ def ray_node(grace: float) -> dict[str, str]:
     }
 
 
+def ray_job(grace: float) -> dict[str, str]:
+    """Variables of a driver that Ray's Jobs API starts: time between its SIGTERM and SIGKILL."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(int(grace))}
+
+
+def kubernetes_job(name: str) -> dict[str, str]:
+    """Variables of the pods of a RayJob, for ``job_id``."""
+    return {_KUBERNETES_JOB: name}
+
+
+def kubernetes_driver(count: int) -> dict[str, str]:
+    """Variables of the driver of a RayJob, for ``restarts``."""
+    return {_KUBERNETES_RESTARTS: str(count)}
+
+
 def ray_client() -> dict[str, str]:
     """Variables of a process that joins a Ray cluster, before ``import ray``."""
     return {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -101,9 +128,14 @@ def ray_client() -> dict[str, str]:
 
 def job_id() -> str:
     """The scheduler's ID of the job that this process belongs to; "" outside of a job."""
-    if job := os.environ.get("SLURM_JOB_ID", ""):
+    if job := os.environ.get("SLURM_JOB_ID", "") or os.environ.get(_KUBERNETES_JOB, ""):
         return job
-    try:  # set for the driver of a Ray job
+    return ray_submission()
+
+
+def ray_submission() -> str:
+    """The ID of the Ray job whose driver this process belongs to; "" outside of one."""
+    try:
         config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", ""))
         return str(config["metadata"]["job_submission_id"])
     except (ValueError, KeyError, TypeError):

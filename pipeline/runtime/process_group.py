@@ -18,7 +18,9 @@ TIMEOUT = timedelta(minutes=30)
 
 @contextlib.contextmanager
 def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[torch.device]:
-    """Join the process group and yield this process's device; leave the group at the end.
+    """Join the process group and yield this process's device.
+
+    At the end the process leaves the group and has as many threads as before.
 
     Several processes meet at MASTER_ADDR:MASTER_PORT of the environment. A single
     process needs neither.
@@ -28,6 +30,7 @@ def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[t
     """
     # 1. The device.
     device = torch.device("cuda", dist_env.device_index) if use_cuda else torch.device("cpu")
+    threads_before = torch.get_num_threads()
     if use_cuda:
         torch.cuda.set_device(device)
     else:
@@ -45,3 +48,4 @@ def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[t
         yield device
     finally:
         dist.destroy_process_group()
+        torch.set_num_threads(threads_before)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.files import json_digest
-from pipeline.sources.names import SPLIT_NAMES
-from pipeline.sources.source_config import SourceConfig
-from pipeline.sources.splits import named_splits
+import xxhash
 
-Entry = tuple[str, int, int]  # name, size (bytes; 0 for a folder), time of the last change (ns)
+from pipeline.files import json_digest
+from pipeline.sources.source_config import SourceConfig
 
 
 def source_digest(config: SourceConfig) -> str | None:
-    """Digest of names, sizes and times in the root and its split folders; None without a root.
+    """Digest of name, size and time of the last change of every file; None without a root.
 
-    Cheap for millions of images, because nothing below the class level is listed. An image that is
-    added to a class folder or a class tar changes the time of that folder or tar:
-
-        root/          listed (a)
-        root/train/    listed (b)
-        root/train/n1/ not listed; its time is part of (b) and changes with every file added
+    Reads no file. A file that is written in place, with as many bytes, has another time.
 
     A remote source and a dataset of the Hugging Face hub have no such times: their digest is that
     of the address.
@@ -31,27 +26,40 @@ def source_digest(config: SourceConfig) -> str | None:
         return json_digest(config.root)
     if not root.exists():
         return None
-    return json_digest([_list_folder(folder) for folder in (root, *_split_folders(root, config))])
+    digest = xxhash.xxh3_128()
+    for line in _entries(str(root), "", (os.path.realpath(root),)):
+        # A name may not be UTF-8; surrogates stand for its odd bytes.
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
-def _split_folders(root: Path, config: SourceConfig) -> list[Path]:
-    """All split folders, also those that the survey ignores.
+def _entries(folder: str, above: str, real_paths: tuple[str, ...]) -> Iterator[str]:
+    """A line for every file below a folder, in the order of the names.
 
-    A listing too many costs nothing. A listing too few leaves a change unnoticed.
+    Args:
+        above: path of the folder from the root.
+        real_paths: of the folders down to this one, to end at a link that leads back.
     """
-    folders = {
-        path for path in root.iterdir() if path.is_dir() and path.name.lower() in SPLIT_NAMES
-    }
-    if config.splits is not None and not isinstance(config.splits, str):
-        named = {root / name for name in named_splits(config.splits).values()}
-        folders |= {path for path in named if path.is_dir()} - {root}
-    return sorted(folders)
-
-
-def _list_folder(folder: Path) -> list[Entry]:
-    entries: list[Entry] = []
-    for path in sorted(folder.iterdir()):
-        status = path.stat()
-        size = 0 if path.is_dir() else status.st_size
-        entries.append((path.name, size, status.st_mtime_ns))
-    return entries
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        yield f"{above}\0unreadable\n"  # the survey reports it
+        return
+    for entry in inside:
+        path = f"{above}/{entry.name}"
+        try:
+            status = entry.stat()  # of a link's target
+            is_folder = entry.is_dir()
+        except OSError:
+            yield f"{path}\0broken\n"
+            continue
+        if not is_folder:
+            yield f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            continue
+        # An empty folder is a class as well.
+        yield f"{path}/\n"
+        real = os.path.realpath(entry.path) if entry.is_symlink() else entry.name
+        real = os.path.join(real_paths[-1], real)
+        if not any(f"{outer}/".startswith(f"{real}/") for outer in real_paths):
+            yield from _entries(entry.path, path, (*real_paths, real))

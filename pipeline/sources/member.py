@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_BYTES = 256 << 20  # per file, unpacked
+# Reason of a file that was never meant to be an image: listed, and not counted as rejected.
+LEFT_OUT = "left_out"
 
 
 @dataclass(frozen=True)

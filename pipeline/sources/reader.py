@@ -13,8 +13,12 @@ import io
 import tarfile
 from collections.abc import Iterator
 
+from pipeline.errors import DataError
 from pipeline.sources import registry
-from pipeline.sources.member import MAX_BYTES, Member, Rejection
+from pipeline.sources.flat_split import NO_LABEL
+from pipeline.sources.folder_files import NOT_A_FILE, folder_files
+from pipeline.sources.member import LEFT_OUT, MAX_BYTES, Member, Rejection
+from pipeline.sources.names import is_litter
 from pipeline.sources.remote import BLOCK, Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import Part
@@ -42,13 +46,29 @@ def members(part: Part, config: SourceConfig, classes: dict[str, int]) -> Iterat
 
 
 def _read_folder(storage: Storage, part: Part) -> Iterator[Member]:
-    # Sorted, because stores list files in any order, and [first, last) must mean the same files.
-    for path, size in sorted(storage.files(part.path))[part.first : part.last]:
-        key = f"{part.group}/{path.removeprefix(part.path).lstrip('/')}"
-        if size is not None and size > MAX_BYTES:
-            yield Member(key=key, label=part.label, rejection=_too_large(size))
+    files = folder_files(storage, part.path).files[part.first : part.last]
+    if len(files) != part.last - part.first:
+        raise DataError(
+            f"has {len(files)} files where the survey saw {part.last - part.first}: it changed "
+            "in between",
+            place=storage.shown(part.path),
+            remedy="rerun the same command when nothing writes into the source",
+        )
+    for number, (path, size) in enumerate(files):
+        label = part.labels[number] if part.labels else part.label
+        name = path.removeprefix(part.path).lstrip("/")
+        key = f"{part.group}/{name}"
+        if size == NOT_A_FILE:
+            detail = f"no file, or a link that leads nowhere: {path}"
+            yield Member(key=key, label=label, rejection=Rejection("not_a_file", detail))
+        elif is_litter(name) or label == NO_LABEL:
+            yield Member(
+                key=key, label=label, rejection=Rejection(LEFT_OUT, "a system file or a note")
+            )
+        elif size is not None and size > MAX_BYTES:
+            yield Member(key=key, label=label, rejection=_too_large(size))
         else:
-            yield Member(key=key, label=part.label, data=storage.read(path, 0, size))
+            yield Member(key=key, label=label, data=storage.read(path, 0, size))
 
 
 def _read_tar(file: io.BufferedIOBase, part: Part) -> Iterator[Member]:
@@ -62,7 +82,9 @@ def _read_tar(file: io.BufferedIOBase, part: Part) -> Iterator[Member]:
                     continue
                 label = part.labels[number] if part.labels and info.isfile() else part.label
                 number += info.isfile()
-                yield _read_member(tar, info, f"{part.group}/{info.name}", label)
+                # The labels of WebDataset lie in files of their own, one beside each image.
+                if label != NO_LABEL or not part.labels:
+                    yield _read_member(tar, info, f"{part.group}/{info.name}", label)
             _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         span = f"bytes {part.first} to {part.last}"
@@ -102,7 +124,7 @@ def _read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, label: i
 def _unsafe(info: tarfile.TarInfo) -> Rejection | None:
     """Why a member must not be read, from its header alone; None if it may be."""
     if not info.isfile():
-        return Rejection("not_a_file", "a link or a device in the archive")
+        return Rejection(LEFT_OUT, "a link or a device in the archive")
     if info.name.startswith("/") or ".." in info.name.split("/"):
         return Rejection("unsafe_name", f"its name leads out of the archive: {info.name}")
     if info.size > MAX_BYTES:

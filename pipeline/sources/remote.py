@@ -24,13 +24,14 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypedDict, TypeVar, cast
+from typing import NotRequired, TypedDict, TypeVar, cast
 
 import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.errors import DataError
+from pipeline.sources.folder_files import with_target
 
 MAX_ATTEMPTS = 8
 FIRST_DELAY = 0.5  # seconds
@@ -92,8 +93,9 @@ class Entry(TypedDict):
     """What fsspec tells of a file or folder (and of which a store may tell more)."""
 
     name: str
-    type: str  # "file", "directory", ...
+    type: str  # "file", "directory", ...; a link has that of its target, or "broken"
     size: int | None  # bytes
+    islink: NotRequired[bool]
 
 
 class Unreachable(DataError):
@@ -146,7 +148,10 @@ class Storage:
 
     def entries(self, folder: str) -> list[Entry]:
         """The files and folders directly in a folder."""
-        return self.with_retries(folder, lambda: list(self.fs.ls(folder, detail=True)))
+        entries: list[Entry] = self.with_retries(
+            folder, lambda: list(self.fs.ls(folder, detail=True))
+        )
+        return list(map(with_target, entries)) if self.is_local else entries
 
     def files(self, folder: str) -> Iterator[tuple[str, int | None]]:
         """(path, bytes) of every file below a folder. Links to folders are not followed."""

@@ -1,6 +1,6 @@
 """Which folder, or which split of a Hugging Face dataset, becomes which split.
 
-The key ``splits`` of a dataset decides; without it, the usual names do (``names``):
+The key ``splits`` of a dataset decides; without it, the usual names do (``split_names``):
 
     in the source          becomes
     train, val             train and validation
@@ -8,18 +8,21 @@ The key ``splits`` of a dataset decides; without it, the usual names do (``names
     train, test            train and validation: test stands in for the missing validation split
     train                  one whole: images are held out by content
     val, test, no others   validation, test: can be evaluated only
-    cat, dog, test         one whole: test is a class like the others
+    cat, dog, bird         one whole
+    cat, dog, test         unclear: the user has to set ``splits`` (``unclear_splits``)
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.errors import DataError
-from pipeline.sources import names
+from pipeline.sources import unclear_splits
+from pipeline.sources.layout import Entries
 from pipeline.sources.remote import Storage
 from pipeline.sources.source_config import SourceConfig, SplitNames, SplitsSetting
+from pipeline.sources.split_names import usual_splits
 from pipeline.sources.units import SplitName
 from pipeline.suggest import did_you_mean
 
@@ -28,11 +31,26 @@ from pipeline.suggest import did_you_mean
 class Division:
     """The name within the source of each split; {"": ""} if the source is one whole.
 
-    ``notes``: what the user should know about it.
+    ``stand_in``: the test split that serves as the missing validation split. ``unused``: what is
+    none of the splits.
     """
 
     splits: dict[SplitName, str]
-    notes: list[str] = field(default_factory=list)
+    stand_in: str = ""
+    unused: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about it."""
+        notes = []
+        if self.stand_in:
+            notes.append(
+                f"the validation split is {self.stand_in}, as there is no other; "
+                "for a test split of its own, set `splits`"
+            )
+        if self.unused:
+            notes.append(f"not used, as they are none of the splits: {', '.join(self.unused)}")
+        return notes
 
 
 def named_splits(splits: SplitNames) -> dict[SplitName, str]:
@@ -61,19 +79,12 @@ def divide(setting: SplitsSetting, present: Collection[str]) -> Division:
 
 
 def _divide_by_usual_names(present: Collection[str]) -> Division:
-    train = names.first_present(names.TRAIN_NAMES, present)
-    validation = names.first_present(names.VALIDATION_NAMES, present)
-    test = names.first_present(names.TEST_NAMES, present)
-    if train is None and set(present) - {validation, test}:
+    splits = usual_splits(present)
+    if "train" not in splits and set(present) - set(splits.values()):
         return Division({"": ""})
-    if train is not None and validation is None and test is not None:
-        note = (
-            f"the validation split is {test}, as there is no other; "
-            "for a test split of its own, set `splits`"
-        )
-        return Division({"train": train, "validation": test}, [note])
-    usual: dict[SplitName, str | None] = {"train": train, "validation": validation, "test": test}
-    splits = {split: name for split, name in usual.items() if name is not None}
+    if splits.keys() == {"train", "test"}:
+        both: dict[SplitName, str] = {"train": splits["train"], "validation": splits["test"]}
+        return Division(both, stand_in=splits["test"])
     return Division(_with_held_out_validation(splits) or {"": ""})
 
 
@@ -84,25 +95,31 @@ def _with_held_out_validation(splits: Mapping[SplitName, str]) -> dict[SplitName
     return dict(splits)
 
 
-def folders(
-    config: SourceConfig, storage: Storage, root: str, present: Collection[str]
-) -> Division:
+def folders(config: SourceConfig, storage: Storage, root: str, entries: Entries) -> Division:
     """As ``divide``, with the paths of the folders.
+
+    Args:
+        entries: of the root: folders and class tars.
 
     Raises:
         DataError: a folder that `splits` names does not exist; the remedy names the closest one.
+            Without that key: it is unclear which folders are splits.
     """
     unknown = next(unknown_folders(config, storage, root), None)
     if unknown is not None:
         split, name, remedy = unknown
         cause = f"there is no folder {name}, which is to be the {split} split"
         raise DataError(cause, place=config.root, remedy=remedy)
-    division = divide(config.splits, present)
+    division = divide(config.splits, list(entries))
+    if config.splits is None:
+        unclear_splits.require_clear(storage, root, entries, division.splits)
     paths = {
         split: root if name in ("", ".") else f"{root}/{name.strip('/')}"
         for split, name in division.splits.items()
     }
-    return Division(paths, division.notes)
+    used = {name.strip("/").partition("/")[0] for name in division.splits.values()}
+    unused = sorted(set(entries) - used) if not used & {"", "."} else []
+    return replace(division, splits=paths, unused=unused)
 
 
 def unknown_folders(

@@ -1,6 +1,7 @@
 """Survey a source: its layout, classes and splits, cut into units of work.
 
-Reads names and sizes, no image.
+Reads names and sizes, no image. The automatic values of the configuration (``inspection``) and the
+preparation use the same survey.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import os
 
 from pipeline.errors import DataError
-from pipeline.sources import registry, splits
+from pipeline.sources import contents, registry, splits
 from pipeline.sources.class_order import visible_entries
+from pipeline.sources.class_survey import class_like
+from pipeline.sources.folder_files import folder_files, require_access
 from pipeline.sources.remote import Storage, open_storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import SplitName, Survey
@@ -24,8 +27,22 @@ def survey(config: SourceConfig) -> Survey:
             lacks (D5).
     """
     storage, root = open_root(config)
+    _require_access(storage, root)
     name = config.layout if config.layout != "auto" else _detect_layout(storage, root, config)
     return registry.layout(name).survey(storage, root, config)
+
+
+def _require_access(storage: Storage, root: str) -> None:
+    """Raise DataError if the folders in the root may not be read; it names all that may not."""
+    if not storage.is_local or not os.path.isdir(root):
+        return
+    if not os.access(root, os.R_OK | os.X_OK):
+        require_access([root])
+    with os.scandir(root) as entries:
+        folders = [entry.path for entry in entries if entry.is_dir()]
+    # Detection would end at the first of them.
+    if not all(os.access(path, os.R_OK | os.X_OK) for path in folders):
+        require_access(folder_files(storage, root, check_access=True).refused)
 
 
 def open_root(config: SourceConfig) -> tuple[Storage, str]:
@@ -78,8 +95,5 @@ def _detect_layout(storage: Storage, root: str, config: SourceConfig) -> str:
     for name, layout in registry.in_detection_order():
         if layout.detect(storage, root, config, entries):
             return name
-    remedy = (
-        "provide class tars or class folders (at the top, or below train/ and val/), "
-        "or set `layout`"
-    )
-    raise DataError("holds no images in a layout that is known", place=config.root, remedy=remedy)
+    splits.folders(config, storage, root, class_like(entries))  # may be unclear, or misspelled
+    raise contents.describe(storage, root, config)

@@ -39,6 +39,7 @@ class Part:
     label: int = -1  # class index, if all images are of one class
     labels: tuple[int, ...] = ()  # class index per member, in order, if they are not
     size: int = 0  # approximate number of bytes
+    images: int | None = None  # files that may be images; None: unknown (a tar)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from pipeline.errors import ConfigError
 from pipeline.files import atomic, write_text
 from pipeline.sources.class_lists import class_list
 from pipeline.sources.class_order import SYNSETS_FILE
-from pipeline.sources.layouts.imagenet_tars import OUTER_TRAIN, OUTER_VALIDATION, SYNSET_LABELS
+from pipeline.sources.layouts.imagenet_tars import OUTER_TRAIN, OUTER_VALIDATION
+from pipeline.sources.validation_labels import SYNSET_LABELS
 from pipeline.synthetic.archives import join_tars, nest_tars, write_folder, write_tar
 from pipeline.synthetic.contents import CORRUPT_KINDS, SyntheticFile, members
 

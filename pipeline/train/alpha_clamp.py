@@ -7,6 +7,8 @@ clamped copy after every step. So the clamp works on the fp32 weights, right aft
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -33,21 +35,31 @@ def clamp_alpha(state: ShardedState) -> None:
                 _clamp(copy)
 
 
+@dataclass(frozen=True)
+class AlphaRange:
+    """Smallest and largest |alpha| of each [column][level], over all ranks."""
+
+    smallest: list[list[float]]
+    largest: list[list[float]]
+
+
 @torch.no_grad()
-def smallest_alpha(state: ShardedState) -> list[list[float]]:
-    """min |alpha| for each [column][level], over all ranks. Collective; waits for the device."""
-    # A rank that owns nothing of an alpha contributes infinity to the minimum.
-    smallest = torch.full((state.engine.module.spec.columns, 4), torch.inf)
-    for fragment in state.fragments:
-        if is_alpha(fragment.name):
+def alpha_range(state: ShardedState) -> AlphaRange:
+    """The range of |alpha|. Collective; waits for the device once."""
+    fragments = [fragment for fragment in state.fragments if is_alpha(fragment.name)]
+    # A rank that owns nothing of an alpha contributes infinity to both minima: largest is -min(-x).
+    extremes = torch.full((2, state.engine.module.spec.columns, 4), torch.inf)
+    if fragments:
+        values = [fragment.of(state.flats).abs() for fragment in fragments]
+        ranges = torch.stack([torch.stack([value.min(), -value.max()]) for value in values]).cpu()
+        for fragment, own in zip(fragments, ranges, strict=True):
             # columns.<column>.levels.<level>.alpha
             _, column, _, level, _ = fragment.name.split(".")
-            value = fragment.of(state.flats).abs().min().cpu()
-            entry = smallest[int(column), int(level)]
-            smallest[int(column), int(level)] = torch.minimum(entry, value)
-    torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
-    result: list[list[float]] = smallest.tolist()
-    return result
+            entry = extremes[:, int(column), int(level)]
+            entry.copy_(torch.minimum(entry, own))
+    torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MIN)
+    smallest, largest = extremes
+    return AlphaRange(smallest.tolist(), (-largest).tolist())
 
 
 def _clamp(alpha: Tensor) -> None:

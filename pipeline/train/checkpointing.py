@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.checkpoint.architecture import last_classifier
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints, remove_leftovers, set_aside
 from pipeline.checkpoint.rank_file import Owned
 from pipeline.checkpoint.reader import CheckpointReader, RangeReader
@@ -161,17 +162,40 @@ def _with_defaults(value: object) -> object:
     }
 
 
-def load_initial(source: RangeReader, sharded: ShardedState, place: str, log: Log) -> None:
+def load_initial(
+    source: RangeReader,
+    sharded: ShardedState,
+    place: str,
+    log: Log,
+    *,
+    with_classifier: bool = False,
+) -> None:
     """Start from the backbone of given weights; heads keep their random initialisation.
+
+    Args:
+        with_classifier: the weights are of the same classes: their last classifier becomes that of
+            the network.
 
     Raises:
         CheckpointError: on all ranks, if the weights do not fit the network.
     """
-    names = backbone_names(source, sharded.shapes, place)
-    _load(source, sharded, {}, set(names))
+    names = {name: name for name in backbone_names(source, sharded.shapes, place)}
+    head = last_classifier(source.shapes)
+    if with_classifier and head:
+        own_head = last_classifier(sharded.shapes)
+        names |= {
+            f"{own_head}{name.removeprefix(head)}": name
+            for name in source.shapes
+            if name.startswith(head)
+        }
+    _load(source, sharded, {}, names)
     _require_finite(sharded, place)
     new = len(sharded.shapes) - len(names)
-    log(f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new")
+    dropped = "" if with_classifier or not head else "; its classifier is not used"
+    log(
+        f"loaded {len(names)} parameters from {place}; {new} parameters of the heads are new"
+        f"{dropped}"
+    )
 
 
 def _require_finite(sharded: ShardedState, place: str) -> None:
@@ -197,7 +221,7 @@ def _load(
     source: RangeReader,
     sharded: ShardedState,
     stored_kinds: dict[str, str],
-    names: set[str] | None = None,
+    names: dict[str, str] | None = None,
 ) -> None:
     """Fill this rank's share of weights, moments and EMA from ``source``.
 
@@ -205,11 +229,12 @@ def _load(
         stored_kinds: our kind -> the name of the kind in ``source``. Moments that are not in it
             stay zero. An EMA that is not in it (turned on later, or a weights file) starts from
             the weights.
-        names: parameters to load; None: all.
+        names: parameters to load, with their names in ``source``; None: all.
     """
     for fragment, kind, values in sharded.tensors():
         wanted = names is None or fragment.name in names
         if wanted and (kind in stored_kinds or kind in ("master", "ema")):
             stored_kind = stored_kinds.get(kind, "master")
-            values.copy_(source.read(stored_kind, fragment.name, fragment.offset, fragment.length))
+            name = fragment.name if names is None else names[fragment.name]
+            values.copy_(source.read(stored_kind, name, fragment.offset, fragment.length))
     sharded.copy_to_model(sharded.flats)

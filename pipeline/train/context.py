@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pipeline.model.fixed_point import ALPHA_LIMIT, remainder_width
 from pipeline.monitor.recorder import Recorder
 from pipeline.reporting import Log
 from pipeline.runtime.dist_env import DistEnv
-from pipeline.train.alpha_clamp import clamp_alpha, smallest_alpha
+from pipeline.train.alpha_clamp import AlphaRange, alpha_range, clamp_alpha
 from pipeline.train.ema import ema_update
 from pipeline.train.engine import DeepSpeedEngine
 from pipeline.train.guard import Guard
@@ -77,7 +78,7 @@ class StageContext:
         }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageLog:
     """Logs to the stage's events, on rank 0 only.
 
@@ -87,6 +88,8 @@ class StageLog:
 
     is_main: bool
     recorder: Recorder | None = None
+    # Where the time since the last logged step went; set by the trainer.
+    seconds: Callable[[], dict[str, float]] = dict
     _pending: list[tuple[str, str]] = field(default_factory=list)
 
     def __call__(self, text: str, level: str = "info") -> None:
@@ -106,7 +109,7 @@ class StageLog:
 
     def close(self) -> None:
         if self.recorder is not None:
-            self.recorder.close()
+            self.recorder.close(self.seconds())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +169,13 @@ class StepContext:
         for mismatch in mismatches:
             self.log(f"{prefix}: {mismatch}", "warning")
 
-    def set_remainder_widths(self) -> None:
+    def set_remainder_widths(self, alphas: AlphaRange | None = None) -> None:
         """Set the bits that exact columns keep of each remainder until the next call.
 
         Waits for the device. Collective for exact columns, no effect for others.
+
+        Args:
+            alphas: the present range of alpha, if it was read already.
         """
         network = self.network
         if network.spec.activations != "exact":
@@ -184,5 +190,5 @@ class StepContext:
         drift = 4 * self.schedule.peak * self.log_every_steps
         network.remainder_widths = [
             [remainder_width(max(smallest - drift, ALPHA_LIMIT / 2)) for smallest in column]
-            for column in smallest_alpha(self.state)
+            for column in (alphas or alpha_range(self.state)).smallest
         ]

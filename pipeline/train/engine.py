@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ class DeepSpeedEngine(Protocol):
 
     module: Network
     optimizer: Any  # a torch optimizer under ZeRO 0, DeepSpeed's wrapper of one under ZeRO 1 to 3
+    micro_steps: int  # micro-batches so far; decides which call of ``step`` ends a step
 
     def __call__(self, images: Tensor, uniforms: Tensor | None = None) -> Output: ...
 
@@ -47,6 +50,18 @@ class DeepSpeedEngine(Protocol):
     def zero_optimization_stage(self) -> int: ...
 
     def train_micro_batch_size_per_gpu(self) -> int: ...
+
+
+@contextlib.contextmanager
+def warnings_off() -> Iterator[None]:
+    """DeepSpeed logs errors only inside the block: for an overflow that is made on purpose."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _import_deepspeed(dist_env: DistEnv, device: torch.device) -> ModuleType:

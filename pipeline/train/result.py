@@ -44,7 +44,7 @@ def write_result(context: StageContext, setup: StageSetup, log: StageLog) -> dic
     description = WeightsDescription(
         classes=context.data.classes,
         image_size=config.image_size,
-        resize=config.eval_resize,
+        preprocessing=config.preprocessing,
         precision=config.precision,
         data=context.data.fingerprint,
         metrics=metrics,

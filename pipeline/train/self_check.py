@@ -82,22 +82,22 @@ class SelfCheck:
             self._collected.add(newest)
         return mismatched
 
-    def summary(self, mismatched: bool) -> tuple[float, list[Mismatch]]:
-        """(largest |value| of the stream, mismatches) since the last call, over all ranks.
+    def summary(self, mismatched: bool) -> tuple[list[float], list[Mismatch]]:
+        """(largest |value| of the stream per column, mismatches) since the last call, of all ranks.
 
-        Resets the collection. Collective; waits for the device.
+        The first list is empty if the columns are not exact. Resets the collection. Collective;
+        waits for the device.
 
         Args:
             mismatched: whether any rank counted mismatched elements; if not, they are not read.
         """
         if self._collected is None:
-            max_abs = torch.zeros((), dtype=torch.float64, device=self.device)
-        else:
-            max_abs = self._collected.max_abs.max()
+            return [], []
+        max_abs = self._collected.max_abs.amax(1)
         dist.all_reduce(max_abs, op=dist.ReduceOp.MAX)
         mismatches = self.read() if mismatched else []
         self._collected = None
-        return float(max_abs), mismatches
+        return max_abs.tolist(), mismatches
 
     def headroom_warning(self, max_abs: float) -> str:
         """A warning each time the stream has grown to half of what is left of its range, or ''."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.checkpoint.weights import initial_weights
+import torch
+
+from pipeline.checkpoint.description import WeightsDescription
+from pipeline.checkpoint.weights import initial_weights, weights_of
 from pipeline.config import job_queries, machine
+from pipeline.config.job_queries import TRAINING
 from pipeline.config.render import plain_job_file
 from pipeline.config.schema import TrainConfig
 from pipeline.data.device import DeviceAugment
@@ -13,6 +17,7 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.order import order_of
 from pipeline.model import NetworkSpec
 from pipeline.monitor.recorder import Recorder
+from pipeline.monitor.trained_on import TrainedOn
 from pipeline.optimizers import registry
 from pipeline.train.checkpointing import load_initial, restore
 from pipeline.train.context import StageContext, StageLog, StepContext
@@ -156,16 +161,35 @@ def attach_recorder(context: StageContext, log: StageLog, resume_step: int) -> N
             context.stage,
             trained=job_queries.training_stages(context.job),
             resume_step=resume_step,
+            trained_on=_trained_on(context),
         )
         recorder.job(plain_job_file(context.job))
         log.attach(recorder)
+
+
+def _trained_on(context: StageContext) -> TrainedOn:
+    micro_batch, _ = job_queries.batches(context.config, context.dist_env.size)
+    on_gpu = context.device.type == "cuda"
+    return TrainedOn(
+        device=torch.cuda.get_device_name(context.device) if on_gpu else "cpu",
+        processes=context.dist_env.size,
+        threads=torch.get_num_threads(),
+        micro_batch=micro_batch,
+        classes=context.num_classes,
+        images=len(context.data.split("train")),
+    )
 
 
 def _load_initial(context: StageContext, sharded: ShardedState, log: StageLog) -> None:
     """Load the weights that the stage starts `from`, if it names any."""
     initial = context.config.initial
     if initial:
-        load_initial(initial_weights(context.run_dir, initial), sharded, initial, log)
+        weights = initial_weights(context.run_dir, initial)
+        same_classes = False
+        if initial not in TRAINING:
+            source = weights_of(context.run_dir, initial)
+            same_classes = WeightsDescription.read(*source).classes == context.data.classes
+        load_initial(weights, sharded, initial, log, with_classifier=same_classes)
     elif context.stage == "finetune":
         log("`from` names no weights: fine-tuning starts from scratch", "warning")
 

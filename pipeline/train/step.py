@@ -8,7 +8,7 @@ same images, any other is skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from pipeline.data.device import DeviceBatch
 from pipeline.data.loader import Batch, TrainLoader
 from pipeline.train.context import StepContext
+from pipeline.train.engine import warnings_off
 from pipeline.train.loss_scale import LossScaleState
 from pipeline.train.metrics import MetricsMark
 from pipeline.train.self_check import Mismatch
+from pipeline.train.step_times import BACKWARD, DATA, FORWARD, UPDATE, StepTimes
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class TrainingStep:
     retried_steps: int = 0
     last_step_skipped: bool = False
     last_step_spiked: bool = False
+    times: StepTimes = field(default_factory=StepTimes)
     # Called once, with the next micro-batch as the network receives it.
     on_next_batch: Callable[[Batch, DeviceBatch], None] | None = None
 
@@ -80,29 +83,50 @@ class TrainingStep:
         self.context.guard.applied(step)
         self.last_step_skipped = False
 
+    def rehearse(self, batch: Batch) -> None:
+        """Compute a micro-batch that leaves no trace: the engine refuses its update."""
+        context = self.context
+        snapshot = self._snapshot()
+        context.guard.begin()
+        context.engine.micro_steps = self.accumulation - 1  # this one ends a step
+        batch = batch.to(context.device)
+        inputs = context.augment(batch)
+        output = context.engine(inputs.images, context.drop_path_draws(batch))
+        # Gradients that are not finite are reduced like others, and then discarded on all ranks.
+        context.engine.backward(context.loss(output, inputs).total * torch.inf)
+        with warnings_off():
+            context.engine.step()
+        self._restore_statistics(snapshot)
+        context.loss_scale.restore(snapshot.loss_scale)
+
     def _try(self, loader: TrainLoader) -> bool:
         """Run all micro-batches once. True if the engine applied the update."""
         self.context.guard.begin()
         batches: Iterator[Batch] = iter(loader)
         for _ in range(self.accumulation):
-            self._micro_batch(next(batches))
+            with self.times.phase(DATA):
+                batch = next(batches)
+            self._micro_batch(batch)
         return self.context.engine.was_step_applied()
 
     def _micro_batch(self, batch: Batch) -> None:
         context = self.context
-        batch = batch.to(context.device)
-        inputs = context.augment(batch)
-        if self.on_next_batch is not None:
-            self.on_next_batch(batch, inputs)
-            self.on_next_batch = None
-        output = context.engine(inputs.images, context.drop_path_draws(batch))
-        loss = context.loss(output, inputs)
-        context.guard.add(loss.total)
-        context.engine.backward(loss.total)
+        with self.times.phase(FORWARD):
+            batch = batch.to(context.device)
+            inputs = context.augment(batch)
+            if self.on_next_batch is not None:
+                self.on_next_batch(batch, inputs)
+                self.on_next_batch = None
+            output = context.engine(inputs.images, context.drop_path_draws(batch))
+            loss = context.loss(output, inputs)
+            context.guard.add(loss.total)
+        with self.times.phase(BACKWARD):
+            context.engine.backward(loss.total)
         # Between the backward pass and the next forward pass, which starts a new record.
         mismatched = context.self_check.add()
         context.metrics.add(loss, output, inputs.targets, mismatched)
-        context.engine.step()  # updates the weights after the last micro-batch only
+        with self.times.phase(UPDATE):
+            context.engine.step()  # updates the weights after the last micro-batch only
 
     def _skip(self, step: int, mismatches: list[Mismatch], snapshot: StepSnapshot) -> None:
         context = self.context

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from pipeline.config import job_queries
+from pipeline.config.memory import GIB, stage_memory
 from pipeline.errors import StageError
 from pipeline.model.compiled_level import TooManyGraphs
 from pipeline.runtime.device_memory import out_of_memory_named
@@ -13,8 +14,11 @@ from pipeline.train.context import StageContext
 
 
 @contextlib.contextmanager
-def settings_named(context: StageContext) -> Iterator[None]:
+def settings_named(context: StageContext, when: str = "") -> Iterator[None]:
     """Turn exceptions of PyTorch, and of compiled levels, into errors for the user.
+
+    Args:
+        when: of the message, such as " before the first step".
 
     Raises:
         StageError: the device is out of memory, or the levels need too many compiled graphs.
@@ -25,10 +29,24 @@ def settings_named(context: StageContext) -> Iterator[None]:
     remedy = f"--set {key}={divisors[-1]}" if divisors else "a smaller image_size"
     if context.job.model.stored_columns:
         remedy += ", or --set model.stored_columns=0"
-    with out_of_memory_named(key, micro_batch, f"{remedy}; the same run resumes"):
+    estimate = _estimate(context, micro_batch)
+    with out_of_memory_named(key, micro_batch, f"{remedy}; the same run resumes. {estimate}", when):
         try:
             yield
         except TooManyGraphs as error:
             raise StageError(
                 str(error), place="model.compile", remedy="--set model.compile=false"
             ) from error
+
+
+def _estimate(context: StageContext, micro_batch: int) -> str:
+    """What the plan of the stage says about its memory."""
+    stored = context.job.model.stored_columns
+    memory = stage_memory(
+        context.job.model,
+        context.config,
+        classes=context.num_classes,
+        world_size=context.dist_env.size,
+        stored=1 if stored == "auto" else stored,
+    )
+    return f"Estimate: {memory.needed(micro_batch) / GIB:.1f} GiB ({memory.in_words()})"

@@ -8,38 +8,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import psutil
-import torch
-
 from pipeline.config import job_queries, machine
 from pipeline.config.schema import Job
-from pipeline.data.device import DeviceAugment, DeviceBatch
+from pipeline.data.device import DeviceBatch
 from pipeline.data.job_dataset import open_job_dataset
-from pipeline.data.loader import Batch, EvalLoader, TrainLoader
+from pipeline.data.loader import Batch, TrainLoader
 from pipeline.data.network_inputs import batch_sheet, network_inputs
 from pipeline.errors import Interrupted
-from pipeline.evaluate.accuracy import Evaluation, validate
-from pipeline.evaluate.metrics import TOP1, tagged
-from pipeline.evaluate.pictures import record_samples
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
+from pipeline.monitor.goodput import CHECKPOINT, EVALUATION, STEP
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
+from pipeline.train.alpha_clamp import alpha_range
 from pipeline.train.capture import write_record
 from pipeline.train.context import StageContext, StageLog
-from pipeline.train.ema import ema_weights
 from pipeline.train.fence import Fence
+from pipeline.train.first_batch import try_full_batch
 from pipeline.train.preemption import CollectiveStop
+from pipeline.train.profiling import profiled
 from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.result import write_result
 from pipeline.train.rewind import rewind
 from pipeline.train.saving import CheckpointSaver
 from pipeline.train.setup import StageSetup, set_up, train_loader
+from pipeline.train.stage_evaluation import StageEvaluation
 from pipeline.train.step_errors import settings_named
+from pipeline.train.step_metrics import StepMetrics
+from pipeline.train.step_times import TimesLog
 from pipeline.train.throughput import Throughput
 from pipeline.train.training_state import TrainingState
-
-MAX_EVAL_BATCH = 64  # images per process
 
 
 def train_stage(
@@ -70,16 +68,24 @@ def train_stage(
             device=device,
             data=open_job_dataset(job, run_dir, stage, whole=config.on_bad_sample == "stop"),
         )
-        log = StageLog(world.is_main)
+        log = StageLog(is_main=world.is_main)
         try:
             with settings_named(context):
                 setup = set_up(context, log)
                 # A finished stage needs no loader. A stage without a single step does: the loader
                 # reports that the dataset is smaller than a batch.
                 if not setup.resumed or setup.first_step < context.total_steps:
-                    with train_loader(context, setup.first_data_step) as loader:
+                    with (
+                        train_loader(context, setup.first_data_step) as loader,
+                        TimesLog(run_dir, stage, world.rank, log) as times_log,
+                    ):
                         trainer = Trainer(
-                            context=context, setup=setup, loader=loader, log=log, fence=fence
+                            context=context,
+                            setup=setup,
+                            loader=loader,
+                            log=log,
+                            times_log=times_log,
+                            fence=fence,
                         )
                         trainer.show_first_batch()
                         try:
@@ -100,30 +106,41 @@ class Trainer:
     setup: StageSetup
     loader: TrainLoader
     log: StageLog
+    times_log: TimesLog
     fence: Fence
     replaced: ReplacedSamples = field(init=False)
     throughput: Throughput = field(init=False)
+    evaluation: StageEvaluation = field(init=False)
     saver: CheckpointSaver = field(init=False)
     checkpoint_every: int = field(init=False)  # steps; by default an epoch
-    logged_step: int = field(init=False)  # steps done at the last log
+    metrics: StepMetrics = field(init=False)
 
     def __post_init__(self) -> None:
+        context = self.context
         self.step = self.setup.step
         self.history = self.setup.history
-        self.replaced = ReplacedSamples(
-            self.loader, self.setup.replaced_samples, self.context.device
-        )
+        self.replaced = ReplacedSamples(self.loader, self.setup.replaced_samples, context.device)
         self.throughput = Throughput(self.loader, self.setup.first_step)
-        self.logged_step = self.setup.first_step
-        every = self.context.config.checkpoint_every_steps
+        self.log.seconds = self.throughput.take
+        self.evaluation = StageEvaluation(context, self.setup, self.log)
+        every = context.config.checkpoint_every_steps
         self.checkpoint_every = every or self.loader.steps_per_epoch
         self.saver = CheckpointSaver(
-            context=self.context,
+            context=context,
             sharded=self.step.context.state,
             every=self.checkpoint_every,
             selection=self.setup.selection,
             fence=self.fence,
             log=self.log,
+        )
+        self.metrics = StepMetrics(
+            context=context,
+            step=self.step,
+            replaced=self.replaced,
+            throughput=self.throughput,
+            log=self.log,
+            times_log=self.times_log,
+            logged_step=self.setup.first_step,
         )
 
     def show_first_batch(self) -> None:
@@ -148,37 +165,40 @@ class Trainer:
 
         Raises:
             Interrupted: on all ranks after the same step, if a stop is requested.
+            StageError: on all ranks, if training does not recover from bad steps.
         """
         config = self.context.config
         total_steps = self.context.total_steps
         evaluate_every = max(1, round(config.eval_every_epochs * self.loader.steps_per_epoch))
         self.step.context.set_remainder_widths()
+        if not self.setup.resumed:  # a resumed stage has done steps of this size before
+            with settings_named(self.context, " in a trial before the first step"):
+                try_full_batch(self.context, self.step, self.evaluation.batch)
+        self.throughput.begin(STEP)
         done = self.setup.first_step  # steps as users count them, from 1
         while done < total_steps:
-            self.step.context.engine.train()
-            self.step.run(done, self.loader)
-            self._capture(done)
+            self._run_step(done)
             if self.step.context.guard.must_rewind:
                 done = self._rewind(done)
                 continue
             done += 1
             last = done == total_steps
-            if done % config.log_every_steps == 0 or last:
+            if self._is_logged(done):
                 self._log_metrics(done)
-                self.step.context.set_remainder_widths()
             # Evaluate before the checkpoint: a resumed run must not repeat the evaluation.
             if done % evaluate_every == 0 or last:
-                with self.throughput.paused():
-                    self.history.evaluations.append(self._evaluate(done))
+                with self.throughput.spent_on(EVALUATION):
+                    self.history.evaluations.append(self.evaluation.run(done))
             # Asked after the last step too, although the answer no longer matters: a pending
             # reduction needs all ranks.
             stopping = stop.after_step() and not last
             if done % self.checkpoint_every == 0 or last or stopping:
-                with self.throughput.paused():
+                with self.throughput.spent_on(CHECKPOINT):
                     self.saver.save(done, self._state())
             self.saver.report()
             if last or stopping:
-                self.saver.finish(needed=last)
+                with self.throughput.spent_on(CHECKPOINT):
+                    self.saver.finish(needed=last)
             if stopping:
                 stop.close()
                 raise Interrupted(
@@ -186,6 +206,22 @@ class Trainer:
                     remedy="rerun the same command to resume",
                 )
         stop.close()
+        self.throughput.begin(CHECKPOINT)  # what follows writes the result
+
+    def _run_step(self, step: int) -> None:
+        """Run a step (0-based); of those that are looked at more closely, with what that needs."""
+        done = step + 1
+        # Only the updates that are logged are looked at: a look costs a few kernels.
+        self.metrics.norms.active = self._is_logged(done)
+        # Of two profilers, only one can record a step.
+        counts = step == 0 and done not in self.context.config.profile_steps
+        self.step.context.engine.train()
+        with profiled(self.context, done, self.log), self.metrics.memory.counted(counts):
+            self.step.run(step, self.loader)
+        self._capture(step)
+
+    def _is_logged(self, done: int) -> bool:
+        return done % self.context.config.log_every_steps == 0 or done == self.context.total_steps
 
     def _capture(self, step: int) -> None:
         """Keep what is needed to replay a step (0-based), if it is bad. Collective."""
@@ -200,108 +236,28 @@ class Trainer:
         self.saver.finish(needed=False)
         done = rewind(self.context, self.setup, self.log, step, self.checkpoint_every)
         self.loader.rewind(done + self.step.context.guard.state.shift)
-        self.throughput = Throughput(self.loader, done)
-        self.logged_step = done
+        self.throughput.rewind(done)
+        self.metrics.logged_step = done
         return done
 
     def _log_metrics(self, done: int) -> None:
         """Log the metrics of the steps since the last log. Collective; waits for the device."""
-        scalars = self._scalars(done)
+        context = self.step.context
+        # Before the reading: its own time belongs to the next interval.
+        seconds = self.throughput.take()
+        alphas = alpha_range(context.state)
+        scalars = self.metrics.read(done, alphas, seconds)
+        context.set_remainder_widths(alphas)
         if self.log.recorder is not None:
             epoch = (done - 1) // self.loader.steps_per_epoch + 1  # as users count them, too
-            self.log.recorder.step(done, self.context.total_steps, epoch, scalars)
+            self.log.recorder.step(done, self.context.total_steps, epoch, scalars, seconds)
         self.history.last_metrics = {
             "loss": scalars[tags.LOSS],
             "images_per_s": scalars[tags.IMAGES_PER_S],
             "data_wait_share": scalars[tags.DATA_WAIT_SHARE],
         }
-        self.logged_step = done
-
-    def _scalars(self, done: int) -> dict[str, float]:
-        context = self.step.context
-        first = self.logged_step + 1
-        scalars = context.metrics.read()
-        # Mismatches that are still here belong to steps that were trained: under on_mismatch: warn.
-        max_abs, mismatches = context.self_check.summary(scalars[tags.MISMATCHED_ELEMENTS] > 0)
-        context.log_mismatches(
-            mismatches, f"mismatch ignored since step {first} (on_mismatch: warn)"
-        )
-        warning = context.self_check.headroom_warning(max_abs)
-        if warning:
-            self.log(warning, "warning")
-        replaced_samples = self.replaced.count()
-        for reason in self.replaced.new_reasons():
-            self.log(
-                f"sample replaced since step {first} (on_bad_sample: replace): {reason}", "warning"
-            )
-        scalars |= {
-            tags.LEARNING_RATE: context.schedule(done - 1),
-            tags.SKIPPED_STEPS: float(done - self.step.applied_steps),
-            tags.RETRIED_STEPS: float(self.step.retried_steps),
-            tags.MAX_ABS: max_abs,
-            tags.REPLACED_SAMPLES: float(replaced_samples),
-            tags.RSS_MIB: psutil.Process().memory_info().rss / 2**20,
-            **self.throughput.rates(done),
-        }
-        grad_norm = context.engine.get_global_grad_norm()
-        if grad_norm is not None:
-            scalars[tags.GRAD_NORM] = float(grad_norm)
-        if context.device.type == "cuda":
-            scalars[tags.DEVICE_MIB] = torch.cuda.max_memory_allocated() / 2**20
-        return scalars
-
-    def _evaluate(self, done: int) -> dict[str, float]:
-        """Evaluate the EMA (without one, the weights) on the validation split. Collective.
-
-        With ``keep: best``, also on the selection split; the best weights are remembered.
-        """
-        state = self.step.context.state
-        with ema_weights(state):
-            evaluation = self._validate("validation")
-            scores = {"step": done, **evaluation.metrics}
-            selection = self.setup.selection
-            if selection is not None:
-                # Without a split of its own, the images of the curve choose.
-                separate = selection.split != "validation"
-                chooses = self._validate(selection.split) if separate else evaluation
-                scores[selection.metric] = chooses.metrics[TOP1]
-        values = tagged("validation", evaluation.metrics)
-        if selection is not None:
-            best = selection.best([*self.history.evaluations, scores])
-            if best is scores:
-                state.remember_best()
-            values |= {
-                tags.SELECTION_TOP1: scores[selection.metric],
-                tags.KEPT_STEP: best["step"],
-            }
-        recorder = self.log.recorder
-        if recorder is not None:
-            recorder.evaluation(done, values)
-            if evaluation.samples is not None:
-                record_samples(recorder, done, evaluation.samples, self.context.data.class_names)
-        return scores
-
-    def _validate(self, split: str) -> Evaluation:
-        """Evaluate on a split of the dataset. Collective."""
-        context = self.context
-        config = context.config
-        engine = self.step.context.engine
-        engine.eval()
-        normalise = DeviceAugment(
-            config.augment, context.num_classes, context.job.seed, train=False
-        )
-        with EvalLoader(
-            context.data.split(split),
-            image_size=config.image_size,
-            resize=config.eval_resize,
-            # Without gradients, twice as many images fit into memory.
-            batch=min(MAX_EVAL_BATCH, 2 * engine.train_micro_batch_size_per_gpu()),
-            rank=context.dist_env.rank,
-            world_size=context.dist_env.size,
-            threads=machine.loader_threads(context.job.cluster, context.dist_env.local_size),
-            pin_memory=context.device.type == "cuda",
-        ) as loader:
-            return validate(engine, loader, normalise, context.device, config.image_size)
+        if scalars[tags.SKIPPED_STEPS]:
+            self.history.last_metrics["skipped_steps"] = scalars[tags.SKIPPED_STEPS]
 
     def _state(self) -> TrainingState:
         """The state of the loop for a checkpoint. Collective."""

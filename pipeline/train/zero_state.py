@@ -95,7 +95,7 @@ class ShardedState:
             for name, parameter in self.parameters.items()
         }
         self.shapes |= {name: tuple(buffer.shape) for name, buffer in self.buffers.items()}
-        self._optimizer = self._torch_optimizer()
+        self.torch_optimizer = self._find_optimizer()
         self.flats = self._find_flats()
         self.fragments = list(self._find_fragments())
         self._share_layout()
@@ -107,7 +107,7 @@ class ShardedState:
         self.best = [_host_copy(flat) for flat in self.flats] if with_best else None
         self._best_buffers = {name: _host_copy(buffer) for name, buffer in self.buffers.items()}
 
-    def _torch_optimizer(self) -> torch.optim.Optimizer:
+    def _find_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer inside DeepSpeed's wrappers: none under ZeRO 0, one or two otherwise."""
         optimizer = self.engine.optimizer
         if self.zero_stage > 0:
@@ -164,7 +164,7 @@ class ShardedState:
     def _share_layout(self) -> None:
         """Give an optimizer that computes per parameter the places of the parameters."""
         # Under ZeRO 0 the optimizer has the parameters themselves.
-        if self.zero_stage == 0 or not isinstance(self._optimizer, ParameterwiseOptimizer):
+        if self.zero_stage == 0 or not isinstance(self.torch_optimizer, ParameterwiseOptimizer):
             return
         # A parameter has the same number on every rank, also where a rank owns nothing of it.
         numbers = {name: number for number, name in enumerate(self.parameters)}
@@ -173,10 +173,10 @@ class ShardedState:
             segments[self.flats[fragment.flat]].append(
                 Segment(numbers[fragment.name], fragment.start, fragment.length)
             )
-        self._optimizer.layout = FlatLayout(segments, len(numbers))
+        self.torch_optimizer.layout = FlatLayout(segments, len(numbers))
 
-    def _state_keys(self) -> list[Tensor]:
-        """The keys of the optimizer's state, parallel to ``flats``."""
+    def stepped_tensors(self) -> list[Tensor]:
+        """The tensors that the optimizer steps, the keys of its state: parallel to ``flats``."""
         return list(self.parameters.values()) if self.zero_stage == 0 else self.flats
 
     def _reset_moments(self, allocate: Allocate) -> None:
@@ -184,16 +184,16 @@ class ShardedState:
 
         DeepSpeed takes a step on zero gradients when it creates some of its optimizers.
         """
-        for key in self._state_keys():
-            self._optimizer.state[key] = {
+        for key in self.stepped_tensors():
+            self.torch_optimizer.state[key] = {
                 "step": torch.zeros((), dtype=torch.float32),
                 **{moment: allocate(key.detach()) for moment in self.moments},
             }
 
     def set_step(self, step: int) -> None:
         """Set the optimizer's step count, which a bias correction uses."""
-        for key in self._state_keys():
-            self._optimizer.state[key]["step"].fill_(float(step))
+        for key in self.stepped_tensors():
+            self.torch_optimizer.state[key]["step"].fill_(float(step))
 
     def flats_by_kind(self) -> dict[str, list[Tensor]]:
         """``master`` (the fp32 weights), the moments; if kept, ``ema`` and ``best``.
@@ -203,7 +203,7 @@ class ShardedState:
         kinds = {"master": self.flats}
         for moment in self.moments:
             kinds[moment] = [
-                self._optimizer.state[key][moment].view(-1) for key in self._state_keys()
+                self.torch_optimizer.state[key][moment].view(-1) for key in self.stepped_tensors()
             ]
         if self.ema is not None:
             kinds["ema"] = self.ema

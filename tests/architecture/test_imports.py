@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "blocks": {"plugins"},
     "optimizers": {"plugins"},
     "sources": GROUND,
-    "checkpoint": GROUND,
+    "checkpoint": GROUND | {"blocks", "sources"},
     "config": GROUND | {"blocks", "checkpoint", "optimizers", "sources"},
     "model": {"blocks"},
     "data": GROUND | {"config", "sources"},
@@ -43,16 +43,19 @@ ROOMS: dict[str, set[str]] = {
     "train": GROUND
     | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "monitor", "optimizers"}
     | {"runtime"},
-    "export": GROUND | {"blocks", "checkpoint", "config", "data", "evaluate", "model"},
+    "export": GROUND
+    | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "runtime", "sources"},
     "bench": GROUND
     | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
     "cluster": GROUND | {"config", "runtime"},
+    "plan": GROUND | {"checkpoint", "config", "monitor"},
     "orchestrate": GROUND
-    | {"checkpoint", "cluster", "config", "data", "evaluate", "export", "monitor", "prepare"}
-    | {"runtime", "sources", "train"},
+    | {"checkpoint", "cluster", "config", "data", "evaluate", "export", "monitor", "plan"}
+    | {"prepare", "runtime", "sources", "train"},
 }
 RAY_ROOMS = {"orchestrate"}
 RAY_MODULES = {"cluster/ray_jobs.py"}  # of the other rooms
+KUBERNETES_MODULE = "cluster/kubernetes_client.py"
 
 
 def room_of(path: Path) -> str:
@@ -104,6 +107,8 @@ def test_libraries_are_imported_only_where_they_belong() -> None:
         libraries -= set(sys.stdlib_module_names)
         may_import_ray = room in RAY_ROOMS or str(path.relative_to(PACKAGE)) in RAY_MODULES
         assert "ray" not in libraries or may_import_ray, path
+        if str(path.relative_to(PACKAGE)) != KUBERNETES_MODULE:
+            assert "kubernetes" not in libraries, path
         if room in ("blocks", "model", "optimizers"):
             assert libraries <= {"torch"}, path
 
@@ -131,6 +136,12 @@ for name in NAMES:
             {"ray", "deepspeed", "datasets"},
         ),
         (["pipeline.train.trainer", "pipeline.cli"], {"ray", "datasets"}),
+        # The formats of an export: their packages are asked for when they are written.
+        (
+            ["pipeline.train.trainer", "pipeline.export.stage", "pipeline.export.formats"],
+            {"timm", "transformers", "onnx", "onnxscript", "onnxruntime", "torchvision"},
+        ),
+        (["pipeline.orchestrate.run_job", "pipeline.cluster.kubernetes_jobs"], {"kubernetes"}),
         (["pipeline.export.reload"], {"ray", "deepspeed", "datasets", "tensorboard"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -15,6 +15,7 @@ NAMES = {
     "tensorboard",
     "logs",
     "export",
+    "profiles",
     "replaced",
     "generation",
     "run.json",

@@ -21,8 +21,9 @@ from pipeline.checkpoint.manifest import (
     remove_leftovers,
     set_aside,
 )
-from pipeline.checkpoint.reader import CheckpointReader, WeightsReader
+from pipeline.checkpoint.reader import CheckpointReader
 from pipeline.checkpoint.retention import Retention, delete_others
+from pipeline.checkpoint.weights_reader import WeightsReader
 from pipeline.errors import CheckpointError
 from pipeline.files import file_digest, json_digest
 

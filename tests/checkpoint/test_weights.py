@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ DESCRIPTION = WeightsDescription(
     step=12,
     classes=["c0", "c1"],
     image_size=64,
-    resize=1.143,
+    preprocessing="fast",
     precision="bf16",
     data="fingerprint",
     metrics={"top1": 0.5},
@@ -36,14 +37,19 @@ OLD = {
 }
 
 
+def _read(weights: Path) -> WeightsDescription:
+    """The description without the place that it was read from."""
+    return replace(WeightsDescription.read(weights), place="")
+
+
 def test_a_written_description_is_read_back(tmp_path: Path) -> None:
     DESCRIPTION.write(tmp_path)
-    assert WeightsDescription.read(tmp_path / WEIGHTS_FILE) == DESCRIPTION
+    assert _read(tmp_path / WEIGHTS_FILE) == DESCRIPTION
 
 
 def test_a_description_of_the_version_before_is_read(tmp_path: Path) -> None:
     write_json(tmp_path / WEIGHTS_JSON, OLD)
-    assert WeightsDescription.read(tmp_path / WEIGHTS_FILE) == DESCRIPTION
+    assert _read(tmp_path / WEIGHTS_FILE) == DESCRIPTION
 
 
 def test_weights_without_a_description_have_an_empty_one(tmp_path: Path) -> None:
@@ -55,8 +61,7 @@ def test_weights_without_a_description_have_an_empty_one(tmp_path: Path) -> None
 
 def test_unknown_keys_of_a_newer_version_are_ignored(tmp_path: Path) -> None:
     write_json(tmp_path / WEIGHTS_JSON, {"image_size": 64, "added_later": True})
-    description = WeightsDescription.read(tmp_path / WEIGHTS_FILE)
-    assert description == WeightsDescription(image_size=64)
+    assert _read(tmp_path / WEIGHTS_FILE) == WeightsDescription(image_size=64)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3"])

@@ -124,3 +124,23 @@ def test_ctrl_c_is_130_and_says_how_to_resume(
 ) -> None:
     assert exit_code(KeyboardInterrupt(), monkeypatch) == 130
     assert "rerun the same command to resume from the last checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["a link to nowhere", "a file", "below a file"])
+def test_a_run_directory_that_cannot_be_created_is_named(place: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs"
+    if place == "a link to nowhere":
+        os.symlink("/nowhere/at/all", run_dir)
+        run_dir = run_dir / "quickstart"
+    else:
+        run_dir.write_text("")
+        run_dir = run_dir / "quickstart" if place == "below a file" else run_dir
+    done = pipeline(tmp_path, "run", "quickstart", "--run-dir", str(run_dir))
+    assert done.returncode == 2, done.stderr
+    assert f"{run_dir}: cannot be created" in done.stderr
+    assert "--run-dir" in done.stderr
+
+
+def test_an_output_that_may_not_be_written_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        assert exit_code(OSError(number, os.strerror(number), "/data.png"), monkeypatch) == 2

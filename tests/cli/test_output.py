@@ -59,3 +59,29 @@ def test_a_full_disk_is_still_an_error() -> None:
 
     with pytest.raises(OSError, match="No space left"):
         LastingStream(FullDisk()).write("schema")
+
+
+@pytest.mark.parametrize(
+    ("closed", "encoding"), [(">&-", "utf-8"), (">&- 2>&-", "utf-8"), ("", "ascii"), ("", "cp1252")]
+)
+def test_a_closed_output_and_any_encoding_end_no_job(
+    tmp_path: Path, closed: str, encoding: str
+) -> None:
+    program = r"""
+import pathlib, sys
+from pipeline.cli.output import keep_output_alive
+from rich.console import Console
+keep_output_alive()
+Console().print("\u4e2d\u6587 caf\udce9.jpg \u2714")
+print("\u4e2d\u6587", file=sys.stderr, flush=True)
+pathlib.Path(sys.argv[1]).write_text("saved")
+"""
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", program, tmp_path / "x"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x").read_text() == "saved"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -63,7 +65,13 @@ def places_of(
 
 def _holding(secret: bytes, folder: Path, allowed: Iterable[Path]) -> Iterator[Path]:
     known = {path.stat().st_ino for path in allowed}
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and path.stat().st_ino not in known and secret in path.read_bytes():
-                yield path
+    device = folder.stat().st_dev
+    for parent, folders, names in os.walk(folder):
+        # What is mounted below is not this machine's own.
+        folders[:] = [name for name in folders if os.lstat(f"{parent}/{name}").st_dev == device]
+        for path in (Path(parent, name) for name in names):
+            with contextlib.suppress(OSError):
+                entry = path.lstat()
+                is_searched = stat.S_ISREG(entry.st_mode) and entry.st_ino not in known
+                if is_searched and secret in path.read_bytes():
+                    yield path

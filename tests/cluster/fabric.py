@@ -280,9 +280,16 @@ def address(number: int) -> str:
     return f"{NETWORK}.{number}"
 
 
+def one_core(number: int) -> list[str]:
+    """What to write before a command so that its machine seems to have one core of the host."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ["taskset", "--cpu-list", str(cores[number % len(cores)])]
+
+
 def environment_of_machine(added: Mapping[str, str] | None = None) -> dict[str, str]:
     """Environment of a command: this checkout's Python, a home folder of the machine's own."""
-    left_out = ("RAY_", "PYTEST_", "SLURM", "PIPELINE_")
+    # TORCHINDUCTOR_: tests that compile have set it; a machine's cache is where TMPDIR says.
+    left_out = ("RAY_", "PYTEST_", "SLURM", "PIPELINE_", "TORCHINDUCTOR_")
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.layout import RunDir
-from pipeline.monitor.events import Event, read_events
+from tests.cluster import training_events
 from tests.cluster.fabric import FabricMachine, MachineProcess, environment_of_machine
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_machines import RayMachines
@@ -108,7 +108,7 @@ class ClusterRun:
         output = run_dir.path.with_suffix(".out")
         with open(output, "a") as file:
             process = machine.popen(
-                *["nice", "-n", "19", "python", "-m", "pipeline", "run", job],
+                *["python", "-m", "pipeline", "run", job],
                 *["--run-dir", run_dir.path, *arguments],
                 environment={
                     **cluster.environment,
@@ -124,20 +124,19 @@ class ClusterRun:
         return self.run_dir.path.with_suffix(".out").read_text()
 
     @property
-    def events(self) -> Sequence[Event]:
-        path = self.run_dir.events("pretrain")
-        return read_events(path) if path.exists() else []
-
-    @property
     def step(self) -> int:
         """The last step that was logged since the start of this driver."""
-        steps = [event.step for event in self.events if event.time > self.started]
+        steps = [
+            event.step
+            for event in training_events.pretraining(self.run_dir)
+            if event.time > self.started
+        ]
         return max(steps, default=0)
 
     @property
     def starts(self) -> list[int]:
         """The steps at which groups of processes began."""
-        return [event.step for event in self.events if event.kind == "start"]
+        return training_events.starts(self.run_dir)
 
     def wait_for_step(self, step: int) -> None:
         self._wait(lambda: self.step >= step, f"step {step}")
@@ -168,7 +167,7 @@ class ClusterRun:
         """Loss by step in one of the groups of processes, counted from 0."""
         losses: dict[int, float] = {}
         number = -1
-        for event in self.events:
+        for event in training_events.pretraining(self.run_dir):
             number += event.kind == "start"
             if event.kind == "step" and number == group:
                 losses[event.step] = event.scalars["loss/total"]

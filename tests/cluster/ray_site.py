@@ -1,8 +1,7 @@
-"""Three machines with Ray, and a job with every stage: for scenarios of losses."""
+"""Three machines with Ray, and a small job: for scenarios of losses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.layout import RunDir
@@ -11,24 +10,6 @@ from tests.cluster.fabric import Fabric
 from tests.cluster.ray_machines import RayMachines
 from tests.cluster.ray_runs import ClusterRun, PreparedJob
 
-LATER_STAGES = """
-  finetune:
-    {from: pretrain, image_size: 32, epochs: 1, global_batch: 16, precision: fp32,
-     base_lr: 1e-3, base_lr_batch: 16, intermediate_supervision: false,
-     augment: {mixup: 0, cutmix: 0}}
-  evaluate: {from: finetune}
-  export: {from: finetune}
-"""
-
-
-@dataclass(frozen=True)
-class WholeJob(PreparedJob):
-    """A job with all five stages."""
-
-    @property
-    def text(self) -> str:
-        return super().text.rstrip() + LATER_STAGES
-
 
 class RaySite:
     """The machines n1 to n3; n1 is the head, and has the driver."""
@@ -36,7 +17,7 @@ class RaySite:
     def __init__(self, fabric: Fabric, folder: Path) -> None:
         self.fabric = fabric
         self.ray = RayMachines(folder=folder)
-        self.job = WholeJob(folder)
+        self.job = PreparedJob(folder)
 
     def repair(self, *without: str) -> None:
         """Bring back every machine that a scenario has taken away, and take away ``without``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.cluster.fabric import Fabric, FabricMachine, environment_of_machine
+from tests.cluster.kubernetes_site import kubernetes_cluster
 from tests.cluster.processes import children, wait_until
 from tests.cluster.ray_machines import RayMachines
 from tests.cluster.slurm_machines import SlurmMachines, install
@@ -28,8 +30,8 @@ data:
 stages:
   prepare: {}
   pretrain:
-    {image_size: 64, epochs: 30, global_batch: 8, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
-     eval_every_epochs: 30, log_every_steps: 1, checkpoint_every_steps: 15,
+    {image_size: 64, epochs: 60, global_batch: 8, precision: fp32, base_lr: 1e-3, warmup_epochs: 1,
+     eval_every_epochs: 60, log_every_steps: 1, checkpoint_every_steps: 15,
      intermediate_supervision: false, augment: {mixup: 0, cutmix: 0}}
   export: {from: pretrain}
 """
@@ -43,6 +45,7 @@ class Command:
     process: subprocess.Popen[str]
     output_file: Path
     on_machine: bool
+    limit_s: float = END_S
 
     @property
     def output(self) -> str:
@@ -56,16 +59,22 @@ class Command:
 
     def wait_for(self, text: str) -> None:
         """Wait for a text in the output."""
+        self.wait_for_match(re.escape(text))
+
+    def wait_for_match(self, pattern: str) -> re.Match[str]:
+        """Wait for a text that matches; returns the match."""
 
         def is_there() -> bool:
-            return text in self.output or self.process.poll() is not None
+            return bool(re.search(pattern, self.output)) or self.process.poll() is not None
 
-        wait_until(is_there, text, END_S, poll_s=0.2)
-        assert text in self.output, self.output
+        wait_until(is_there, pattern, self.limit_s, poll_s=0.2)
+        match = re.search(pattern, self.output)
+        assert match, self.output
+        return match
 
     def end(self) -> int:
         """Wait for the end; returns the exit code."""
-        return self.process.wait(END_S)
+        return self.process.wait(self.limit_s)
 
 
 @dataclass(kw_only=True)
@@ -73,10 +82,11 @@ class Site:
     """A folder with a job, and a user in it.
 
     Attributes:
-        kind: local, ray or slurm.
+        kind: local, ray, slurm or kubernetes.
         machine: where the user sits; None: the host.
         options: of ``run``, to run on the cluster.
         sees_runs: the user's machine sees the run directories of the cluster.
+        hidden: a folder of the host that the user does not see.
     """
 
     kind: str
@@ -85,14 +95,18 @@ class Site:
     options: Sequence[str] = ()
     sees_runs: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
+    hidden: Path | None = None
     _started: int = 0
 
     def start(self, *arguments: str) -> Command:
         """Start ``pipeline ARGUMENTS`` in the folder."""
         self._started += 1
         output = self.folder / f"output-{self._started}.txt"
-        words = [*("env", "-C", str(self.folder), "nice", "-n", "19"), sys.executable, "-m"]
+        words = ["env", "-C", str(self.folder), sys.executable, "-m"]
         words += ["pipeline", *arguments]
+        if self.hidden is not None:
+            hide = f'mount -t tmpfs none {self.hidden} && exec "$@"'
+            words = ["unshare", "-m", "sh", "-c", hide, "sh", *words]
         with open(output, "w") as file:
             if self.machine is not None:
                 process: subprocess.Popen[str] = self.machine.popen(
@@ -161,4 +175,20 @@ def slurm_site(folder: Path) -> Iterator[Site]:
             machine=machines.login,
             options=("--on", "cluster.yaml"),
             environment=machines.environment,
+        )
+
+
+@contextlib.contextmanager
+def kubernetes_site(folder: Path) -> Iterator[Site]:
+    """A Kubernetes cluster, and a user on the host, who does not see its volumes."""
+    (folder / "job.yaml").write_text(JOB)
+    with kubernetes_cluster(folder) as cluster:
+        cluster_file = cluster.cluster_file(folder, devices=2)
+        yield Site(
+            kind="kubernetes",
+            folder=folder,
+            options=("--on", str(cluster_file)),
+            sees_runs=False,
+            environment=cluster.environment,
+            hidden=cluster.claim,
         )

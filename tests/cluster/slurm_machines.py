@@ -5,16 +5,12 @@ Debian's packages are installed if they are missing (as root, with network).
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from tests.cluster.fabric import Fabric, FabricMachine
+from tests.cluster import debian
+from tests.cluster.fabric import Fabric, FabricMachine, one_core
 from tests.cluster.processes import wait_until
 
 CPUS = 2  # per machine, whatever the host has
@@ -60,23 +56,9 @@ PartitionName=urgent Nodes=n[1-3] MaxTime=INFINITE PriorityTier=10
 """
 
 
-def one_core(number: int) -> list[str]:
-    """What to write before a command so that its machine seems to have one core of the host."""
-    cores = sorted(os.sched_getaffinity(0))
-    return ["taskset", "--cpu-list", str(cores[number % len(cores)])]
-
-
 def install() -> None:
     """Install Debian's Slurm, once per host."""
-    if all(map(shutil.which, _PROGRAMS)):
-        return
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("Slurm is missing: apt-get install slurm-wlm munge")
-        pytest.skip("Slurm is missing: apt-get install slurm-wlm munge")
-    packages = ["slurm-wlm", "munge"]
-    subprocess.run(["apt-get", "update", "-qq"], check=True)
-    subprocess.run(["apt-get", "install", "-y", "-qq", *packages], check=True)
+    debian.install(_PROGRAMS, ["slurm-wlm", "munge"])
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
-from pipeline.monitor.events import Event, read_events
+from tests.cluster import training_events
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_runs import PreparedJob
 from tests.cluster.slurm_machines import SlurmMachines
@@ -64,18 +64,13 @@ class SlurmRun:
         return path.read_text(errors="replace") if path.exists() else ""
 
     @property
-    def events(self) -> Sequence[Event]:
-        path = self.run_dir.events("pretrain")
-        return read_events(path) if path.exists() else []
-
-    @property
     def step(self) -> int:
-        return max((event.step for event in self.events), default=0)
+        return max((event.step for event in training_events.pretraining(self.run_dir)), default=0)
 
     @property
     def starts(self) -> list[int]:
         """The steps at which groups of processes began."""
-        return [event.step for event in self.events if event.kind == "start"]
+        return training_events.starts(self.run_dir)
 
     def wait_for_step(self, step: int) -> None:
         self.wait_for(lambda: self.step >= step, f"step {step}")
@@ -128,7 +123,7 @@ class Submitter:
                 min_nodes=min_nodes or nodes,
                 partition=partition,
                 wait=wait,
-                setup=json.dumps(["renice -n 19 $$ > /dev/null", *setup]),
+                setup=json.dumps(list(setup)),
                 runs=self.job.folder,
             )
         )
@@ -170,7 +165,7 @@ def left_behind(slurm: SlurmMachines) -> dict[str, list[str]]:
     return left
 
 
-def wait_for_nothing_left(slurm: SlurmMachines, seconds: float = 60) -> None:
+def wait_for_nothing_left(slurm: SlurmMachines, seconds: float = 180) -> None:
     """Wait until no process and no file of a job is left on any machine."""
     try:
         wait_until(lambda: not left_behind(slurm), "clean machines", seconds, 0.5)

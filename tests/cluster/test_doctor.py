@@ -73,7 +73,7 @@ class Site:
         """The output of doctor, started on the first machine as on a cluster's own head."""
         began = time.monotonic()
         done = self["n1"].run(
-            *["nice", "-n", "19", "python", "-m", "pipeline", "doctor", "--on", str(self.cluster)],
+            *["python", "-m", "pipeline", "doctor", "--on", str(self.cluster)],
             *["--run-dir", str(self.share / "runs"), "--set", "cluster.network.interface=eth1"],
             *(part for text in settings for part in ("--set", text)),
             environment={**self.ray.environment, "PIPELINE_RAY_ADDRESS": self.ray.gcs},

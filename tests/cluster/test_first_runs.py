@@ -1,7 +1,7 @@
-"""docs/clusters.md, followed to the letter with the whole quickstart: on Ray, and under Slurm.
+"""docs/clusters.md, followed to the letter with the whole quickstart: Ray, Slurm, Kubernetes.
 
-Both give the exported model of a run on one machine. Every machine has one core, so that it
-computes with as many threads as each of the two processes there.
+All give the exported model of a run on one machine. Every machine has one core, or its
+processes use one, so that it computes with as many threads as each of the two processes there.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.files import file_digest
 from tests.cluster.exposure import beyond_loopback, places_of
-from tests.cluster.fabric import ROOT, Fabric, FabricMachine, MachineProcess, environment_of_machine
-from tests.cluster.processes import wait_until
-from tests.cluster.slurm_machines import SlurmMachines, install, one_core
+from tests.cluster.fabric import ROOT, Fabric, FabricMachine, environment_of_machine, one_core
+from tests.cluster.kubernetes_site import kubernetes_cluster
+from tests.cluster.sites import Command
+from tests.cluster.slurm_machines import SlurmMachines, install
 from tests.data.small_datasets import jpeg
 from tests.docs.markdown import Block, blocks, commands
 
 CHECKOUT = ("launch.sh", "requirements", "pipeline", "configs", "jobs", "pyproject.toml")
-QUICKSTART_S = 600
+QUICKSTART_S = 1200
 
 
-def steps_of(title: str) -> list[Block]:
-    """The shell blocks of a section of docs/clusters.md."""
+def blocks_of(title: str, language: str = "bash") -> list[Block]:
+    """The blocks of a section of docs/clusters.md."""
     document = ROOT / "docs" / "clusters.md"
     lines = document.read_text().splitlines()
     first = lines.index(f"## {title}") + 1
     last = next((i for i in range(first, len(lines)) if lines[i].startswith("## ")), len(lines))
     return [
         block
-        for block in blocks("bash")
+        for block in blocks(language)
         if block.document == document and first < block.line <= last
     ]
 
 
 def check_out(folder: Path) -> Path:
-    """A checkout that every machine sees."""
+    """A checkout that every machine sees. Its quickstart is fine-tuned in 2 epochs."""
     checkout = folder / "checkout"
     checkout.mkdir()
     for name in CHECKOUT:
@@ -54,6 +56,10 @@ def check_out(folder: Path) -> Path:
             shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
         else:
             shutil.copy2(ROOT / name, checkout / name)
+    recipe = checkout / "configs" / "recipe" / "quickstart_finetune.yaml"
+    text, count = re.subn(r"^epochs: \d+", "epochs: 2", recipe.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    recipe.write_text(text)
     return checkout
 
 
@@ -68,18 +74,24 @@ class Reader:
     replaced: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
-    def words(self, command: list[str]) -> list[str]:
-        line = shlex.join(command)
+    def own(self, text: str) -> str:
         for name, value in self.replaced.items():
-            line = line.replace(name, value)
-        return shlex.split(line)
+            text = text.replace(name, value)
+        return text
+
+    def words(self, command: list[str]) -> list[str]:
+        return shlex.split(self.own(shlex.join(command)))
+
+    def write(self, name: str, block: Block) -> None:
+        """Write a file of the reader's own."""
+        (self.checkout / name).write_text(self.own(block.text))
 
     def export(self, command: list[str]) -> None:
         """``export NAME=VALUE ...``"""
         assert command[0] == "export"
         self.environment |= dict(word.split("=", 1) for word in self.words(command)[1:])
 
-    def start(self, machine: FabricMachine, command: list[str], *before: str) -> Typed:
+    def start(self, machine: FabricMachine, command: list[str], *before: str) -> Command:
         output = self.checkout.parent / f"typed-{secrets.token_hex(4)}.txt"
         with open(output, "w") as file:
             process = machine.popen(
@@ -88,37 +100,16 @@ class Reader:
                 environment=in_environment(self.environment),
                 output=file,
             )
-        return Typed(process=process, file=output)
+        return Command(process=process, output_file=output, on_machine=True, limit_s=QUICKSTART_S)
 
-    def run(self, machine: FabricMachine, command: list[str], code: int = 0) -> str:
-        return self.start(machine, command).end(code)
+    def run(self, machine: FabricMachine, command: list[str]) -> str:
+        return output_of(self.start(machine, command))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Typed:
-    """A command that was typed."""
-
-    process: MachineProcess
-    file: Path
-
-    @property
-    def output(self) -> str:
-        return self.file.read_text(errors="replace")
-
-    def wait_for(self, pattern: str) -> str:
-        """Wait for a text; returns the pattern's group."""
-
-        def is_there() -> bool:
-            return bool(re.search(pattern, self.output)) or self.process.poll() is not None
-
-        wait_until(is_there, pattern, QUICKSTART_S, poll_s=0.2)
-        match = re.search(pattern, self.output)
-        assert match, self.output
-        return match[1]
-
-    def end(self, code: int = 0) -> str:
-        assert self.process.wait(QUICKSTART_S) == code, self.output
-        return self.output
+def output_of(command: Command, code: int = 0) -> str:
+    """The whole output of a command, which ends with this exit code."""
+    assert command.end() == code, command.output
+    return command.output
 
 
 def in_environment(added: Mapping[str, str]) -> dict[str, str]:
@@ -137,15 +128,16 @@ def checkout(shared_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def on_one_machine(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the quickstart exports without a cluster."""
     run = tmp_path_factory.mktemp("quickstart") / "quickstart"
-    command = [sys.executable, "-m", "pipeline", "run", "quickstart", "--run-dir", str(run)]
+    command = [str(checkout / "launch.sh"), "jobs/quickstart.yaml", "--run-dir", str(run)]
     settings = ["cluster.processes=2", "cluster.threads=1"]
     subprocess.run(
         [*command, *(word for setting in settings for word in ("--set", setting))],
         check=True,
-        env=environment_of_machine(),
+        cwd=checkout,
+        env=environment_of_machine(in_environment({})),
     )
     return exported(run)
 
@@ -153,7 +145,7 @@ def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_first_run_on_a_ray_cluster(
     fabric: Fabric, shared_folder: Path, checkout: Path, on_one_machine: dict[str, str]
 ) -> None:
-    start, use = (list(commands(block)) for block in steps_of("First run on a Ray cluster"))
+    start, use = (list(commands(block)) for block in blocks_of("First run on a Ray cluster"))
     n1, n2, user = (fabric.up(name) for name in ("n1", "n2", "user"))
     token = shared_folder / "token"
     token.touch(mode=0o600)
@@ -162,8 +154,8 @@ def test_first_run_on_a_ray_cluster(
     site.export(start[0])
     head = site.start(n1, start[1], *one_core(0))
     # "with the address that the first one prints"
-    site.replaced["10.0.0.1:6379"] = head.wait_for(r"head at (\S+)")
-    site.start(n2, start[2], *one_core(1)).wait_for(r"(Ray is up)")
+    site.replaced["10.0.0.1:6379"] = head.wait_for_match(r"head at (\S+)")[1]
+    site.start(n2, start[2], *one_core(1)).wait_for("Ray is up")
 
     photos = checkout / "photos"
     photos.mkdir()
@@ -176,44 +168,101 @@ def test_first_run_on_a_ray_cluster(
             "/shared/runs": str(shared_folder / "runs"),
         },
     )
-    reader.export(use[0])
-    doctor, submit, fetch, predict = use[1:]
+    [cluster] = blocks_of("First run on a Ray cluster", "yaml")
+    reader.write("two.yaml", cluster)
+    doctor, submit, fetch, predict = use
     assert "check versions: " in reader.run(user, doctor)
     # What is in the user's own environment stays there.
     planted = secrets.token_hex(32)
     reader.environment["AWS_SECRET_ACCESS_KEY"] = planted
     submitted = reader.start(user, submit)
-    submitted.wait_for(r"(pretrain \d+/\d+ .*images/s)")
+    submitted.wait_for_match(r"pretrain \d+/\d+ .*images/s")
     assert places_of(planted.encode(), [n1, n2], [shared_folder]) == []
     assert places_of(token.read_bytes(), [n1, n2, user], [shared_folder], allowed=[token]) == []
     assert beyond_loopback(user) == set()
-    output = submitted.end()
+    output = output_of(submitted)
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output
     reader.run(user, fetch)
     assert exported(checkout / "runs" / "quickstart") == on_one_machine
     assert "one.jpg" in reader.run(user, predict)
     shutil.rmtree(checkout / "runs")
+    shutil.rmtree(shared_folder / "runs")
 
 
 def test_first_run_and_first_failure_under_slurm(
-    slurm: SlurmMachines, checkout: Path, on_one_machine: dict[str, str]
+    slurm: SlurmMachines,
+    shared_folder: Path,
+    checkout: Path,
+    on_one_machine: dict[str, str],
 ) -> None:
-    [first_run] = (list(commands(block)) for block in steps_of("First run under Slurm"))
-    [failure] = (list(commands(block)) for block in steps_of("First failure"))
-    reader = Reader(checkout=checkout, environment=dict(slurm.environment))
+    [first_run] = (list(commands(block)) for block in blocks_of("First run under Slurm"))
+    [failure] = (list(commands(block)) for block in blocks_of("First failure"))
+    reader = Reader(
+        checkout=checkout,
+        replaced={"/shared/runs": str(shared_folder / "runs")},
+        environment=dict(slurm.environment),
+    )
+    [cluster] = blocks_of("First run under Slurm", "yaml")
+    reader.write("two.yaml", cluster)
     doctor, submit, runs = first_run
     assert "check versions: " in reader.run(slurm.login, doctor)
     submitted = reader.start(slurm.login, submit)
-    submitted.wait_for(r"(pretrain \d+/\d+ .*images/s)")
+    submitted.wait_for_match(r"pretrain \d+/\d+ .*images/s")
     assert "quickstart" in reader.run(slurm.login, runs)
     stop, logs, runs, again = failure
     reader.run(slurm.login, stop)
-    submitted.end(75)
+    output_of(submitted, 75)
     assert "pretrain" in reader.run(slurm.login, logs)
     assert re.search(r"quickstart +interrupted", reader.run(slurm.login, runs))
     output = reader.run(slurm.login, again)
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output
+    assert exported(shared_folder / "runs" / "quickstart") == on_one_machine
+
+
+def test_first_run_on_kubernetes(
+    shared: Path,
+    shared_folder: Path,
+    checkout: Path,
+    on_one_machine: dict[str, str],
+) -> None:
+    """The commands of the administrator and of Docker are those of other tests."""
+    grant, _, use = (list(commands(block)) for block in blocks_of("First run on Kubernetes"))
+    role = yaml.safe_load((ROOT / grant[0][-1]).read_text())
+    assert f"--role={role['metadata']['name']}" in grant[1]
+    folder = shared_folder / "kubernetes"
+    folder.mkdir()
+    with kubernetes_cluster(folder) as site:
+        reader = Reader(
+            checkout=checkout,
+            replaced={"path: /runs": f"path: {site.claim}"},
+            environment=site.environment,
+        )
+        [cluster] = blocks_of("First run on Kubernetes", "yaml")
+        reader.write("two.yaml", cluster)
+        render, doctor, submit, fetch = use
+        assert "kind: RayJob" in typed_here(reader, render)
+        assert "2 machines checked in" in typed_here(reader, doctor)
+        output = typed_here(reader, submit)
+        assert re.search(r"^evaluate +done", output, re.MULTILINE), output
+        typed_here(reader, fetch)
     assert exported(checkout / "runs" / "quickstart") == on_one_machine
+    shutil.rmtree(checkout / "runs")
+
+
+def typed_here(reader: Reader, command: list[str]) -> str:
+    """Output of a command on the host, which reaches the API server."""
+    done = subprocess.run(
+        reader.words(command),
+        cwd=reader.checkout,
+        env=environment_of_machine(in_environment(reader.environment)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

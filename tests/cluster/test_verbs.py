@@ -1,4 +1,4 @@
-"""The commands about runs do the same on this machine, on a Ray cluster and under Slurm."""
+"""The commands about runs do the same on this machine, with Ray, Slurm and Kubernetes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.errors import Detached, Interrupted, StageError
 from tests.cluster.processes import wait_until
-from tests.cluster.sites import END_S, Site, local_site, ray_site, slurm_site
+from tests.cluster.sites import END_S, Site, kubernetes_site, local_site, ray_site, slurm_site
 
-KINDS = ("local", "ray", "slurm")
-CLUSTERS = {"ray": ray_site, "slurm": slurm_site}
+KINDS = ("local", "ray", "slurm", "kubernetes")
+CLUSTERS = {"ray": ray_site, "slurm": slurm_site, "kubernetes": kubernetes_site}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def site(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
+    if request.param == "kubernetes":
+        request.getfixturevalue("shared")  # KubeRay's definition
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "local":
         yield local_site(folder)
@@ -55,14 +58,14 @@ def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
     followed = site.start("logs", "small", "-f")
     _try_a_second_time(site)
     line = line_of(site, "small")
-    assert re.match(r"small running (pretrain step \d+/270|export) ", line), line
+    assert re.match(r"small running (pretrain step \d+/540|export) ", line), line
     if site.kind != "local":
         assert f" {site.kind} " in line
     assert second.end() == 0, second.output
     assert followed.end() == 0
     assert "export: done" in followed.output
     output = second.output
-    assert "pretrain 270/270" in output
+    assert "pretrain 540/540" in output
     assert re.search(r"^pretrain +done", output, re.MULTILINE), output
     stopped_at = max(map(int, re.findall(r"checkpoint at step (\d+)", first.output)))
     resumed = re.search(r"resum\w+ .*?step (\d+)", output)
@@ -87,7 +90,14 @@ def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
 
 
 def _curves_are_served(site: Site) -> None:
-    """TensorBoard shows the run, on loopback, where the user sits."""
+    """TensorBoard shows the run, on loopback, where the user sits; or beside its volume."""
+    if site.kind == "kubernetes":
+        code, output = site.call("tensorboard", "small")
+        assert code == 0, output
+        kinds = [manifest["kind"] for manifest in yaml.safe_load_all(output)]
+        assert kinds == ["Deployment", "Service"]
+        assert "port-forward service/tensorboard-small-" in output
+        return
     served = site.start("tensorboard", "small", "--port", "6123")
     ask = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:6123/data/runs').read())"
     python = [sys.executable, "-c", ask]

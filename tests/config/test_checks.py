@@ -110,10 +110,6 @@ from tests.config.jobs import JOB, edited, error_message, load_and_check, write
             "--set: stages.pretrain.min_lr: 1 is above the peak learning rate 0.005",
         ),
         (
-            ["stages.pretrain.eval_resize=0.9"],
-            "--set: stages.pretrain.eval_resize: 0.9 makes images smaller than the crop",
-        ),
-        (
             ["stages.pretrain.augment.crop_scale=[0.9, 0.1]"],
             "--set: stages.pretrain.augment.crop_scale: [0.9, 0.1] is not a range",
         ),
@@ -177,7 +173,7 @@ def test_c5_evaluation_on_other_classes_than_the_head_has_is_refused(tmp_path: P
         (
             ("from: pretrain", "from: pretrian"),
             "job.yaml:11: stages.finetune.from: 'pretrian' is neither a training stage nor a "
-            ".safetensors file"
+            "weights file"
             "\n  -> did you mean 'pretrain'?",
         ),
         (

@@ -14,6 +14,10 @@ from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
 from tests.config.jobs import JOB, error_message, write
 
+ON_KUBERNETES = (
+    *("cluster=kubernetes", "cluster.nodes=2", "cluster.devices_per_node=4"),
+    *("cluster.kubernetes.image=r.example:5000/a/b:1.0", "data.toy.root=/data/toy"),
+)
 ON_SLURM = ("cluster=slurm", "cluster.nodes=2", "cluster.devices_per_node=4")
 
 
@@ -42,6 +46,37 @@ def test_the_world_of_a_cluster_follows_from_its_file(tmp_path: Path) -> None:
             "read a file",
         ),
         ([*ON_SLURM, "cluster.slurm.extra=['; rm -rf x']"], "is no option of sbatch", "--name"),
+        (["cluster=kubernetes"], "kubernetes.image: no image is named", "docker/Dockerfile"),
+        (
+            [*ON_KUBERNETES, "cluster.kubernetes.image=r.example:5000/a/b"],
+            "r.example:5000/a/b has no tag",
+            "r.example:5000/a/b:TAG",
+        ),
+        ([*ON_KUBERNETES, "cluster.kubernetes.image=a b:1"], "is no name of an image", "NAME:TAG"),
+        ([*ON_KUBERNETES, "cluster.kubernetes.cpus=2"], "2 cores are less than one", "4 or more"),
+        ([*ON_KUBERNETES, "cluster.kubernetes.cpus=null"], "cores of a worker", "4 or more"),
+        ([*ON_KUBERNETES, "cluster.kubernetes.memory=null"], "memory of a worker", "512Gi"),
+        (
+            [*ON_KUBERNETES, "cluster.kubernetes.claims.runs=null"],
+            "no claim is named",
+            "name: NAME",
+        ),
+        (
+            [*ON_KUBERNETES, "cluster.kubernetes.claims.data.path=/runs"],
+            "both claims are mounted at /runs",
+            "another folder",
+        ),
+        ([*ON_KUBERNETES, "cluster.runs=/elsewhere"], "/elsewhere is not on the claim", "leave it"),
+        (
+            [*ON_KUBERNETES, "data.toy.root=/home/me/images"],
+            "data.toy.root: pods do not see /home/me/images, only /runs and /data",
+            "s3://",
+        ),
+        (
+            [*ON_KUBERNETES, "cluster.network.environment.S3_SECRET_KEY=x"],
+            "S3_SECRET_KEY looks like a secret",
+            "read a file",
+        ),
     ],
 )
 def test_contradictions_are_refused(
@@ -50,6 +85,23 @@ def test_contradictions_are_refused(
     message = error_message(tmp_path, JOB, *overrides)
     assert cause in message
     assert remedy in message
+
+
+@pytest.mark.parametrize(
+    "image",
+    ["a:1", "a/b@sha256:" + "0" * 64, "r.example:5000/a/b:1.0", "r.example/a:1@sha256:" + "0" * 64],
+)
+def test_images_with_a_tag_or_a_digest_are_accepted(tmp_path: Path, image: str) -> None:
+    settings = [*ON_KUBERNETES, f"cluster.kubernetes.image={image}"]
+    loaded = load_job(write(tmp_path, JOB), settings)
+    check(loaded.job, machine.world_size(loaded.job.cluster), loaded.origins)
+
+
+def test_run_directories_on_kubernetes_lie_on_their_claim(tmp_path: Path) -> None:
+    loaded = load_job(write(tmp_path, JOB), ON_KUBERNETES)
+    assert loaded.job.cluster.runs_folder == "/runs"
+    loaded = load_job(write(tmp_path, JOB), [*ON_KUBERNETES, "cluster.runs=/runs/team"])
+    assert loaded.job.cluster.runs_folder == "/runs/team"
 
 
 def test_a_batch_that_the_machines_cannot_share_is_refused(tmp_path: Path) -> None:

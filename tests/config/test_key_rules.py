@@ -63,20 +63,31 @@ DECISIONS: dict[tuple[str, ...], str] = {
         cluster.network.interface cluster.network.environment.<name> cluster.slurm.partition
         cluster.slurm.account cluster.slurm.qos cluster.slurm.constraint cluster.slurm.time
         cluster.slurm.gpu_option cluster.slurm.container cluster.slurm.setup cluster.slurm.extra
+        cluster.kubernetes.context cluster.kubernetes.namespace cluster.kubernetes.image
+        cluster.kubernetes.pull_policy cluster.kubernetes.image_pull_secrets
+        cluster.kubernetes.cpus cluster.kubernetes.memory cluster.kubernetes.gpu_resource
+        cluster.kubernetes.claims.data.name cluster.kubernetes.claims.data.path
+        cluster.kubernetes.claims.runs.name cluster.kubernetes.claims.runs.path
+        cluster.kubernetes.environment_from cluster.kubernetes.queue
+        cluster.kubernetes.priority_class cluster.kubernetes.node_selector.<name>
+        cluster.kubernetes.tolerations cluster.kubernetes.labels.<name>
+        cluster.kubernetes.annotations.<name>
         cluster.prefetch_mib data.<name>.root data.<name>.prepared data.<name>.max_rejected
         stages.train.data stages.train.recipe stages.train.from stages.train.micro_batch
         stages.train.on_bad_sample stages.train.zero_stage stages.train.on_mismatch
         stages.train.offload_optimizer checkpoints.mirror
         stages.train.guard.window stages.train.guard.max_skipped stages.train.guard.max_rewinds
         stages.train.guard.on_spike stages.train.guard.spike_score
-        stages.train.eval_every_epochs stages.train.eval_resize stages.train.log_every_steps
+        stages.train.eval_every_epochs stages.train.preprocessing stages.train.log_every_steps
         stages.train.checkpoint_every_steps stages.train.keep_checkpoints.last
         stages.train.keep_checkpoints.every_steps stages.train.keep_checkpoints.best
+        stages.train.profile_steps
         stages.evaluate.data stages.evaluate.from stages.evaluate.batch stages.export.from
     """,
     ("prepare",): """
         data.<name>.layout data.<name>.classes data.<name>.validation_fraction
-        data.<name>.image_column data.<name>.label_column data.<name>.short_side
+        data.<name>.image_column data.<name>.label_column
+        data.<name>.exif_orientation data.<name>.short_side
         data.<name>.jpeg_quality data.<name>.min_side data.<name>.max_pixels data.<name>.shard_rows
         data.<name>.synthetic.classes data.<name>.synthetic.images_per_class
         data.<name>.synthetic.validation_per_class data.<name>.synthetic.min_size
@@ -90,7 +101,9 @@ DECISIONS: dict[tuple[str, ...], str] = {
         model.channels model.depths model.columns model.huge model.block model.stem_stride
     """,
     OWN_STAGE: """
-        stages.prepare.data stages.evaluate.image_size stages.train.keep
+        stages.prepare.data stages.evaluate.image_size stages.evaluate.preprocessing
+        stages.export.formats stages.export.hub_precision
+        stages.train.keep
         stages.train.image_size stages.train.epochs stages.train.max_steps
         stages.train.global_batch stages.train.order stages.train.window_shards
         stages.train.repeated_augmentation stages.train.balance
@@ -114,7 +127,7 @@ def decided_by_the_schema() -> dict[tuple[str, ...], set[str]]:
     """Every key by the stages whose result it changes; both training stages as "train"."""
     decided: dict[tuple[str, ...], set[str]] = {}
     for key in describe.all_keys():
-        # `stages.export` has a single key; `keys` and `section` are empty for values.
+        # `keys` and `section` are empty for values.
         if key.keys or key.section:
             continue
         stages = tuple(stage for stage in ORDER if changes_result(Job, key.path, stage))

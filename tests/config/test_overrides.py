@@ -146,12 +146,13 @@ def test_variables_in_set_are_replaced(job: Path, monkeypatch: pytest.MonkeyPatc
         (
             "cluster=nope",
             "--set: cluster: there is no file configs/cluster/nope.yaml"
-            "\n  -> files in configs/cluster: local",
+            "\n  -> files in configs/cluster: compose, kubernetes, local, ray, slurm",
         ),
         (
             "data.toy.layout=class_tar",
             "--set: data.toy.layout: expected one of 'class_folders', 'class_tars', 'huggingface', "
-            "'imagenet_tars', 'auto', given \"class_tar\"\n  -> did you mean 'class_tars'?",
+            "'imagenet_tars', 'webdataset', 'auto', given \"class_tar\"\n  -> did you mean "
+            "'class_tars'?",
         ),
     ],
 )
@@ -183,7 +184,6 @@ def test_paths_of_sources_and_weights_become_absolute(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write(tmp_path, "", "w.safetensors")
     job = load_job(
         write(tmp_path, JOB), ["data.root=images", "stages.pretrain.from=w.safetensors"]
     ).job
@@ -210,7 +210,11 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             return st.integers(low + without_low, int(high) - without_high)
         return st.floats(low, high, exclude_min=without_low, exclude_max=without_high, width=32)
     if kind == "array" and "prefixItems" not in schema:
-        return st.lists(st.sampled_from(["--a=b", "module load cuda"]), max_size=2)
+        items = schema["items"]
+        if items.get("type") != "string":  # sections; each has keys that must be written
+            return st.just([])
+        texts = ["name", "other-name"] if "pattern" in items else ["--a=b", "module load cuda"]
+        return st.lists(st.sampled_from(texts), max_size=2)
     if kind == "array":
         return st.tuples(*map(values, schema["prefixItems"])).map(list)
     if kind == "object":
@@ -244,8 +248,9 @@ def settable() -> list[tuple[str, st.SearchStrategy[Any]]]:
             not key.keys
             and not key.section
             and key.expectation != "text"
-            # A cache needs its folder, too.
-            and not dotted.endswith((".data", "device", "shard_cache.max_gib"))
+            and not dotted.endswith((".data", "device"))
+            # Sections that are absent, and cannot be written one key at a time.
+            and not dotted.startswith(("cluster.shard_cache.", "cluster.kubernetes.claims."))
         ):
             keys.append((dotted, values(key.schema)))
     return keys

@@ -101,7 +101,7 @@ def test_rehearsal_refuses_a_job_that_cannot_work_at_its_real_size(
     message = error.value.message
     assert "--set: stages.pretrain.image_size: 225 pixels is not a multiple of 32" in message
     assert "4096 images cannot be shared evenly by 3 processes\n  -> take 4095 or 4098" in message
-    assert "'pretrian' is neither a training stage nor a .safetensors file" in message
+    assert "'pretrian' is neither a training stage nor a weights file" in message
 
 
 def test_rehearsal_drops_weights_of_the_real_width() -> None:

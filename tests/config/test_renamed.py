@@ -47,6 +47,7 @@ TABLE = [
     Renamed("stages.pretrain", "log_steps", "log_every_steps", "7"),
     Renamed("stages.pretrain", "checkpoint_steps", "checkpoint_every_steps", "8"),
     Renamed("stages.pretrain", "eval_epochs", "eval_every_epochs", "2.0"),
+    Renamed("stages.pretrain", "eval_resize", "preprocessing", "whole"),
     Renamed("stages.pretrain.augment", "erasing", "random_erasing", "0.2"),
     Renamed("stages.pretrain.augment", "cutmix_share", "mixup_switch_prob", "0.3"),
     Renamed("data.toy", "generate", "synthetic", "{seed: 4}"),
@@ -78,7 +79,7 @@ def job_with(renamed: Renamed, key: str) -> tuple[str, int]:
 
 def test_the_cases_cover_the_whole_table() -> None:
     assert {renamed.old: renamed.new for renamed in TABLE} == RENAMED_KEYS
-    assert RENAMED_VALUES == {"on_mismatch": {"redo": "retry"}}
+    assert set(RENAMED_VALUES) == {"on_mismatch", "preprocessing"}
 
 
 @every_key
@@ -178,6 +179,17 @@ def test_old_value_of_on_mismatch_is_an_error(tmp_path: Path, entrance: str) -> 
         f"{place}: stages.pretrain.on_mismatch: 'redo' was renamed to 'retry'"
         "\n  -> write on_mismatch: retry"
     )
+
+
+@pytest.mark.parametrize(("resize", "mode"), [("1.143", "fast"), ("1.0", "whole")])
+def test_the_factor_of_an_old_run_becomes_its_preprocessing(
+    resize: str, mode: str, tmp_path: Path
+) -> None:
+    text = edited("epochs: 3", f"eval_resize: {resize}")
+    job = load_job(write(tmp_path, text), migrate=True).job
+    assert job.stages.pretrain is not None
+    assert job.stages.pretrain.preprocessing == mode
+    assert f"write preprocessing: {mode}" in error_message(tmp_path, text)
 
 
 def test_two_old_names_in_one_key_are_reported_together(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pipeline.config.check import check
 from pipeline.config.load import load_job
 from pipeline.config.schema import EvaluateStage
 from pipeline.errors import ConfigError
-from tests.config.jobs import ROOT, edited, load_and_check, write
+from tests.config.jobs import ROOT, edited, error_message, write
 
 EVALUATE = ROOT / "jobs" / "evaluate.yaml"
 
@@ -65,8 +65,18 @@ def test_a_damaged_description_is_named(own_images: Path, tmp_path: Path) -> Non
 
 def test_the_model_of_a_job_is_its_own(exported_model: Path, tmp_path: Path) -> None:
     text = edited("evaluate: {from: finetune}", f"evaluate: {{from: {exported_model}}}")
-    job = load_and_check(write(tmp_path, text)).job
+    job = load_job(write(tmp_path, text)).job
     assert job.model.channels != (8, 16, 24, 32)
+
+
+def test_weights_of_another_network_name_the_keys_to_change(
+    exported_model: Path, tmp_path: Path
+) -> None:
+    text = edited("evaluate: {from: finetune}", f"evaluate: {{from: {exported_model}}}")
+    message = error_message(tmp_path, text)
+    difference = "the job has [1, 1, 1, 1], the weights of stages.evaluate.from [1, 1, 2, 1]"
+    assert f"model.depths: {difference}\n  -> model.depths: [1, 1, 2, 1]" in message
+    assert "model.columns" not in message
 
 
 @pytest.mark.usefixtures("environment")

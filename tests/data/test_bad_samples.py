@@ -15,6 +15,7 @@ from pipeline.data.dataset import PreparedDataset, Split, open_dataset
 from pipeline.data.loader import EvalLoader
 from pipeline.data.order import GlobalOrder, RepeatedOrder, WindowedOrder
 from pipeline.data.prefetch import MAX_REASONS
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import DataError
 from tests.data.loading import by_step, merged, take, train_loader
 from tests.data.small_datasets import damage, make_dataset
@@ -41,7 +42,7 @@ def test_evaluation_names_a_damaged_image(tmp_path: Path) -> None:
     split = make_dataset(tmp_path, {"train": 40}, shard_rows=20).split("train")
     damage(split, [25])
     with (
-        EvalLoader(split, image_size=32, resize=1.0, batch=8, threads=2) as loader,
+        EvalLoader(split, preprocessing=Preprocessing(32, "whole"), batch=8, threads=2) as loader,
         pytest.raises(
             DataError, match=rf"train-00001.parquet, row 5: {CHANGED}\n  -> .*--stage prepare:"
         ),

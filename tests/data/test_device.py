@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pipeline.config.schema import AugmentConfig
-from pipeline.data.device import MEAN, STD, DeviceAugment, DeviceBatch, beta_quantiles
+from pipeline.data.device import DeviceAugment, DeviceBatch, beta_quantiles
 from pipeline.data.hashing import key_of, uniforms
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.data.rng import uniform
 
 CLASSES = 7

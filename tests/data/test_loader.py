@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.data.dataset import PreparedDataset, Split
 from pipeline.data.loader import EvalLoader
 from pipeline.data.order import BalancedOrder, GlobalOrder, Order, RepeatedOrder, WindowedOrder
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import ConfigError, DataError
 from tests.data.loading import by_step, merged, take, train_loader
 from tests.data.small_datasets import make_dataset
@@ -178,8 +179,7 @@ def test_evaluation_sees_every_image_exactly_once(
     for rank in range(world_size):
         with EvalLoader(
             split,
-            image_size=32,
-            resize=1.0,
+            preprocessing=Preprocessing(32, "whole"),
             batch=batch,
             rank=rank,
             world_size=world_size,

@@ -22,6 +22,7 @@ from pipeline.data.prefetch import (
     PrefetchQueue,
     prefetch_batches,
 )
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.shard_cache import ShardCache
 from tests.data.loading import by_step, take, train_loader
 from tests.data.small_datasets import make_dataset
@@ -73,7 +74,7 @@ def test_batch_stays_valid_while_the_next_one_is_used(dataset: PreparedDataset) 
 
 def test_evaluation_can_be_repeated_and_abandoned(dataset: PreparedDataset) -> None:
     with EvalLoader(
-        dataset.split("validation"), image_size=32, resize=1.1, batch=10, threads=2
+        dataset.split("validation"), preprocessing=Preprocessing(32), batch=10, threads=2
     ) as loader:
         first = [b.images.sum(dtype=torch.int64) for b in loader]
         for _ in islice(loader, 2):

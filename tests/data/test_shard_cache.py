@@ -24,6 +24,7 @@ from pipeline.data import shard_cache
 from pipeline.data.dataset import PreparedDataset, Split, open_dataset
 from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.data.order import WindowedOrder
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.remote_shards import CachedContent
 from pipeline.data.shard_cache import RemoteFile, ShardCache
 from pipeline.errors import DataError, StageError
@@ -116,7 +117,7 @@ def test_batches_equal_those_of_the_local_dataset(tmp_path: Path, local: Prepare
             threads=2,
         )
         evaluation = EvalLoader(
-            source.split("validation"), image_size=32, resize=1.1, batch=16, threads=2
+            source.split("validation"), preprocessing=Preprocessing(32), batch=16, threads=2
         )
         with train, evaluation:
             trained = [contents(batch) for batch in islice(train, 12)]

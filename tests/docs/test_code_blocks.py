@@ -21,7 +21,9 @@ from pipeline.config.load import load_job
 from pipeline.config.render import explain
 from pipeline.errors import PipelineError
 from pipeline.export import official
+from pipeline.runtime.torchvision_import import import_torchvision
 from pipeline.shipped import JOBS
+from tests.checkpoint.published_files import write_published
 from tests.config.jobs import describe_export
 from tests.docs.command_line import arguments_after_program, parse
 from tests.docs.markdown import DOCUMENTS, FENCE, ROOT, Block, blocks, commands
@@ -30,6 +32,7 @@ from tests.prepare.source_folders import class_tars
 LANGUAGES = {"bash", "python", "yaml", "text"}
 # Programs that the documents use besides the pipeline.
 OTHER_PROGRAMS = {"export", "git", "cd", "python", "pip", "docker", "pre-commit", "ruff", "pytest"}
+OTHER_PROGRAMS |= {"kubectl"}
 LINES = [
     pytest.param(block, words, id=f"{block}-{' '.join(words)[:60]}")
     for block in blocks("bash")
@@ -51,6 +54,17 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return describe_export(tmp_path_factory.mktemp("export"))
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published file, for the placeholder FILE.pth."""
+    with torch.device("meta"):
+        model = pipeline.model.build("revcol_base", num_classes=3)
+    state = official.to_published(model)
+    # One zero, seen as many: a small file.
+    zeros = {name: torch.zeros(1).expand(value.shape) for name, value in state.items()}
+    return write_published(tmp_path_factory.mktemp("weights") / "published.pth", zeros)
+
+
 @pytest.fixture(autouse=True)
 def published_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The variables that the jobs for ImageNet need."""
@@ -67,7 +81,9 @@ def test_every_block_names_its_language() -> None:
 
 
 @pytest.mark.parametrize(("block", "words"), LINES)
-def test_command_is_understood(block: Block, words: list[str], images: Path, export: Path) -> None:
+def test_command_is_understood(
+    block: Block, words: list[str], images: Path, export: Path, weights: Path, tmp_path: Path
+) -> None:
     arguments = arguments_after_program(words)
     if arguments is None:
         check_other_program(words)
@@ -75,7 +91,8 @@ def test_command_is_understood(block: Block, words: list[str], images: Path, exp
     command, parameters = parse(arguments)
     for name, value in job_settings(command, parameters):
         if name == "job":
-            check_job(str(value), parameters, {"DIR": images, "EXPORT": export})
+            placeholders = {"DIR": images, "EXPORT": export, "FILE.pth": weights}
+            check_job(str(value), parameters, placeholders, cluster_of(block, parameters, tmp_path))
         elif name == "key":
             assert explain(str(value), None)
 
@@ -88,7 +105,25 @@ def job_settings(command: str, parameters: dict[str, Any]) -> Iterator[tuple[str
         yield "key", parameters["key"]
 
 
-def check_job(job: str, parameters: dict[str, Any], placeholders: dict[str, Path]) -> None:
+def cluster_of(block: Block, parameters: dict[str, Any], folder: Path) -> str:
+    """The value of --on: a name, or a copy of the file that the document shows above the block."""
+    on = str(parameters.get("on") or "")
+    shown = [
+        other
+        for other in blocks("yaml")
+        if other.document == block.document
+        and other.line < block.line
+        and other.text.startswith(f"# {on}\n")
+    ]
+    if not shown:
+        return on
+    (folder / on).write_text(shown[-1].text)
+    return str(folder / on)
+
+
+def check_job(
+    job: str, parameters: dict[str, Any], placeholders: dict[str, Path], cluster: str
+) -> None:
     """The job exists and its values are valid. JOB.yaml is a placeholder, too."""
     if re.match(r"[A-Z]+\.yaml$|s3://", job):
         return
@@ -101,7 +136,7 @@ def check_job(job: str, parameters: dict[str, Any], placeholders: dict[str, Path
         path,
         overrides,
         rehearse=bool(parameters.get("rehearse")),
-        on=str(parameters.get("on") or ""),
+        on=cluster,
         submits=True,
     )
     for stage in parameters.get("stage") or ():
@@ -133,13 +168,17 @@ def pyproject() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
-def test_yaml_block_is_a_valid_job(block: Block, tmp_path: Path, images: Path) -> None:
+def test_yaml_block_is_a_valid_job_or_cluster(block: Block, tmp_path: Path, images: Path) -> None:
     text = block.text.replace("DIR", str(images))
-    assert isinstance(yaml.safe_load(text), dict)
-    job = tmp_path / "job.yaml"
-    job.write_text(text)
+    values = yaml.safe_load(text)
+    assert isinstance(values, dict)
+    file = tmp_path / "file.yaml"
+    file.write_text(text)
     try:
-        load_job(job, [])
+        if "kind" in values:
+            load_job(JOBS / "quickstart.yaml", [], on=str(file), submits=True)
+        else:
+            load_job(file, [])
     except PipelineError as error:
         pytest.fail(f"{block}: {error.message}")
 
@@ -147,6 +186,8 @@ def test_yaml_block_is_a_valid_job(block: Block, tmp_path: Path, images: Path) -
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
 def test_python_block_compiles_and_its_imports_exist(block: Block) -> None:
     tree = ast.parse(block.text, str(block))
+    if "torchvision" in block.text:
+        import_torchvision()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -159,7 +200,14 @@ def test_python_block_compiles_and_its_imports_exist(block: Block) -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in blocks("python") if "runs/" not in block.text], ids=str
+    "block",
+    # Those of backbone.md run in processes of their own: tests/docs/test_backbone.py.
+    [
+        block
+        for block in blocks("python")
+        if "runs/" not in block.text and block.document.name != "backbone.md"
+    ],
+    ids=str,
 )
 def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

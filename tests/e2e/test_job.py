@@ -68,7 +68,7 @@ def test_every_stage_is_done_and_a_second_call_does_nothing(undisturbed: Path) -
     assert "pretrain: up to date" in out
     assert "nothing to do: every stage is up to date" in out
     touched = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
-    assert sorted(touched) == ["run.json", "run.log", "run.yaml"]
+    assert sorted(touched) == ["run.json", "run.jsonl", "run.log", "run.yaml"]
 
 
 def test_an_export_is_evaluated_without_its_run_on_a_folder_of_validation_images(

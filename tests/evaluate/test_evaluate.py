@@ -15,7 +15,7 @@ from pipeline.checkpoint.description import WeightsDescription
 from pipeline.config.schema import Job
 from pipeline.data.augment import EvalTransform
 from pipeline.data.dataset import open_dataset
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.errors import CheckpointError, DataError
 from pipeline.evaluate.metrics import metrics_of
 from pipeline.evaluate.network import load_network
@@ -108,7 +108,8 @@ def test_the_test_split_is_reported_by_name_and_the_export_quotes_it(tmp_path: P
     export_stage(staging.job(), run_dir)
     means = {name: metrics[name] for name in ("top1", "top5", "loss")}
     description = load_export(run_dir.export).description
-    assert description["evaluated"] == {"split": "test", "images": 14, **means}
+    pixels = {"preprocessing": "fast", "image_size": 64}
+    assert description["evaluated"] == {"split": "test", "images": 14, **pixels, **means}
     # Other weights were not evaluated.
     file = run_dir.weights("finetune")
     save_file({name: value * 2 for name, value in load_file(file).items()}, file)
@@ -144,10 +145,12 @@ def test_weights_that_do_not_fit_are_refused_by_parameter_name(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="weights file is missing"):
         raise evaluate(run_dir, 1)
     staging.with_weights(tmp_path, num_classes=9)
-    with pytest.raises(CheckpointError, match=r"classifiers\.0\.linear\.weight"):
+    with pytest.raises(CheckpointError, match="the classifier has 9 outputs, set has 12 classes"):
         raise evaluate(run_dir, 2)
+    other = prepared_run(tmp_path / "other")
+    with_weights(other.path)
     with pytest.raises(CheckpointError, match=r"parameter stem\.conv\.weight of the model"):
-        raise evaluate(run_dir, 1, staging.job(channels=[16, 16, 24, 32]))
+        raise evaluate(other, 1, staging.job(channels=[16, 16, 24, 32]))
 
 
 def test_a_weights_file_without_a_description_needs_an_image_size(tmp_path: Path) -> None:
@@ -174,7 +177,7 @@ def _relabelled(run_dir: RunDir, folder_classes: list[str], model_classes: list[
     entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(folder_classes)]
     write_json(dataset / "classes.json", entries)
     weights = run_dir.weights("finetune")
-    description = WeightsDescription(image_size=64, resize=1.143, classes=model_classes)
+    description = WeightsDescription(image_size=64, preprocessing="fast", classes=model_classes)
     description.write(weights.parent)
 
 

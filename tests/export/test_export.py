@@ -16,6 +16,7 @@ from pipeline.config.schema import AugmentConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment
 from pipeline.data.loader import EvalLoader
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.errors import CheckpointError, DataError
 from pipeline.export.reload import load_export, make_network
 from pipeline.export.stage import export_stage
@@ -26,7 +27,7 @@ from tests.train import staging
 
 # What an exported model needs (docstring of ``pipeline.export.reload``), and what torch itself
 # uses if it is installed.
-NEEDED = {"torch", "safetensors", "numpy", "cv2", "simplejpeg", "xxhash"}
+NEEDED = {"torch", "safetensors", "numpy", "cv2", "PIL", "simplejpeg", "xxhash"}
 USED_BY_TORCH = {"torchgen", "typing_extensions", "sympy", "mpmath", "tqdm", "dill", "packaging"}
 
 
@@ -55,7 +56,7 @@ def test_an_export_prepares_and_predicts_as_evaluation_does(
     data = open_dataset(run_dir.dataset(staging.DATASET))
     split = data.split("validation")
     normalise = DeviceAugment(AugmentConfig(), len(data.classes), 0, train=False)
-    with EvalLoader(split, image_size=64, resize=1.143, batch=len(split)) as loader:
+    with EvalLoader(split, preprocessing=Preprocessing(64), batch=len(split)) as loader:
         batch = next(iter(loader))
         images = normalise(batch.images, batch.labels, batch.samples, batch.positions, 0).images
     for i in range(5):
@@ -116,7 +117,7 @@ def test_the_description_is_complete_and_the_published_file_loads(run_dir: RunDi
     description = json.loads((run_dir.export / "model.json").read_text())
     preprocessing = description["preprocessing"]
     assert preprocessing["image_size"] == 64
-    assert preprocessing["resize"] == 1.143
+    assert preprocessing["mode"] == "fast"
     assert preprocessing["color"] == "RGB"
     assert len(preprocessing["mean"]) == 3
     assert description["classes"] == [f"c{i}" for i in range(staging.CLASSES)]
@@ -154,7 +155,8 @@ def test_an_export_replaces_the_published_file_of_another_network(
     assert model.description["published_names"] == reason
     recorded = outputs(staging.job(block=mixed), "export", RunDir(tmp_path))
     names = {Path(path).name for path in recorded}
-    assert names == {"model.safetensors", "model.json", "selftest.safetensors"}
+    files = {"model.safetensors", "model.json", "selftest.safetensors", "verification.json"}
+    assert names == files
     assert note.exists()  # a user's own file stays, and is no output of the stage
 
 

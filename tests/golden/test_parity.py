@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from pipeline.config.load import load_job
-from pipeline.data.device import MEAN, STD
+from pipeline.data.preprocessing import MEAN, STD
 from pipeline.errors import CheckpointError
 from pipeline.export import official
 from pipeline.model import Network, build

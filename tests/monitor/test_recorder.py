@@ -102,6 +102,10 @@ def test_the_layout_has_exactly_one_chart_per_metric(tmp_path: Path) -> None:
     ]
     metrics += [tags.classification_loss(12), tags.reconstruction_loss(3), tags.accuracy("top5")]
     metrics += ["accuracy/test_top1", "accuracy/test_top5"]
+    metrics += [tags.group_rate(0), tags.goodput_part("data_wait")]
+    metrics += [tags.smallest_alpha(0), tags.largest_alpha(11), tags.headroom(7)]
+    for part in ("stem", "column_12", "heads"):
+        metrics += [tags.gradient_norm(part), tags.weight_norm(part), tags.update_norm(part)]
     shown = {_chart_of(tags.of_stage(tag, "finetune"), charts) for tag in metrics}
     # The charts of the other stages' losses are the only ones that are left.
     others = {title for title in charts if title.startswith(("Loss of pretr", "Evaluation"))}

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
+from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.config import job_queries
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.files import write_json
@@ -92,7 +94,7 @@ def write_training(run_dir: RunDir, stage: str, *, finished: bool = True) -> Non
     if finished:
         weights = run_dir.weights(stage)
         weights.parent.mkdir(parents=True, exist_ok=True)
-        weights.write_text(f"weights of {stage}")
+        write_weights_file(weights, {stage: torch.zeros(1)})
         weights.with_name(WEIGHTS_JSON).write_text("{}")
 
 

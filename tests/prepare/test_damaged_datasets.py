@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.data.dataset import PreparedDataset, open_dataset
 from pipeline.data.loader import EvalLoader
+from pipeline.data.preprocessing import Preprocessing
 from pipeline.data.shards import index_path
 from pipeline.errors import DataError
 from pipeline.files import file_digest, write_json
@@ -91,5 +92,7 @@ def test_the_loader_names_a_shard_that_is_missing_or_cut(tmp_path: Path, damage:
     message = r"validation-00001\.parquet.*\n  -> .*--stage prepare:"
     with pytest.raises(DataError, match=message):
         split = open_dataset(tmp_path).split("validation")
-        with EvalLoader(split, image_size=32, resize=1.0, batch=8, threads=1) as loader:
+        with EvalLoader(
+            split, preprocessing=Preprocessing(32, "whole"), batch=8, threads=1
+        ) as loader:
             list(loader)

@@ -35,6 +35,7 @@ CLASSES = 3
 Record = tuple[int, int, int, int]  # high, low, key, label
 UnitRecords = Sequence[tuple[SplitName, Sequence[Record]]]  # of each unit
 RowRef = tuple[int, int]  # unit, row
+SplitRow = tuple[RowRef, str, Record]
 
 REPEATED_HASHES = st.sampled_from([0, 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 ANY_HASHES = st.one_of(REPEATED_HASHES, st.integers(0, 2**64 - 1))
@@ -84,9 +85,7 @@ def simple_plan(
     return dropped, shards
 
 
-def _rows(
-    records: UnitRecords, config: DatasetConfig, seed: int
-) -> Iterator[tuple[RowRef, str, Record]]:
+def _rows(records: UnitRecords, config: DatasetConfig, seed: int) -> Iterator[SplitRow]:
     has_test = any(split == "test" for split, _ in records)
     shares = {
         "validation": config.validation_fraction,
@@ -108,9 +107,12 @@ def _rows(
         for unit, (split, unit_records) in enumerate(records)
         for row, record in enumerate(unit_records)
     ]
-    restored = _restored(rows, seed)
+    restored = {"selection": _restored(rows, "selection", seed)}
+    # Of a validation split of the source's own, no image is given back.
+    if {split for split, _ in records} <= {"", "test"}:
+        restored["validation"] = _restored(rows, "validation", seed)
     for row_ref, split, record in rows:
-        is_restored = split == "selection" and record[:2] in restored
+        is_restored = record[:2] in restored.get(split, ())
         yield row_ref, "train" if is_restored else split, record
 
 
@@ -118,9 +120,10 @@ def _hash(low: int, split: str, seed: int) -> int:
     return mix(low ^ key_of(split, seed))
 
 
-def _restored(rows: Sequence[tuple[RowRef, str, Record]], seed: int) -> set[tuple[int, int]]:
-    """Contents that go back to training, because their class has no other image there."""
-    held_out = {record[:2] for _, split, record in rows if split in ("validation", "test")}
+def _restored(rows: Sequence[SplitRow], giving: str, seed: int) -> set[tuple[int, int]]:
+    """Contents of a split that go back to training: their class has no other image above it."""
+    code = SPLITS.index(giving)
+    held_out = {record[:2] for _, split, record in rows if split in SPLITS[code + 1 :]}
     restored = set()
     for label in range(CLASSES):
         left = [
@@ -128,11 +131,10 @@ def _restored(rows: Sequence[tuple[RowRef, str, Record]], seed: int) -> set[tupl
             for _, split, record in rows
             if record[3] == label and record[:2] not in held_out
         ]
-        selected = [content for split, content in left if split == "selection"]
-        if selected and "train" not in [split for split, _ in left]:
-            restored.add(
-                max(selected, key=lambda content: (_hash(content[1], "selection", seed), content))
-            )
+        selected = [content for split, content in left if split == giving]
+        if selected and not {split for split, _ in left} & {*SPLITS[:code]}:
+            largest = max((_hash(content[1], giving, seed), content) for content in selected)
+            restored.add(largest[1])
     return restored
 
 

@@ -49,20 +49,20 @@ def test_every_kind_of_corrupt_file_is_counted_under_its_reason(
     values = description(tmp_path / "out")
     assert values["rejected"] == {
         "empty": 2,
-        "not_an_image": 4,  # two web pages, two files of operating systems
+        "not_an_image": 2,  # web pages
         "too_small": 2,
         "truncated": 2,
     }
     assert values["duplicates"] == {"duplicate": 2, "in_validation": 2}
     assert values["changed"] == {"converted": 6, "unpacked": 2}
-    # 24 images and 24 corrupt files, less 10 rejected and 4 duplicates.
-    assert (metrics["images"], metrics["validation"]) == (24 + 24 - 10 - 4, 12)
+    # 24 images and 24 corrupt files, less 8 rejected, 4 duplicates and 2 of operating systems.
+    assert (metrics["images"], metrics["validation"]) == (24 + 24 - 8 - 4 - 2, 12)
     entries = quarantine_list(tmp_path / "out")
-    assert len(entries) == 14
+    assert len(entries) == 12
     assert all(entry["reason"] for entry in entries)
     assert all(entry["key"] for entry in entries)
     kept = [tmp_path / "out" / "quarantine" / entry["file"] for entry in entries if entry["file"]]
-    assert len(kept) == 8
+    assert len(kept) == 6
     assert all(path.is_file() for path in kept), "rejected files can be inspected"
     assert verify_dataset(tmp_path / "out", serial, lambda *_: None) == []
 

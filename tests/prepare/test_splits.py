@@ -184,7 +184,7 @@ def test_a_change_in_a_named_folder_is_noticed_and_inspected(tmp_path: Path) -> 
     before = source_digest(config)
     (tmp_path / "a" / "learn" / "c0" / "new.JPEG").write_bytes(jpeg(77, 40, 32))
     assert source_digest(config) != before
-    inspected = inspect_source(str(tmp_path), "auto", "data.root", "job.yaml:1", config.splits)
+    inspected = inspect_source(config)
     assert (inspected.images, inspected.classes, inspected.has_validation) == (37, 3, True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -71,3 +73,24 @@ def test_out_of_memory_names_the_setting_and_other_errors_pass() -> None:
     )
     with pytest.raises(ValueError, match="another"), out_of_memory_named("key", 1, "remedy"):
         raise ValueError("another")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "PMI_RANK",
+        "PMIX_RANK",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "PET_NNODES",
+    ],
+)
+def test_variables_of_other_launchers_are_forgotten(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    environment.forget_other_launchers()
+    assert name not in os.environ
+    assert os.environ["SLURM_JOB_ID"] == "7"

@@ -12,11 +12,12 @@ from pipeline.layout import RunDir
 from pipeline.orchestrate import artifacts
 from pipeline.sources.digest import source_digest
 from pipeline.sources.inspection import inspect_source
-from pipeline.sources.names import SPLIT_NAMES, TRAIN_NAMES, VALIDATION_NAMES, first_present
+from pipeline.sources.split_names import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES
 from pipeline.sources.survey import survey
 from tests.data.small_datasets import jpeg
 from tests.prepare.source_folders import class_folders, class_tars, images, write_tar
 
+SPLIT_NAMES = (*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES)
 SPLITS = [(train, validation) for train in TRAIN_NAMES for validation in VALIDATION_NAMES]
 
 
@@ -78,12 +79,28 @@ def test_survey_and_inspection_know_the_same_split_folders(
     surveyed = survey(DatasetConfig(root=str(tmp_path)))
     assert {unit.split for unit in surveyed.units} == {"train", "validation"}
     assert [class_id for class_id, _ in surveyed.classes] == ["c0", "c1", "c2"]
-    inspected = inspect_source(str(tmp_path), "auto", "data.root", "job.yaml:1")
+    inspected = inspect_source(DatasetConfig(root=str(tmp_path)))
     assert inspected.has_validation
     assert (inspected.classes, inspected.images) == (3, 15)
 
 
-def test_the_first_name_that_exists_wins() -> None:
-    assert first_present(VALIDATION_NAMES, ["valid", "val", "train"]) == "val"
-    assert first_present(VALIDATION_NAMES, ["test", "train"]) is None
-    assert first_present(TRAIN_NAMES, ["Train"]) is None
+def test_a_file_that_is_written_in_place_with_as_many_bytes_changes_the_digest(
+    tmp_path: Path,
+) -> None:
+    class_folders(tmp_path)
+    image = tmp_path / "c0" / "c0_0.JPEG"
+    before = digest_of(tmp_path)
+    times = image.stat()
+    image.write_bytes(image.read_bytes()[::-1])
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    assert digest_of(tmp_path) != before
+
+
+def test_the_digest_follows_links_and_ends_at_loops(tmp_path: Path) -> None:
+    class_folders(tmp_path / "store")
+    class_folders(tmp_path / "set")
+    os.symlink(tmp_path / "store" / "c0", tmp_path / "set" / "c9")
+    os.symlink("..", tmp_path / "set" / "c1" / "up")
+    before = digest_of(tmp_path / "set")
+    (tmp_path / "store" / "c0" / "new.JPEG").write_bytes(jpeg(77, 40, 32))
+    assert digest_of(tmp_path / "set") != before

@@ -122,7 +122,7 @@ def with_weights(path: Path, **changes: Any) -> dict[str, torch.Tensor]:
     weights_file = RunDir(path).weights("finetune")
     weights_file.parent.mkdir(parents=True)
     save_file(state, weights_file)
-    description = WeightsDescription(image_size=64, resize=1.143, metrics={"top1": 0.5})
+    description = WeightsDescription(image_size=64, preprocessing="fast", metrics={"top1": 0.5})
     description.write(weights_file.parent)
     return state
 

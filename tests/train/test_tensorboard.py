@@ -40,10 +40,12 @@ from pipeline.data.sheet import (
 from pipeline.evaluate.network import load_network
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
+from pipeline.monitor.goodput import PARTS
 from tests.train import processes, staging
 
 STAGES = ("pretrain", "finetune", "evaluate")
 JOB = staging.job(pretrain={"max_steps": 8}, finetune={"max_steps": 4})
+KINDS = ("gradient", "weight", "update")  # of norms
 SIDE = 128  # of a shown image: those of 32 pixels four times, those of 64 twice as large
 Pixels = NDArray[np.uint8]
 
@@ -96,11 +98,18 @@ def assert_text(pixels: Pixels, text: str, size: int, color: Color) -> None:
 
 
 def test_every_metric_is_in_a_group_with_others_of_its_kind(trained: Trained) -> None:
-    machine = {"optim", "throughput", "memory", "reversible", "data"}
+    training = {"optim", "throughput", "memory", "reversible", "data", "utilisation", "ranks"}
+    training |= {"goodput", "goodput_parts", "gradient_norms", "weight_norms", "update_norms"}
+    training |= {"alpha", "headroom"}
+    machine: dict[str, set[str]] = {
+        "pretrain": training,
+        "finetune": training | {"layer_rates"},
+        "evaluate": set(),
+    }
     for stage in STAGES:
         scalars = trained.board(stage).Tags()["scalars"]
         groups = {tag.partition("/")[0] for tag in scalars}
-        expected = {f"loss_{stage}", "accuracy"} | (set() if stage == "evaluate" else machine)
+        expected = {f"loss_{stage}", "accuracy"} | machine[stage]
         assert groups == expected, stage
         assert all("/" in tag for tag in scalars), stage
 
@@ -117,7 +126,18 @@ def test_all_metrics_of_a_training_are_shown(trained: Trained) -> None:
         "optim/skipped_steps",
         "throughput/images_per_s",
         "throughput/data_wait_share",
-        "memory/rss_mib",
+        *(f"memory/{part}_mib" for part in ("rss", "weights", "optimizer", "state", "peak")),
+        "utilisation/mfu",
+        "utilisation/hfu",
+        "ranks/slowest_above_mean",
+        "ranks/slowest_rank",
+        "goodput/share",
+        "goodput/restarts",
+        *(f"goodput_parts/{part}" for part in PARTS),
+        *(f"{kind}_norms/column_{t}" for t in range(4) for kind in KINDS),
+        *(f"{kind}_norms/{part}" for part in ("stem", "heads") for kind in KINDS),
+        *(f"alpha/{kind}_column_{t}" for t in range(4) for kind in ("smallest", "largest")),
+        *(f"headroom/column_{t}" for t in range(4)),
         "data/replaced_samples",
         "reversible/mismatched_elements",
         "reversible/retried_steps",

@@ -14,7 +14,15 @@ from pipeline.blocks.kind import BlockKind, stem_kernel
 from pipeline.blocks.layers import CastTo, init_weights
 
 FACTS = BlockFacts(
-    title="C2f", shortcut=False, running_statistics=True, weights=7.0, saved=11.0, widest=1.5
+    title="C2f",
+    shortcut=False,
+    running_statistics=True,
+    weights=7.0,
+    vectors=6.0,
+    depthwise=0.0,
+    saved=11.0,
+    widest=1.5,
+    layer_vectors=2.0,
 )
 
 

@@ -17,7 +17,18 @@ from pipeline.blocks.kind import BlockKind
 from pipeline.blocks.kinds.c2f import BatchNorm, BiaslessConv, ConvNorm
 from pipeline.blocks.layers import CastTo, drop_path
 
-FACTS = BlockFacts(title="residual", running_statistics=True)
+FACTS = BlockFacts(
+    title="residual",
+    running_statistics=True,
+    weights=18.0,
+    vectors=4.0,
+    depthwise=0.0,
+    saved=5.0,
+    widest=1.0,
+    layer_vectors=2.0,
+    down_taps=1,
+    stem_pooling=2,
+)
 
 
 def channels_first(x: Tensor) -> Tensor:

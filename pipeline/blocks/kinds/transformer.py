@@ -10,7 +10,9 @@ from pipeline.blocks.facts import BlockFacts
 from pipeline.blocks.kind import BlockKind
 from pipeline.blocks.layers import LayerNorm, Linear, drop_path
 
-FACTS = BlockFacts(title="transformer", weights=12.0, saved=19.0)
+FACTS = BlockFacts(
+    title="transformer", weights=12.0, vectors=15.0, depthwise=0.0, attention=True, saved=19.0
+)
 
 HEAD_CHANNELS = 32  # target channels per attention head
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from pipeline.config.checks.checker import Checker
+from pipeline.config.checks.kubernetes import check_kubernetes
 from pipeline.config.schema import ClusterConfig
 
 # Values of `network.environment` are written into scripts, manifests and logs.
@@ -35,7 +36,7 @@ def _check_one_machine(checker: Checker, cluster: ClusterConfig) -> None:
     for key in ("nodes", "devices_per_node"):
         if getattr(cluster, key) != 1:
             cause = "kind local is one machine, with `processes` processes"
-            checker.report(f"cluster.{key}", cause, "kind: ray or slurm (--on NAME)")
+            checker.report(f"cluster.{key}", cause, "kind: ray, slurm or kubernetes (--on NAME)")
 
 
 def _check_machines(checker: Checker, cluster: ClusterConfig) -> None:
@@ -48,3 +49,5 @@ def _check_machines(checker: Checker, cluster: ClusterConfig) -> None:
     if cluster.kind == "ray" and not cluster.ray.address:
         cause = "no cluster is named"
         checker.report("cluster.ray.address", cause, "address: http://HOST:8265")
+    if cluster.kind == "kubernetes":
+        check_kubernetes(checker)

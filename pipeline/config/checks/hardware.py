@@ -64,7 +64,6 @@ def _cause(plan: StagePlan, images: int) -> str:
         return f"{images} images make tensors of 2^31 elements or more, beyond 32-bit indexing"
     return (
         f"{images} images need {memory.needed(images) / GIB:.1f} GiB per GPU "
-        f"({memory.state / GIB:.1f} GiB of weights, gradients and optimizer, and "
-        f"{memory.image / GIB:.2f} GiB per image or {memory.update / GIB:.1f} GiB for the update), "
+        f"({memory.in_words()}), "
         f"and {usable(plan.device_bytes) / GIB:.1f} of {plan.device_bytes / GIB:.1f} GiB are usable"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from pipeline.config.checks.checker import Checker
 from pipeline.config.job_queries import (
@@ -13,7 +13,9 @@ from pipeline.config.job_queries import (
 )
 from pipeline.config.schema import DatasetConfig
 from pipeline.errors import ConfigError
-from pipeline.sources import names
+from pipeline.sources.class_order import visible_entries
+from pipeline.sources.class_survey import class_like
+from pipeline.sources.remote import open_storage
 from pipeline.sources.splits import divide
 
 
@@ -44,13 +46,9 @@ def _may_have_test_split(dataset: DatasetConfig) -> bool:
     """False if the source certainly has no test split beside a validation split."""
     if dataset.synthetic is not None:
         return False
-    folder = Path(dataset.root)
     # Only preparation looks into object stores and Hugging Face datasets.
-    if dataset.layout == "huggingface" or not folder.is_dir():
+    if dataset.layout == "huggingface" or not os.path.isdir(dataset.root):
         return True
-    present = [
-        path.name
-        for path in folder.iterdir()
-        if not names.is_hidden(path.name) and (path.is_dir() or names.is_class_tar(path.name))
-    ]
-    return "test" in divide(dataset.splits, present).splits
+    storage, root = open_storage(dataset.root)
+    present = class_like(visible_entries(storage, root))
+    return "test" in divide(dataset.splits, list(present)).splits

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from pipeline.checkpoint.weights_source import is_weights_file, weights_source
+from pipeline.config.checks.architecture import check_architecture
 from pipeline.config.checks.checker import Checker
 from pipeline.config.job_queries import (
     ORDER,
@@ -16,8 +16,6 @@ from pipeline.config.job_queries import (
 )
 from pipeline.errors import ConfigError
 from pipeline.suggest import did_you_mean
-
-WEIGHTS = ".safetensors"
 
 
 def check_weights(checker: Checker) -> None:
@@ -49,13 +47,15 @@ def _source_stage(checker: Checker, stage: str, source: str) -> None:
 
 def _weights_file(checker: Checker, stage: str, source: str) -> None:
     key = f"stages.{stage}.from"
-    if not source.endswith(WEIGHTS):
+    if not is_weights_file(source):
         remedy = did_you_mean(source, training_stages(checker.job), "the job's training stages")
-        cause = f"'{source}' is neither a training stage nor a {WEIGHTS} file"
+        cause = f"'{source}' is neither a training stage nor a weights file"
         checker.report(key, cause, remedy)
-    elif not Path(source).is_file():
+    elif not weights_source(source).path.is_file():
         remedy = "correct the path, or name a training stage"
-        checker.report(key, f"there is no file {source}", remedy)
+        checker.report(key, f"there is no file {weights_source(source).path}", remedy)
+    else:
+        check_architecture(checker, stage, source)
 
 
 def check_used_data(checker: Checker) -> None:
@@ -92,7 +92,7 @@ def check_evaluation(checker: Checker) -> None:
     source = stage.initial
     # If the source stage ran in an earlier job, its weights file tells the image size at run time.
     trains_here = source in TRAINING and source in stage_names(job)
-    if source.endswith(WEIGHTS) or trains_here:
+    if is_weights_file(source) or trains_here:
         checker.attempt("evaluate", lambda: evaluate_image_size(job))
     if stage.image_size is not None:
         checker.check_image_size("stages.evaluate.image_size", stage.image_size)

@@ -32,10 +32,6 @@ def check_training(checker: Checker, stage: str, train: TrainConfig, world_size:
     _drop_path(checker, key, train)
     _optimizer(checker, key, train)
     _schedule(checker, key, train)
-    # Evaluation crops image_size pixels out of image_size x eval_resize.
-    if train.eval_resize < 1:
-        cause = f"{train.eval_resize:g} makes images smaller than the crop"
-        checker.report(f"{key}.eval_resize", cause, "take 1 or more")
     _order(checker, key, train)
     _augmentation(checker, f"{key}.augment", train.augment)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from pipeline.config.schema.kubernetes import KubernetesConfig
 from pipeline.config.schema.rules import Rules
 from pipeline.config.schema.section import Section
 from pipeline.config.schema.shrink import PROCESSES, fixed
@@ -78,10 +79,12 @@ class ClusterConfig(Section):
     """
 
     # Job.cluster allows all of these keys to change when a run resumes.
-    kind: Annotated[Literal["local", "ray", "slurm"], Rules(rehearse=fixed("local"))] = Field(
+    kind: Annotated[
+        Literal["local", "ray", "slurm", "kubernetes"], Rules(rehearse=fixed("local"))
+    ] = Field(
         "local",
         description="'local': a private Ray instance on this machine. 'ray': a Ray cluster that "
-        "exists. 'slurm': a batch job.",
+        "exists. 'slurm': a batch job. 'kubernetes': a RayJob.",
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], Rules(rehearse=fixed("cpu"))] = Field(
         "auto",
@@ -117,7 +120,7 @@ class ClusterConfig(Section):
     runs: str = Field(
         "",
         description="Folder of the run directories on the cluster, if this machine does not see "
-        "it. Empty: the same path as here.",
+        "it. Empty: the same path as here; for kind kubernetes, that of the claim for runs.",
     )
     site_check: str = Field(
         "",
@@ -146,6 +149,15 @@ class ClusterConfig(Section):
     ray: RayConfig = Field(RayConfig(), description="Keys of kind ray.")
     network: NetworkConfig = Field(NetworkConfig(), description="Network between machines.")
     slurm: SlurmConfig = Field(SlurmConfig(), description="Keys of kind slurm.")
+    kubernetes: KubernetesConfig = Field(KubernetesConfig(), description="Keys of kind kubernetes.")
+
+    @property
+    def runs_folder(self) -> str:
+        """``runs``, or its default; '': the run directories have the same path as here."""
+        claim = self.kubernetes.claims.runs
+        if self.kind == "kubernetes" and claim is not None:
+            return self.runs or claim.path
+        return self.runs
 
     @property
     def fewest_nodes(self) -> int:

@@ -155,6 +155,14 @@ class DatasetConfig(Section):
     label_column: str = Field(
         "label", description="Name of the label column, for layout 'huggingface'."
     )
+    # Preparation accepts a dataset of a version that had no such key, too (``changed_source``).
+    exif_orientation: Annotated[
+        Literal["apply", "ignore"], Rules(accepts_missing=True, rehearse_input=fixed("ignore"))
+    ] = Field(
+        "ignore",
+        description="'apply': images that a camera stored rotated are turned upright and encoded "
+        "again. 'ignore': pixels are used as stored, as the published recipes do.",
+    )
     short_side: PositiveInt | Literal["keep"] = Field(
         "keep",
         description="Target for the short side (pixels): larger images are scaled down to it. "

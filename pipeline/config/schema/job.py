@@ -7,17 +7,20 @@ job is validated against this schema.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
+from pipeline.config.export_formats import FORMATS
 from pipeline.config.schema.cluster import ClusterConfig
 from pipeline.config.schema.data import DatasetConfig, DatasetName
 from pipeline.config.schema.model import ModelConfig
 from pipeline.config.schema.rules import NOTHING, TRAINING_RESULTS, Rules
-from pipeline.config.schema.section import Section, Seed
+from pipeline.config.schema.section import Preprocessing, Section, Seed, known_name
 from pipeline.config.schema.shrink import LONGEST_NAME, fixed, small_image_size, with_suffix
 from pipeline.config.schema.train import TrainConfig
+
+_FORMATS = list(FORMATS)
 
 
 class PrepareStage(Section):
@@ -43,13 +46,18 @@ class EvaluateStage(Section):
         "finetune",
         alias="from",
         description="Weights to evaluate: a training stage (its EMA weights if it has any), the "
-        "folder of an exported model or of a run, or a .safetensors file.",
+        "folder of an exported model or of a run, or a weights file, also a published one.",
     )
     # Optional: weights are best evaluated at the size they were trained at.
     image_size: Annotated[PositiveInt | None, Rules(rehearse=small_image_size)] = Field(
         None,
         description="Side of the square evaluation image (pixels). null: that of the stage in "
         "`from`.",
+    )
+    preprocessing: Preprocessing | None = Field(
+        None,
+        description="How images are prepared: published, fast or whole, as explained for a "
+        "training stage. null: as the stage in `from`; 'published' for published weights.",
     )
     batch: Annotated[PositiveInt, Rules(changes=NOTHING)] = Field(
         64, description="Images per process in one forward pass."
@@ -63,7 +71,19 @@ class ExportStage(Section):
         "finetune",
         alias="from",
         description="Weights to export: a training stage (its EMA weights if it has any) or a "
-        ".safetensors file.",
+        "weights file, also a published one.",
+    )
+
+    formats: list[
+        Annotated[str, known_name(_FORMATS), Field(json_schema_extra={"enum": _FORMATS})]
+    ] = Field(
+        ["native", "published"],
+        description="What is written beside the weights. "
+        + " ".join(f"{name}: {facts.title}." for name, facts in FORMATS.items()),
+    )
+    hub_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Precision of the weights in the folder of the format 'hub'; bf16 halves it.",
     )
 
 
@@ -123,7 +143,8 @@ class Job(Section):
     )
     model: Annotated[ModelConfig, Rules(changes=(*TRAINING_RESULTS, "evaluate", "export"))] = Field(
         description="The network: a mapping, or the name of a file in configs/model. A job that "
-        "only evaluates takes it from the trained model."
+        "only evaluates takes it from the trained model. 'auto': that of the weights that "
+        "`finetune` starts from, or without any revcol_own_images."
     )
     # A run may move to another machine: how many processes compute does not change the result.
     cluster: Annotated[ClusterConfig, Rules(changes=NOTHING)] = Field(

@@ -18,6 +18,7 @@ RENAMED_KEYS = {
     "log_steps": "log_every_steps",
     "checkpoint_steps": "checkpoint_every_steps",
     "eval_epochs": "eval_every_epochs",
+    "eval_resize": "preprocessing",
     # stages.<stage>.augment
     "erasing": "random_erasing",
     "cutmix_share": "mixup_switch_prob",
@@ -27,4 +28,7 @@ RENAMED_KEYS = {
 }
 
 # Key -> old value -> new value.
-RENAMED_VALUES = {"on_mismatch": {"redo": "retry"}}
+RENAMED_VALUES: dict[str, dict[object, str]] = {
+    "on_mismatch": {"redo": "retry"},
+    "preprocessing": {1.143: "fast", 1.0: "whole"},  # of eval_resize
+}

@@ -34,6 +34,8 @@ class Rules:
             otherwise; tests/config/test_key_rules.py lists the decision for every key.
         keeps_work: an unfinished preparation continues if only such keys (or keys that change no
             result) have changed; a key of another kind makes the units read so far useless.
+        accepts_missing: a stage that a version without the key has started is kept, whatever the
+            key says now: a shipped job may set a new key, and must not discard finished work.
         hparam: column of the key in TensorBoard's table of hyperparameters, from 1; 0: not shown.
         rehearse: makes the value of a rehearsal from the job's own.
         rehearse_input: the same, for keys that describe input files (images, weights). A rehearsal
@@ -43,6 +45,7 @@ class Rules:
 
     changes: tuple[str, ...] | None = None
     keeps_work: bool = False
+    accepts_missing: bool = False
     hparam: int = 0
     rehearse: Shrink | None = None
     rehearse_input: Shrink | None = None
@@ -73,6 +76,11 @@ def changes_result(root: type[Section], path: Sequence[str], stage: str) -> bool
 def keeps_work(root: type[Section], path: Sequence[str]) -> bool:
     """True if an unfinished preparation can use its units after the key at ``path`` has changed."""
     return any(rules.keeps_work for rules in _rules_along(root, path))
+
+
+def accepts_missing(root: type[Section], path: Sequence[str]) -> bool:
+    """True if a stage that was started without the key at ``path`` is kept."""
+    return any(rules.accepts_missing for rules in _rules_along(root, path))
 
 
 def keys_that_keep_work(section: type[Section]) -> list[str]:

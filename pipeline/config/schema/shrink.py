@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.checkpoint.weights_source import is_weights_file
+
 SUFFIX = "-rehearsal"
 LONGEST_NAME = 64  # characters; of a job, suffix included
 WIDTH = 12  # channels of the finest level
@@ -131,4 +133,4 @@ def held_out_for_selection(fraction: float, context: RehearsalContext) -> float:
 
 def without_weights_file(source: str, _context: RehearsalContext) -> str:
     """A stage name stays; a weights file has the real width, so the rehearsal does without."""
-    return "" if source.endswith(".safetensors") else source
+    return "" if is_weights_file(source) else source

@@ -19,7 +19,7 @@ from pydantic import (
 
 from pipeline.config.schema import shrink
 from pipeline.config.schema.rules import NOTHING, Rules
-from pipeline.config.schema.section import Fraction, Section, known_name
+from pipeline.config.schema.section import Fraction, Preprocessing, Section, known_name
 from pipeline.config.schema.shrink import at_most, fixed
 from pipeline.optimizers import registry
 
@@ -141,8 +141,9 @@ class TrainConfig(Section):
     ] = Field(
         "",
         alias="from",
-        description="Source of the initial weights: a stage ('pretrain') or a .safetensors file. "
-        "Empty: random initialisation.",
+        description="Source of the initial weights: a stage ('pretrain'), or a weights file or "
+        "folder, also a published one. Its classifier is used if its classes are those of the "
+        "images. Empty: random initialisation; a stage finetune after pretrain is left out.",
     )
     image_size: Annotated[PositiveInt, Rules(hparam=8, rehearse=shrink.small_image_size)] = Field(
         224,
@@ -312,13 +313,20 @@ class TrainConfig(Section):
         "dataset, of equal ones the latest. The dataset needs `selection_fraction` or a test "
         "split.",
     )
-    eval_resize: Annotated[PositiveFloat, Rules(changes=NOTHING)] = Field(
-        1.143,
-        description="Evaluation resizes the short side to image_size times this factor, then "
-        "crops the centre.",
+    preprocessing: Annotated[Preprocessing, Rules(changes=NOTHING)] = Field(
+        "fast",
+        description="How evaluation prepares images. 'fast': decodes JPEGs at a fraction of their "
+        "size, resizes the short side to 1.143 x image_size, crops the centre. 'whole': as fast, "
+        "with the largest crop. 'published': as published accuracies are measured, bit for bit as "
+        "timm does: decodes in full, Pillow's bicubic filter; above 224 pixels the whole image is "
+        "resized to the square.",
     )
     log_every_steps: Annotated[PositiveInt, Rules(changes=NOTHING, rehearse=fixed(1))] = Field(
         10, description="Interval between logged metrics (steps)."
+    )
+    profile_steps: Annotated[list[PositiveInt], Rules(changes=NOTHING)] = Field(
+        [],
+        description="Steps that torch.profiler records, from 1; Chrome traces in profiles/<stage>.",
     )
     checkpoint_every_steps: Annotated[
         PositiveInt | None, Rules(changes=NOTHING, rehearse=fixed(shrink.STEPS // 2))

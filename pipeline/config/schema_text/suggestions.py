@@ -17,15 +17,15 @@ def remedy(word: str, section: SchemaKey) -> str:
     # 1. A typing error of a key here.
     if closest(word, section.keys, _TYPO):
         return did_you_mean(word, section.keys, "keys here")
-    # 2. A key in the wrong section.
+    # 2. What another tool calls a key of this section: `path` for the root of a dataset.
+    names = names_meant(word)
+    if here := [name for name in names if name in section.keys]:
+        return ask(here)
+    # 3. A key in the wrong section, else what another tool calls a key of any section.
     elsewhere = [shown(key) for key in describe.all_keys() if key.path[-1] == word]
     if elsewhere:
         return f"it belongs to {' or '.join(elsewhere)}"
-    # 3. What another tool calls a key: one of this section, else of any.
-    names = names_meant(word)
-    here = [name for name in names if name in section.keys]
-    meant = here or [shown(key) for key in describe.all_keys() if key.path[-1] in names]
-    if meant:
+    if meant := [shown(key) for key in describe.all_keys() if key.path[-1] in names]:
         return ask(meant)
     # 4. Anything similar.
     return did_you_mean(word, section.keys, "keys here")

@@ -51,7 +51,8 @@ def migrate_renamed(resolved: dict[str, Any]) -> dict[str, Any]:
 def _replace_old_value(node: Node, key: SchemaKey, problems: list[Problem]) -> Node:
     name = key.path[-1] if key.path else ""
     old = node.value
-    new = RENAMED_VALUES.get(name, {}).get(old) if isinstance(old, str) else None
+    is_scalar = isinstance(old, str | float | int)
+    new = RENAMED_VALUES.get(name, {}).get(old) if is_scalar else None
     if new is None:
         return node
     cause = f"{key.dotted}: '{old}' was renamed to '{new}'"

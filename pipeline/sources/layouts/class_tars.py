@@ -2,48 +2,73 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterator
 
-from pipeline.sources import names
+from pipeline.errors import DataError
 from pipeline.sources.class_order import visible_entries
-from pipeline.sources.class_survey import class_entries, parts_of_all, survey_classes
+from pipeline.sources.class_survey import ClassParts, class_entries, survey_classes
 from pipeline.sources.layout import Entries, Layout
-from pipeline.sources.remote import BLOCK, HEADER_BLOCK, Storage
+from pipeline.sources.names import class_name, is_class_tar, is_image
+from pipeline.sources.remote import BLOCK, HEADER_BLOCK, Entry, Storage
 from pipeline.sources.source_config import SourceConfig
+from pipeline.sources.tar_names import require_one_class_each
 from pipeline.sources.units import UNIT_BYTES, Part, Survey
+
+_COMPARED = 8  # folders beside tars that are looked into
 
 
 def _detect(storage: Storage, root: str, config: SourceConfig, entries: Entries) -> bool:
-    return any(names.is_class_tar(name) for name in class_entries(storage, root, config, entries))
+    inside = class_entries(storage, root, config, entries)
+    tars = _tars(inside)
+    folders = [name for name, entry in inside.items() if entry["type"] == "directory"]
+    if not tars or not folders:
+        return bool(tars)
+    # Unpacked copies beside the tars are the same classes.
+    if {class_name(tar) for tar in tars} & {class_name(folder) for folder in folders}:
+        return True
+    with_images = [
+        name
+        for name in folders[:_COMPARED]
+        if any(map(is_image, visible_entries(storage, inside[name]["name"].rstrip("/"))))
+    ]
+    if with_images and len(tars) > 1:
+        raise DataError(
+            f"holds both tars ({tars[0]}, ...) and folders of images ({with_images[0]}, ...)",
+            place=config.root,
+            remedy="set `layout` of the dataset to class_tars or class_folders",
+        )
+    return not with_images
 
 
 def _survey(storage: Storage, root: str, config: SourceConfig) -> Survey:
-    return survey_classes(storage, root, config, layout="class_tars", find_parts=_tar_parts)
+    inside = class_entries(storage, root, config, visible_entries(storage, root))
+    tars = [inside[name] for name in _tars(inside)]
+    require_one_class_each(storage, [(tar["name"], int(tar["size"] or 0)) for tar in tars])
+    return survey_classes(storage, root, config, layout="class_tars", find_parts=_cut_tar)
 
 
-def _tar_parts(storage: Storage, folder: str) -> Iterator[Part]:
-    tars = [
-        entry
-        for name, entry in visible_entries(storage, folder).items()
-        if names.is_class_tar(name) and entry["type"] == "file"
-    ]
-    return parts_of_all(_cut_tar, storage, folder, tars)
+def _tars(entries: Entries) -> list[str]:
+    return [name for name, entry in entries.items() if is_class_tar(name) and _is_file(entry)]
 
 
-def _cut_tar(storage: Storage, folder: str, name: str, size: int) -> list[Part]:
-    path = f"{folder}/{name}"
-    return [
+def _is_file(entry: Entry) -> bool:
+    return entry["type"] == "file"
+
+
+def _cut_tar(storage: Storage, path: str, entry: Entry) -> ClassParts:
+    parts = [
         Part(
             kind="tar",
             path=path,
             first=first,
             last=last,
-            group=names.class_of_tar(name),
+            group=class_name(posixpath.basename(path)),
             size=last - first,
         )
-        for first, last in _byte_ranges(storage, path, size)
+        for first, last in _byte_ranges(storage, path, int(entry["size"] or 0))
     ]
+    return ClassParts(parts=parts)
 
 
 def _byte_ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]]:
@@ -71,4 +96,4 @@ def _byte_ranges(storage: Storage, path: str, size: int) -> list[tuple[int, int]
     return list(zip(starts, [*starts[1:], size], strict=True))
 
 
-LAYOUT = Layout(order=3, detect=_detect, survey=_survey)
+LAYOUT = Layout(order=4, detect=_detect, survey=_survey)

@@ -13,8 +13,6 @@ read as a tar of its own.
 
 from __future__ import annotations
 
-import csv
-import io
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -27,13 +25,10 @@ from pipeline.sources.names import CLASS_TAR_SUFFIX, class_of_tar
 from pipeline.sources.remote import HEADER_BLOCK, Entry, Storage
 from pipeline.sources.source_config import SourceConfig
 from pipeline.sources.units import UNIT_BYTES, Part, Survey, fingerprint_items, pack_units
+from pipeline.sources.validation_labels import KAGGLE_LABELS, SYNSET_LABELS, labels_file, labels_of
 
 OUTER_TRAIN = "ILSVRC2012_img_train.tar"
 OUTER_VALIDATION = "ILSVRC2012_img_val.tar"
-SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
-KAGGLE_LABELS = "LOC_val_solution.csv"
-
-Labels = dict[str, int]  # class index by the stem of an image's name
 
 
 def survey_imagenet(storage: Storage, root: str, config: SourceConfig) -> Survey:
@@ -59,15 +54,22 @@ def survey_imagenet(storage: Storage, root: str, config: SourceConfig) -> Survey
     units = pack_units(labelled, "train", 0)
 
     # Missing labels are found before the long scan of the archive.
-    file_labels = _read_labels(storage, root, config, label_of)
+    labels_path = labels_file(storage, root)
+    if labels_path is None:
+        raise DataError(
+            "the labels of the validation images are missing",
+            place=config.root,
+            remedy=f"put {SYNSET_LABELS} (one WordNet ID per line, in the order of the images' "
+            f"names) or {KAGGLE_LABELS} beside the archives",
+        )
     members = _members(storage, f"{root}/{OUTER_VALIDATION}", validation_size)
     stems = [posixpath.basename(name).partition(".")[0] for _, name in members]
-    labels = _match_labels(file_labels, stems, config)
+    labels = labels_of(storage, labels_path, stems, label_of)
     parts = _cut_at_members(
         f"{root}/{OUTER_VALIDATION}",
         offsets=[offset for offset, _ in members],
         size=validation_size,
-        labels=[labels[stem] for stem in stems],
+        labels=labels,
     )
     units += pack_units(parts, "validation", len(units))
     return Survey(
@@ -118,58 +120,6 @@ def _members(storage: Storage, path: str, size: int) -> list[tuple[int, str]]:
         return [(member.offset, member.name) for member in tar if member.isfile()]
 
 
-def _read_labels(
-    storage: Storage, root: str, config: SourceConfig, label_of: dict[str, int]
-) -> Labels | list[int]:
-    """Labels by the stem of the image's name, or as a list in the order of the names."""
-    if storage.info(f"{root}/{SYNSET_LABELS}"):
-        place = f"{config.root}/{SYNSET_LABELS}"
-        ids = storage.read(f"{root}/{SYNSET_LABELS}").decode().split()
-        return [_label(class_id, label_of, place) for class_id in ids]
-    if storage.info(f"{root}/{KAGGLE_LABELS}"):
-        place = f"{config.root}/{KAGGLE_LABELS}"
-        rows = csv.DictReader(io.StringIO(storage.read(f"{root}/{KAGGLE_LABELS}").decode()))
-        return {
-            # PredictionString is "n01440764 12 5 210 180": the class, then boxes.
-            row["ImageId"]: _label(row["PredictionString"].split()[0], label_of, place)
-            for row in rows
-        }
-    raise DataError(
-        "the labels of the validation images are missing",
-        place=config.root,
-        remedy=f"put {SYNSET_LABELS} (one WordNet ID per line, in the order of the images' names) "
-        f"or {KAGGLE_LABELS} beside the archives",
-    )
-
-
-def _match_labels(labels: Labels | list[int], stems: list[str], config: SourceConfig) -> Labels:
-    """The label of each validation image by its stem. Raises DataError if an image has none."""
-    if isinstance(labels, list):
-        # Line i belongs to the image with the i-th name, wherever that image lies in the tar. With
-        # a line too few or too many, it is unknown which image a line belongs to, so no line is
-        # used.
-        same_length = len(labels) == len(stems)
-        labels = dict(zip(sorted(stems), labels, strict=True)) if same_length else {}
-    missing = [stem for stem in stems if stem not in labels]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(stems)} validation images have no label ({missing[0]})",
-            place=config.root,
-            remedy=f"{SYNSET_LABELS} needs one line for each image of {OUTER_VALIDATION}",
-        )
-    return labels
-
-
-def _label(class_id: str, label_of: dict[str, int], place: str) -> int:
-    if class_id not in label_of:
-        raise DataError(
-            f"{class_id} is not one of the dataset's classes",
-            place=place,
-            remedy="correct the file, or `classes`",
-        )
-    return label_of[class_id]
-
-
 def _cut_at_members(
     path: str, *, offsets: list[int], size: int, labels: list[int]
 ) -> Iterator[Part]:
@@ -190,6 +140,7 @@ def _cut_at_members(
                 group="validation",
                 labels=tuple(labels[begin:number]),
                 size=end - offsets[begin],
+                images=number - begin,
             )
             begin = number
 
