@@ -5,8 +5,8 @@ norm is far above those of the last ``window`` applied steps. The engine judges 
 where it reads the gradient norm anyway, so nothing else waits for the device. It refuses the update
 on all ranks alike.
 
-More than ``max_skipped`` bad steps within a window, or a spike with ``on_spike: rewind``, ask for a
-rewind: the weights return to a checkpoint from before, and the images since then are left out.
+More than ``max_skipped`` bad steps within a window (in a short epoch, more than it has steps), or a
+spike with ``on_spike: rewind``, ask for a rewind: the weights return to a checkpoint from before, and the images since then are left out.
 After ``max_rewinds`` rewinds without a window of good steps between them, the stage ends with a
 report.
 
@@ -31,6 +31,7 @@ _SIGMA = 1.4826  # standard deviation of a normal distribution per median absolu
 # A loss that barely moves has a tiny deviation: below this share of the median nothing is a spike.
 _LEAST_DEVIATION = 0.02
 _CAPTURES = 3  # per stage: each is as large as a checkpoint
+_FEW = 5  # bad steps that may come by chance, however short an epoch is
 _EXAMPLES = 20  # at most; so many steps must have been applied before one can be called a spike
 
 
@@ -61,9 +62,15 @@ class Guard:
     """Judges steps. Every rank comes to the same answers."""
 
     def __init__(
-        self, config: GuardConfig, device: torch.device, state: GuardState | None = None
+        self,
+        config: GuardConfig,
+        device: torch.device,
+        *,
+        steps_per_epoch: int,
+        state: GuardState | None = None,
     ) -> None:
         self.config = config
+        self._most_skipped = min(config.max_skipped, max(_FEW, steps_per_epoch))
         self.state = state or GuardState()
         self.reason = ""  # why the present step is bad; '' if it is not
         self.is_spike = False
@@ -123,7 +130,7 @@ class Guard:
         """True after too many bad steps, or a spike that shall be rewound."""
         bad = self.state.bad_steps
         spike = self.config.on_spike == "rewind" and self.is_spike
-        return bool(bad) and (spike or len(bad) > self.config.max_skipped)
+        return bool(bad) and (spike or len(bad) > self._most_skipped)
 
     @property
     def gives_up(self) -> bool:

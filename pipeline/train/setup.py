@@ -103,13 +103,15 @@ def build(
     )
     positions = len(spec.supervised_columns)
     metrics = Metrics(positions, positions - 1, context.device)
-    guard = Guard(config.guard, context.device)
+    images = len(context.data.split("train"))
+    steps_per_epoch = job_queries.steps_per_epoch(config, images)
+    guard = Guard(config.guard, context.device, steps_per_epoch=steps_per_epoch)
     judge_updates(engine, guard.refuses)
     step = TrainingStep(
         context=StepContext(
             engine=engine,
             state=_sharded_state(engine, config, with_best=with_best),
-            schedule=Schedule.of(config, len(context.data.split("train"))),
+            schedule=Schedule.of(config, images),
             device_augment=DeviceAugment(
                 config.augment, context.num_classes, context.job.seed, train=True
             ),

@@ -20,7 +20,7 @@ def group() -> Iterator[None]:
 
 def guard(state: GuardState | None = None, **settings: object) -> Guard:
     config = GuardConfig.model_validate({"window": 30, "spike_score": 10.0} | settings)
-    return Guard(config, torch.device("cpu"), state)
+    return Guard(config, torch.device("cpu"), steps_per_epoch=1000, state=state)
 
 
 def train(guard: Guard, step: int, loss: float, norm: float = 1.0) -> bool:
