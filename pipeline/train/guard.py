@@ -6,9 +6,9 @@ where it reads the gradient norm anyway, so nothing else waits for the device. I
 on all ranks alike.
 
 More than ``max_skipped`` bad steps within a window (in a short epoch, more than it has steps), or a
-spike with ``on_spike: rewind``, ask for a rewind: the weights return to a checkpoint from before, and the images since then are left out.
-After ``max_rewinds`` rewinds without a window of good steps between them, the stage ends with a
-report.
+spike with ``on_spike: rewind``, ask for a rewind: the weights return to a checkpoint from before,
+and the images since then are left out. After ``max_rewinds`` rewinds without a window of good steps
+between them, the stage ends with a report.
 
 Everything the guard decides follows from the steps before and is part of the checkpoint. So a
 resumed run skips and rewinds as an uninterrupted one does.
