@@ -101,9 +101,9 @@ class Recorder:
         """Log a message for the user; ``level`` is info, warning or error."""
         self._events.write("message", self._step, text=text, level=level)
 
-    def close(self, seconds: dict[str, float] | None = None) -> None:
-        """End the stage. ``seconds``: as in ``step``."""
-        self._events.write("end", self._step, seconds=seconds)
+    def close(self, seconds: dict[str, float] | None = None, step: int | None = None) -> None:
+        """End the stage. ``seconds``: as in ``step``; ``step``: the last one, if not logged."""
+        self._events.write("end", self._step if step is None else step, seconds=seconds)
         self._board.close()
         self._events.close()
 

@@ -14,7 +14,15 @@ from pipeline.train.guard import Guard
 from pipeline.train.setup import StageSetup, attach_recorder, continue_from
 
 
-def rewind(context: StageContext, setup: StageSetup, log: StageLog, step: int, every: int) -> int:
+def rewind(
+    context: StageContext,
+    setup: StageSetup,
+    log: StageLog,
+    *,
+    step: int,
+    every: int,
+    seconds: dict[str, float],
+) -> int:
     """Return to a checkpoint from before the bad steps; the steps that it has done. Collective.
 
     No checkpoint is being written meanwhile.
@@ -23,6 +31,7 @@ def rewind(context: StageContext, setup: StageSetup, log: StageLog, step: int, e
         step: the bad step (0-based) that asks for it.
         every: interval between regular checkpoints (steps). Others are not returned to: whether
             they exist depends on when the run was stopped, and the result must not.
+        seconds: where the time since the last log went.
 
     Raises:
         StageError: there was a rewind too many, or no checkpoint to return to.
@@ -54,7 +63,7 @@ def rewind(context: StageContext, setup: StageSetup, log: StageLog, step: int, e
     guard.rewound(saved, step, restored.step)
     # 3. Logs and charts return too: their readers drop what lies beyond the new start.
     if log.recorder is not None:
-        log.recorder.close()
+        log.recorder.close(seconds, step + 1)
     attach_recorder(context, log, restored.step)
     first, last = guard.state.left_out[-1]
     log(

@@ -234,7 +234,14 @@ class Trainer:
     def _rewind(self, step: int) -> int:
         """Return to an earlier checkpoint; the steps that it has done. Collective."""
         self.saver.finish(needed=False)
-        done = rewind(self.context, self.setup, self.log, step, self.checkpoint_every)
+        done = rewind(
+            self.context,
+            self.setup,
+            self.log,
+            step=step,
+            every=self.checkpoint_every,
+            seconds=self.throughput.take(),
+        )
         self.loader.rewind(done + self.step.context.guard.state.shift)
         self.throughput.rewind(done)
         self.metrics.logged_step = done
