@@ -280,6 +280,7 @@ class EvalLoader(_Loader):
         # 53 images and 2 ranks give the bounds [0, 26, 53].
         bounds = [len(split) * r // world_size for r in range(world_size + 1)]
         batches = [math.ceil((bounds[r + 1] - bounds[r]) / batch) for r in range(world_size)]
+        self.image_size = preprocessing.image_size
         self.num_images = bounds[rank + 1] - bounds[rank]
         self.num_batches = batches[rank]
         self.max_batches = max(batches)

@@ -34,12 +34,12 @@ def validate(
     loader: EvalLoader,
     normalise: DeviceAugment,
     device: torch.device,
-    image_size: int,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Evaluate ``network`` on all images of ``loader``. Collective.
 
-    Args:
-        image_size: pixels, for blank images.
+    ``on_batch`` is called after each batch.
     """
     reported = metrics_of(normalise.num_classes)
     sums = torch.zeros(1 + len(reported), dtype=torch.float64, device=device)
@@ -51,7 +51,8 @@ def validate(
     for _ in range(loader.max_batches):
         batch = next(batches, None)
         if batch is None:
-            images = torch.zeros((1, image_size, image_size, 3), dtype=torch.uint8, device=device)
+            size = loader.image_size
+            images = torch.zeros((1, size, size, 3), dtype=torch.uint8, device=device)
             labels = torch.zeros(1, dtype=torch.int64, device=device)
         else:
             batch = batch.to(device)
@@ -63,6 +64,7 @@ def validate(
         if batch is not None:
             sums += _sums(reported, out.logits[-1].float(), labels)
             samples = samples or take_samples(batch, out)
+        on_batch()
     dist.all_reduce(sums)
     total, *metric_sums = sums.tolist()
     images_seen = max(total, 1.0)  # an empty split has accuracy 0

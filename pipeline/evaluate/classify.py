@@ -20,13 +20,15 @@ from pipeline.evaluate.network import labelled_for, load_network, preprocessing
 from pipeline.evaluate.pictures import record_samples
 from pipeline.evaluate.record import EvaluationRecord
 from pipeline.layout import RunDir
+from pipeline.monitor.goodput import EVALUATION
 from pipeline.monitor.recorder import Recorder
 from pipeline.runtime.device_memory import out_of_memory_named
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
+from pipeline.runtime.rank_link import RankLink
 
 
-def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float]:
+def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv, link: RankLink) -> dict[str, float]:
     """Evaluate on every image of the reported split exactly once, for any number of processes.
 
     The reported split is test, or validation if the dataset has no test split.
@@ -38,8 +40,7 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
     stage = job.stages.evaluate
     if stage is None:
         raise ConfigError("the job has no stage 'evaluate'", remedy="add it under `stages`")
-    use_cuda = machine.device(job.cluster) == "cuda"
-    with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
+    with process_group(world, job.cluster) as device:
         data = open_job_dataset(job, run_dir, "evaluate")
         split = data.description.reported_split()
         prepared = preprocessing(
@@ -64,7 +65,9 @@ def evaluate_stage(job: Job, run_dir: RunDir, world: DistEnv) -> dict[str, float
             ) as loader,
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16),
         ):
-            evaluation = validate(network, loader, normalise, device, prepared.image_size)
+            evaluation = validate(
+                network, loader, normalise, device, on_batch=lambda: link.beat(0, EVALUATION)
+            )
     if world.is_main:
         record = EvaluationRecord(
             split=split,

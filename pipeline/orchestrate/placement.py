@@ -19,6 +19,7 @@ class Placement:
     ``stop_grace_s``: seconds that the processes get after a stop request, to finish the current
     step and write a checkpoint. 0: the stage has nothing to save, so its processes are killed at
     once.
+    ``hang_timeout_s``: so long may a process show no progress; 0: nobody looks.
     ``single``: one process is enough, whatever the cluster has.
     ``machines``: the processes are shared evenly by so many machines.
     ``candidates``: the machines that Ray may choose from; None: the only one, of our own Ray.
@@ -29,7 +30,8 @@ class Placement:
     threads: int | None
     device: str  # cpu or cuda
     run_dir: RunDir
-    stop_grace_s: float = 600.0
+    stop_grace_s: float = 120.0
+    hang_timeout_s: float = 0.0
     single: bool = False
     machines: int = 1
     candidates: tuple[Machine, ...] | None = None

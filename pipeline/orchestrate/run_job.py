@@ -20,6 +20,7 @@ from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.summary import summarise
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 
 
 def dry_run(loaded: LoadedJob, run_dir: RunDir) -> str:
@@ -65,6 +66,7 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
     display = Display(Console(highlight=False))
     stop = StopRequest(lambda text: display.log(text, "warning"))
     stop.install()
+    link = RankLink(stop)
     # Rank 0 alone checks the job, holds the lock and shows the progress. If it refuses the job, it
     # exits with an error, upon which torchrun ends the other ranks.
     if not dist_env.is_main:
@@ -72,7 +74,7 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
         device_bytes = machine.hardware(loaded.job.cluster).device_bytes
         loaded = choose_micro_batches(loaded, dist_env.size, device_bytes)
         with stop.after_step():
-            train_stage(loaded.job, stage, run_dir, dist_env, stop)
+            train_stage(loaded.job, stage, run_dir, dist_env, link)
         return
     loaded = check_on_machine(loaded, run_dir, world_size=dist_env.size)
     feed = DisplayFeed(run_dir.events(stage), display, compiles=loaded.job.model.compile)
@@ -82,5 +84,5 @@ def train_in_this_process(loaded: LoadedJob, stage: str, run_dir: RunDir) -> Non
         polled_in_background(feed),
         stop.after_step(),
     ):
-        metrics = train_stage(loaded.job, stage, run_dir, dist_env, stop)
+        metrics = train_stage(loaded.job, stage, run_dir, dist_env, link)
     display.log("  ".join(metric_text(name, value) for name, value in metrics.items()))

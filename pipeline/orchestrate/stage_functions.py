@@ -5,7 +5,6 @@ The functions import their room when they run: the driver needs neither torch no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from pipeline.config import machine
@@ -15,6 +14,7 @@ from pipeline.layout import RunDir
 from pipeline.orchestrate.placement import Placement
 from pipeline.orchestrate.worker import StageFn
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 
 
 def stage_fn(job: Job, stage: str, run_dir: RunDir) -> StageFn:
@@ -42,30 +42,28 @@ def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
         run_dir=run_dir,
         single=single,
         stop_grace_s=float(cluster.grace) if stage in TRAINING else 0.0,
+        # An export gives no sign of progress, and may take long.
+        hang_timeout_s=0.0 if single else float(cluster.hang_timeout),
         interface=cluster.network.interface,
         variables=cluster.network.environment,
     )
 
 
 def _train(
-    job: Job, stage: str, run_dir: RunDir, dist_env: DistEnv, stop: Callable[[], bool]
+    job: Job, stage: str, run_dir: RunDir, dist_env: DistEnv, link: RankLink
 ) -> dict[str, float]:
     from pipeline.train.trainer import train_stage
 
-    return train_stage(job, stage, run_dir, dist_env, stop)
+    return train_stage(job, stage, run_dir, dist_env, link)
 
 
-def _evaluate(
-    job: Job, run_dir: RunDir, dist_env: DistEnv, stop: Callable[[], bool]
-) -> dict[str, float]:
+def _evaluate(job: Job, run_dir: RunDir, dist_env: DistEnv, link: RankLink) -> dict[str, float]:
     from pipeline.evaluate.classify import evaluate_stage
 
-    return evaluate_stage(job, run_dir, dist_env)
+    return evaluate_stage(job, run_dir, dist_env, link)
 
 
-def _export(
-    job: Job, run_dir: RunDir, dist_env: DistEnv, stop: Callable[[], bool]
-) -> dict[str, float]:
+def _export(job: Job, run_dir: RunDir, dist_env: DistEnv, link: RankLink) -> dict[str, float]:
     from pipeline.export.stage import export_stage
 
     return export_stage(job, run_dir)

@@ -20,6 +20,8 @@ from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.files import write_text
 from pipeline.monitor.goodput import IDLE, RECOVERY, START
 from pipeline.orchestrate.group_outcomes import collect, first_error, is_death, is_failure
+from pipeline.orchestrate.hang_report import hang_error
+from pipeline.orchestrate.heartbeats import Hang, Heartbeats
 from pipeline.orchestrate.machine_pool import MachineChange, MachinePool
 from pipeline.orchestrate.placement import GroupDied, MachinesChanged, Placement
 from pipeline.orchestrate.signals import interrupted
@@ -149,6 +151,7 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
         _log_group(group, watch)
         waiting = list(rank_of)
         stopping = _Stopping(group)
+        heartbeats = Heartbeats(group)
         while waiting:
             ended, waiting = _wait(waiting, _POLL_S)
             watch.check()
@@ -158,16 +161,26 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
                 new += _late_outcomes(waiting, rank_of, group)
                 stopping.fail(first_error(new, group))
             outcomes |= {outcome.rank: outcome for outcome in new}
+            hang = heartbeats.poll([rank_of[ref] for ref in waiting])
             if waiting and watch.stop():
                 stopping.check(None)
             elif waiting and (change := stopping.change or watch.change(group)):
                 if stopping.change is None:
                     watch.log(f"{change.text}: asking all ranks to stop", "warning")
                 stopping.check(change)
+            elif hang is not None:  # after a stop request, the grace decides
+                raise _end_hang(group, hang)
     for outcome in outcomes.values():
         if outcome.error is not None:  # failures were raised above: this one is a stop on request
             raise outcome.error if stopping.change is None else ended_by(stopping.change)
     return outcomes[0].metrics
+
+
+def _end_hang(group: WorkerGroup, hang: Hang) -> GroupDied:
+    """End the processes of a group that hangs; why it hangs."""
+    error = hang_error(group, hang)
+    group.kill()
+    return error
 
 
 def _late_outcomes(

@@ -22,10 +22,11 @@ from pipeline.errors import PipelineError
 from pipeline.orchestrate.ports import free_port
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.environment import forget_other_launchers
+from pipeline.runtime.rank_link import Beat, RankLink
 
-# Runs one rank. Arguments: its coordinates, and a function that is true after a stop request.
-# Returns the metrics of the stage.
-StageFn = Callable[[DistEnv, Callable[[], bool]], dict[str, float]]
+# Runs one rank. Arguments: its coordinates, and its link to the supervisor. Returns the metrics of
+# the stage.
+StageFn = Callable[[DistEnv, RankLink], dict[str, float]]
 
 _PARENT_POLL_S = 0.5
 _FENCE_POLL_S = 5.0  # a read of a shared file system
@@ -35,10 +36,11 @@ _FENCE_POLL_S = 5.0  # a read of a shared file system
 class WorkerPlace:
     """Where Ray has put a worker.
 
-    ``machine`` is the ID of Ray's node. ``device`` is the index of the GPU among those that the
-    process sees, None on a CPU. ``cores`` are those of the machine.
+    ``pid`` is its process ID there. ``machine`` is the ID of Ray's node. ``device`` is the index of
+    the GPU among those that the process sees, None on a CPU. ``cores`` are those of the machine.
     """
 
+    pid: int
     machine: str
     device: int | None
     cores: int
@@ -71,7 +73,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._stop = threading.Event()
+        self._link = RankLink()
         parent = os.getppid()
         threading.Thread(target=_exit_with, args=(parent,), name="watchdog", daemon=True).start()
 
@@ -82,6 +84,7 @@ class Worker:
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         return WorkerPlace(
+            pid=os.getpid(),
             machine=context.get_node_id(),
             device=_device_index(gpus[0]) if gpus else None,
             cores=machine.cores(),
@@ -104,6 +107,7 @@ class Worker:
             fence: file of the newest generation. This process ends when it has been replaced.
             environment: variables to set before torch and DeepSpeed are imported.
         """
+        self._link.main_thread = threading.get_ident()
         forget_other_launchers()
         os.environ.update(environment)
         dist_env = DistEnv.from_environment()
@@ -112,7 +116,7 @@ class Worker:
             _redirect_output(log)
             arguments = (fence, dist_env.generation)
             threading.Thread(target=_exit_if_replaced, args=arguments, daemon=True).start()
-            return Outcome(rank=rank, metrics=stage_fn(dist_env, self._stop.is_set))
+            return Outcome(rank=rank, metrics=stage_fn(dist_env, self._link))
         except PipelineError as error:
             return Outcome(rank=rank, error=error, traceback=traceback.format_exc())
         except Exception:
@@ -121,7 +125,17 @@ class Worker:
 
     def request_stop(self) -> None:
         """Set the stop flag of the stage. Ray calls this while ``run`` is executing."""
-        self._stop.set()
+        self._link.request_stop()
+
+    def last_beat(self) -> Beat:
+        """The newest sign of progress of the stage. Answered while ``run`` is executing."""
+        return self._link.last_beat()
+
+    def stack(self) -> list[str]:
+        """What the stage is doing: the calls of its thread, the innermost one first."""
+        frame = sys._current_frames().get(self._link.main_thread)
+        calls = traceback.extract_stack(frame) if frame is not None else []
+        return [f"{call.name} ({call.filename}:{call.lineno})" for call in reversed(calls)]
 
 
 def _device_index(gpu: str) -> int:

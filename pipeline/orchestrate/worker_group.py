@@ -9,10 +9,13 @@ each machine in the order of its devices. The workers meet at a port of rank 0.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from pipeline import command
@@ -22,6 +25,7 @@ from pipeline.orchestrate.placement import GroupDied, Placement
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.orchestrate.worker import Outcome, StageFn, Worker, WorkerPlace
 from pipeline.runtime import dist_env, environment
+from pipeline.runtime.rank_link import Beat
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -49,6 +53,8 @@ class WorkerHandle(Protocol):
     free_port: RemoteMethod[int]
     run: RemoteMethod[Outcome]
     request_stop: RemoteMethod[None]
+    last_beat: RemoteMethod[Beat]
+    stack: RemoteMethod[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,20 @@ class WorkerGroup:
             texts.append(f"{span} on {machine.name}")
         return ", ".join(texts)
 
+    def kill(self) -> None:
+        """End the processes by SIGKILL: a stopped one heeds nothing else, not even Ray."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        for member in self.members:
+            if member.machine is None:
+                kill_worker(member.place.pid)
+                continue
+            node = NodeAffinitySchedulingStrategy(member.place.machine, soft=False)
+            ray.remote(kill_worker).options(num_cpus=0, scheduling_strategy=node).remote(
+                member.place.pid
+            )
+
     def environment(self, rank: int) -> dict[str, str]:
         """Variables of one rank that follow from its place."""
         placement = self.placement
@@ -110,6 +130,14 @@ class WorkerGroup:
         return variables | environment.collectives(placement.interface) | {**placement.variables}
 
 
+def kill_worker(pid: int) -> None:
+    """SIGKILL to a worker of this machine, if it is still there."""
+    with contextlib.suppress(OSError):
+        # Another process may have its ID by now. Ray gives its workers names such as "ray::run".
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def worker_group(
     placement: Placement, check: Callable[[], None], check_start: Callable[[], None]
@@ -129,18 +157,23 @@ def worker_group(
     from ray.util.placement_group import remove_placement_group
 
     workers: list[WorkerHandle] = []
+    members: list[RankedWorker] = []
     group = _reserve(placement)
     try:
         if not _wait_for(lambda: group.wait(_POLL_S), placement.wait_s, check_start):
             raise _no_room(placement)
         workers += _create(placement, group)
-        yield WorkerGroup(placement=placement, members=_ranked(placement, workers, check_start))
+        members += _ranked(placement, workers, check_start)
+        yield WorkerGroup(placement=placement, members=members)
     finally:
         # A lost Ray raises here: no worker is left, and the calls below would never return.
         check()
         # Kill, do not ask: the peers of a failed rank hang in a collective operation.
         for worker in workers:
             ray.kill(cast("ActorHandle[Worker]", worker), no_restart=True)
+        for member in members:
+            if member.machine is None:
+                kill_worker(member.place.pid)
         remove_placement_group(group)
 
 

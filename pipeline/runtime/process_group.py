@@ -10,14 +10,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pipeline.config import machine
+from pipeline.config.schema import ClusterConfig
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.host_allocator import keep_freed_memory
 
-TIMEOUT = timedelta(minutes=30)
-
 
 @contextlib.contextmanager
-def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[torch.device]:
+def process_group(dist_env: DistEnv, cluster: ClusterConfig) -> Iterator[torch.device]:
     """Join the process group and yield this process's device.
 
     At the end the process leaves the group and has as many threads as before.
@@ -25,16 +25,16 @@ def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[t
     Several processes meet at MASTER_ADDR:MASTER_PORT of the environment. A single
     process needs neither.
 
-    Args:
-        threads: compute threads of a process on the CPU. Such a process also keeps freed memory.
+    A process on the CPU keeps freed memory.
     """
     # 1. The device.
+    use_cuda = machine.device(cluster) == "cuda"
     device = torch.device("cuda", dist_env.device_index) if use_cuda else torch.device("cpu")
     threads_before = torch.get_num_threads()
     if use_cuda:
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(machine.threads(cluster, dist_env.local_size))
         keep_freed_memory()
     # 2. The group. Under CUDA both backends are needed: stop requests are reduced on the CPU.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -42,7 +42,11 @@ def process_group(dist_env: DistEnv, use_cuda: bool, threads: int) -> Iterator[t
     alone = dist_env.size == 1 and "MASTER_PORT" not in os.environ
     store = dist.HashStore() if alone else None  # type: ignore[attr-defined]
     dist.init_process_group(
-        backend, store=store, rank=dist_env.rank, world_size=dist_env.size, timeout=TIMEOUT
+        backend,
+        store=store,
+        rank=dist_env.rank,
+        world_size=dist_env.size,
+        timeout=timedelta(seconds=cluster.collective_timeout),
     )
     try:
         yield device

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.checkpoint.manifest import Manifest, list_checkpoints
-from pipeline.config import job_queries, machine
+from pipeline.config import job_queries
 from pipeline.config.schema import Job
 from pipeline.data.device import DeviceBatch
 from pipeline.data.job_dataset import open_job_dataset
@@ -65,8 +65,7 @@ def replay(job: Job, stage: str, run_dir: RunDir, step: int, log: Log) -> Verdic
     saved = TrainingState.from_json(manifest.state)
     job = _on_one_process(job, stage, saved.world_size)
     world = DistEnv()
-    use_cuda = machine.device(job.cluster) == "cuda"
-    with process_group(world, use_cuda, machine.threads(job.cluster, 1)) as device:
+    with process_group(world, job.cluster) as device:
         context = StageContext(
             job=job,
             stage=stage,

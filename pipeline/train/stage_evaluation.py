@@ -12,6 +12,8 @@ from pipeline.evaluate.accuracy import Evaluation, validate
 from pipeline.evaluate.metrics import TOP1, tagged
 from pipeline.evaluate.pictures import record_samples
 from pipeline.monitor import tags
+from pipeline.monitor.goodput import EVALUATION
+from pipeline.runtime.rank_link import RankLink
 from pipeline.train.context import StageContext, StageLog
 from pipeline.train.ema import ema_weights
 from pipeline.train.setup import StageSetup
@@ -26,6 +28,7 @@ class StageEvaluation:
     context: StageContext
     setup: StageSetup
     log: StageLog
+    link: RankLink
 
     @property
     def batch(self) -> int:
@@ -41,13 +44,13 @@ class StageEvaluation:
         """
         state = self.setup.step.context.state
         with ema_weights(state):
-            evaluation = self._validate("validation")
+            evaluation = self._validate("validation", done)
             scores = {"step": done, **evaluation.metrics}
             selection = self.setup.selection
             if selection is not None:
                 # Without a split of its own, the images of the curve choose.
                 separate = selection.split != "validation"
-                chooses = self._validate(selection.split) if separate else evaluation
+                chooses = self._validate(selection.split, done) if separate else evaluation
                 scores[selection.metric] = chooses.metrics[TOP1]
         values = tagged("validation", evaluation.metrics)
         if selection is not None:
@@ -65,7 +68,7 @@ class StageEvaluation:
                 record_samples(recorder, done, evaluation.samples, self.context.data.class_names)
         return scores
 
-    def _validate(self, split: str) -> Evaluation:
+    def _validate(self, split: str, done: int) -> Evaluation:
         """Evaluate on a split of the dataset. Collective."""
         context = self.context
         config = context.config
@@ -83,4 +86,10 @@ class StageEvaluation:
             threads=machine.loader_threads(context.job.cluster, context.dist_env.local_size),
             pin_memory=context.device.type == "cuda",
         ) as loader:
-            return validate(engine, loader, normalise, context.device, config.image_size)
+            return validate(
+                engine,
+                loader,
+                normalise,
+                context.device,
+                on_batch=lambda: self.link.beat(done, EVALUATION),
+            )

@@ -5,10 +5,9 @@ Ray actors and ``pipeline train`` call ``train_stage``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipeline.config import job_queries, machine
+from pipeline.config import job_queries
 from pipeline.config.schema import Job
 from pipeline.data.device import DeviceBatch
 from pipeline.data.job_dataset import open_job_dataset
@@ -20,6 +19,7 @@ from pipeline.monitor import tags
 from pipeline.monitor.goodput import CHECKPOINT, EVALUATION, STEP
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
+from pipeline.runtime.rank_link import RankLink
 from pipeline.train.alpha_clamp import alpha_range
 from pipeline.train.capture import write_record
 from pipeline.train.context import StageContext, StageLog
@@ -41,13 +41,13 @@ from pipeline.train.training_state import TrainingState
 
 
 def train_stage(
-    job: Job, stage: str, run_dir: RunDir, world: DistEnv, stop: Callable[[], bool]
+    job: Job, stage: str, run_dir: RunDir, world: DistEnv, link: RankLink
 ) -> dict[str, float]:
     """Run a training stage, or resume it from its newest checkpoint.
 
     Args:
         stage: 'pretrain' or 'finetune'.
-        stop: whether a stop is requested; asked once per step on every rank. After a request on any
+        link: asked once per step on every rank whether a stop is requested. After a request on any
             rank, all ranks write a checkpoint and raise ``Interrupted``.
 
     Returns:
@@ -57,8 +57,7 @@ def train_stage(
     config = job_queries.train_config(job, stage)
     fence = Fence(run_dir.fence(stage), world.generation)
     fence.require_file()  # now, rather than at the first checkpoint
-    use_cuda = machine.device(job.cluster) == "cuda"
-    with process_group(world, use_cuda, machine.threads(job.cluster, world.local_size)) as device:
+    with process_group(world, job.cluster) as device:
         context = StageContext(
             job=job,
             stage=stage,
@@ -86,10 +85,11 @@ def train_stage(
                             log=log,
                             times_log=times_log,
                             fence=fence,
+                            link=link,
                         )
                         trainer.show_first_batch()
                         try:
-                            trainer.run(CollectiveStop(stop))
+                            trainer.run(CollectiveStop(link.stop_requested))
                         except BaseException:
                             trainer.saver.abandon()
                             raise
@@ -108,6 +108,7 @@ class Trainer:
     log: StageLog
     times_log: TimesLog
     fence: Fence
+    link: RankLink
     replaced: ReplacedSamples = field(init=False)
     throughput: Throughput = field(init=False)
     evaluation: StageEvaluation = field(init=False)
@@ -122,7 +123,7 @@ class Trainer:
         self.replaced = ReplacedSamples(self.loader, self.setup.replaced_samples, context.device)
         self.throughput = Throughput(self.loader, self.setup.first_step)
         self.log.seconds = self.throughput.take
-        self.evaluation = StageEvaluation(context, self.setup, self.log)
+        self.evaluation = StageEvaluation(context, self.setup, self.log, self.link)
         every = context.config.checkpoint_every_steps
         self.checkpoint_every = every or self.loader.steps_per_epoch
         self.saver = CheckpointSaver(
@@ -182,6 +183,7 @@ class Trainer:
                 done = self._rewind(done)
                 continue
             done += 1
+            self.link.beat(done, STEP)
             last = done == total_steps
             if self._is_logged(done):
                 self._log_metrics(done)
@@ -193,6 +195,7 @@ class Trainer:
             # reduction needs all ranks.
             stopping = stop.after_step() and not last
             if done % self.checkpoint_every == 0 or last or stopping:
+                self.link.beat(done, CHECKPOINT)
                 with self.throughput.spent_on(CHECKPOINT):
                     self.saver.save(done, self._state())
             self.saver.report()

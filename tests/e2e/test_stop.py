@@ -27,11 +27,11 @@ from pipeline.orchestrate import artifacts, job_runner
 
 folder = pathlib.Path.cwd()
 
-def sleeping(dist_env, stop):
+def sleeping(dist_env, link):
     (folder / f"pid{dist_env.rank}").write_text(str(os.getpid()))
     time.sleep(600)
 
-def started(dist_env, stop):
+def started(dist_env, link):
     (folder / "resumed").touch()
     raise KeyError("the stage has started")
 

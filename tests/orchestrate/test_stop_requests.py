@@ -17,14 +17,15 @@ from pipeline.layout import RunDir
 from pipeline.orchestrate.signals import StopRequest
 from pipeline.orchestrate.stage_functions import placement
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 from tests.orchestrate.supervised import SupervisedRun, alive, wait_until
 
 
 @pytest.mark.usefixtures("ray_workers")
 def test_training_stops_when_its_slowest_rank_has_saved(tmp_path: Path) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         (tmp_path / f"running{dist_env.rank}").touch()
-        while not stop():
+        while not link.stop_requested():
             time.sleep(0.02)
         if dist_env.rank == 0:
             time.sleep(2)  # writes its checkpoint while rank 1 is done already
@@ -40,7 +41,7 @@ def test_training_stops_when_its_slowest_rank_has_saved(tmp_path: Path) -> None:
 
 
 def _ignores_the_request(folder: Path) -> Callable[[DistEnv, Callable[[], bool]], dict[str, float]]:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         (folder / f"pid{dist_env.rank}").write_text(str(os.getpid()))
         time.sleep(600)
         return {}

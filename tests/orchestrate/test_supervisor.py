@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from pipeline import command
 from pipeline.errors import DataError, StageError
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 from tests.orchestrate.supervised import SupervisedRun, alive, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> SupervisedRun:
 
 
 def test_ranks_have_the_environment_of_torchrun_and_a_log_each(run: SupervisedRun) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         import torch
         import torch.distributed as dist
 
@@ -54,7 +54,7 @@ def test_remedies_of_workers_name_the_command_of_the_user(
 ) -> None:
     monkeypatch.setenv(command.VARIABLE, "./launch.sh")
 
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         raise DataError("shard is damaged", remedy=command.command("verify", "runs/a"))
 
     with pytest.raises(DataError, match=r"  -> \./launch\.sh verify runs/a$"):
@@ -64,7 +64,7 @@ def test_remedies_of_workers_name_the_command_of_the_user(
 def test_an_error_in_one_rank_ends_its_hanging_peer_and_shows_its_traceback(
     run: SupervisedRun, tmp_path: Path
 ) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         (tmp_path / f"pid{dist_env.rank}").write_text(str(os.getpid()))
         if dist_env.rank == 1:
             while not (tmp_path / "pid0").exists():
@@ -85,7 +85,7 @@ def test_an_error_in_one_rank_ends_its_hanging_peer_and_shows_its_traceback(
 
 
 def test_errors_for_the_user_keep_their_type(run: SupervisedRun) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         if dist_env.rank == 0:
             raise DataError("shard is damaged", place="train-00000.parquet", remedy="prepare again")
         time.sleep(600)
@@ -98,7 +98,7 @@ def test_errors_for_the_user_keep_their_type(run: SupervisedRun) -> None:
 
 
 def test_a_killed_process_is_replaced_and_reported_before_its_peers(run: SupervisedRun) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         import torch
         import torch.distributed as dist
 
@@ -119,7 +119,7 @@ def test_a_process_whose_group_was_replaced_ends_itself(run: SupervisedRun) -> N
     """As on a machine that is cut off: nobody can end it, but it sees the file."""
     fence = run.placement.fence
 
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         assert dist_env.generation is not None
         if dist_env.generation == 0:
             fence.write_text("7")
@@ -131,7 +131,7 @@ def test_a_process_whose_group_was_replaced_ends_itself(run: SupervisedRun) -> N
 
 
 def test_a_crash_loop_ends_after_three_restarts(run: SupervisedRun) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         if dist_env.rank == 0:
             os._exit(9)
         time.sleep(600)
@@ -144,7 +144,7 @@ def test_a_crash_loop_ends_after_three_restarts(run: SupervisedRun) -> None:
 
 
 def test_an_error_after_progress_is_retried(run: SupervisedRun, tmp_path: Path) -> None:
-    def stage_fn(dist_env: DistEnv, stop: Callable[[], bool]) -> dict[str, float]:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
         if dist_env.generation == 0:
             (tmp_path / "progress").touch()
             time.sleep(1)
@@ -166,7 +166,7 @@ def test_nothing_outlives_a_killed_driver(tmp_path: Path) -> None:
 
         folder = pathlib.Path(sys.argv[1])
 
-        def stage_fn(dist_env, stop):
+        def stage_fn(dist_env, link):
             (folder / f"pid{dist_env.rank}").write_text(str(os.getpid()))
             time.sleep(600)
 

@@ -17,6 +17,7 @@ from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.prepare.build import prepare_dataset
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 from pipeline.train.trainer import train_stage
 from tests.prepare.source_folders import (
     class_folders,
@@ -111,7 +112,7 @@ def test_a_dataset_smaller_than_one_batch_is_refused_before_training(tmp_path: P
     # The stage makes this process a rank, by its environment.
     with mock.patch.dict(os.environ), pytest.raises(DataError, match=message):
         train_stage(
-            staging.job(), "pretrain", RunDir(run_dir), DistEnv.from_environment(), lambda: False
+            staging.job(), "pretrain", RunDir(run_dir), DistEnv.from_environment(), RankLink()
         )
 
 

@@ -18,6 +18,7 @@ from pipeline.model import build
 from pipeline.monitor import tags
 from pipeline.monitor.events import Event, read_events
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 from pipeline.train.trainer import train_stage
 from tests.data.small_datasets import make_dataset
 from tests.train import processes
@@ -133,12 +134,12 @@ def train(
     """Run a training stage. Called in each process of a group."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    return train_stage(job, stage, run_dir, DistEnv.from_environment(), stop)
+    return train_stage(job, stage, run_dir, DistEnv.from_environment(), RankLink(stop))
 
 
 def evaluate(job: Job, run_dir: RunDir) -> dict[str, float]:
     """Run the evaluate stage. Called in each process of a group."""
-    return evaluate_stage(job, run_dir, DistEnv.from_environment())
+    return evaluate_stage(job, run_dir, DistEnv.from_environment(), RankLink())
 
 
 def run_stage(

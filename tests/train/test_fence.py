@@ -11,6 +11,7 @@ from pipeline.config.schema import Job
 from pipeline.errors import StageError
 from pipeline.layout import RunDir
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.runtime.rank_link import RankLink
 from pipeline.train.fence import Fence
 from pipeline.train.trainer import train_stage
 from tests.train import processes, staging
@@ -20,7 +21,7 @@ GENERATION = 1
 
 def train(job: Job, run_dir: RunDir, stop: Callable[[], bool]) -> dict[str, float]:
     """Called in a process: as process group number ``GENERATION`` of a supervisor."""
-    return train_stage(job, "pretrain", run_dir, DistEnv(generation=GENERATION), stop)
+    return train_stage(job, "pretrain", run_dir, DistEnv(generation=GENERATION), RankLink(stop))
 
 
 def never() -> bool:

@@ -115,7 +115,23 @@ class ClusterConfig(Section):
         description="Time to wait for machines, at the start and after a loss (seconds).",
     )
     grace: PositiveInt = Field(
-        600, description="Longest time that a stop may take, checkpoint included (seconds)."
+        120, description="Longest time that a stop may take, checkpoint included (seconds)."
+    )
+    hang_timeout: PositiveInt = Field(
+        900,
+        description="So long may a process of a stage show no progress; then all are started again "
+        "(seconds). Within the steps, 20 times the usual time of a step are enough, but not less "
+        "than a minute.",
+    )
+    collective_timeout: PositiveInt = Field(
+        1800,
+        description="Longest time that a process waits for the others (seconds). Above "
+        "hang_timeout, which finds out who is to blame.",
+    )
+    straggler_factor: PositiveFloat = Field(
+        1.5,
+        description="A process that takes so many times as long as the mean, for data and forward "
+        "pass, is named in the log.",
     )
     runs: str = Field(
         "",
