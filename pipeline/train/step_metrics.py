@@ -14,7 +14,8 @@ from pipeline.train.context import StageContext, StageLog
 from pipeline.train.memory_metrics import MemoryMetrics
 from pipeline.train.replaced_samples import ReplacedSamples
 from pipeline.train.step import TrainingStep
-from pipeline.train.step_times import TimesLog, rank_spread
+from pipeline.train.step_times import TimesLog
+from pipeline.train.stragglers import Stragglers
 from pipeline.train.throughput import Throughput
 from pipeline.train.utilisation import utilisation
 
@@ -35,11 +36,13 @@ class StepMetrics:
     logged_step: int
     norms: ColumnNorms = field(init=False)
     memory: MemoryMetrics = field(init=False)
+    stragglers: Stragglers = field(init=False)
 
     def __post_init__(self) -> None:
         state = self.step.context.state
         self.norms = ColumnNorms(state)
         self.memory = MemoryMetrics(state, self.context.device)
+        self.stragglers = Stragglers(self.context.job.cluster.straggler_factor, self.log)
 
     def read(self, done: int, alphas: AlphaRange, seconds: dict[str, float]) -> dict[str, float]:
         """The metrics by tag, after step ``done``. Collective; waits for the device.
@@ -107,5 +110,5 @@ class StepMetrics:
         return {
             **rates,
             **utilisation(self.context, network, rates[tags.IMAGES_PER_S]),
-            **rank_spread(times),
+            **self.stragglers.compare(times),
         }

@@ -11,11 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Self
 
-import torch
-import torch.distributed as dist
-
 from pipeline.layout import RunDir
-from pipeline.monitor import tags
 from pipeline.monitor.events import EventWriter
 from pipeline.reporting import Log
 
@@ -43,24 +39,6 @@ class StepTimes:
         seconds = self._seconds
         self._seconds = {}
         return seconds
-
-
-def rank_spread(seconds: Mapping[str, float]) -> dict[str, float]:
-    """How much longer than the mean the slowest rank takes, and which one it is. Collective.
-
-    Compared is what a rank does alone, data and forward pass: in the rest the ranks wait for each
-    other. (Under ZeRO 3 they also do in the forward pass.)
-    """
-    # On the host: a GPU is not asked, and the collective of the hosts waits for no kernel.
-    own = torch.tensor([seconds.get(DATA, 0.0) + seconds.get(FORWARD, 0.0)])
-    times = [torch.zeros(1) for _ in range(dist.get_world_size())]
-    dist.all_gather(times, own)
-    all_times = torch.cat(times)
-    mean = max(float(all_times.mean()), 1e-9)
-    return {
-        tags.RANK_SPREAD: float(all_times.max()) / mean - 1,
-        tags.SLOWEST_RANK: float(all_times.argmax()),
-    }
 
 
 class TimesLog:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.layout import RunDir
@@ -29,6 +30,10 @@ class SupervisedRun:
             stop_grace_s=stop_grace_s,
         )
         self.messages: list[str] = []
+        self.times: dict[str, float] = {}  # when each message came
+
+    def watch_for_hangs(self, timeout_s: float) -> None:
+        self.placement = replace(self.placement, hang_timeout_s=timeout_s)
 
     def __call__(
         self,
@@ -40,9 +45,13 @@ class SupervisedRun:
             stop=stop,
             poll=highest_step,
             check=lambda: None,
-            log=lambda text, level="info": self.messages.append(text),
+            log=self._log,
         )
         return run_supervised(stage_fn, self.placement, watch)
+
+    def _log(self, text: str, level: str = "info") -> None:
+        self.messages.append(text)
+        self.times[text] = time.time()
 
 
 def alive(pids: list[int]) -> list[int]:

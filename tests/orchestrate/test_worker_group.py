@@ -35,7 +35,7 @@ def _group(*, cores: tuple[int, int], threads: int | None = None) -> WorkerGroup
     members = [
         RankedWorker(
             worker=cast(WorkerHandle, None),
-            place=WorkerPlace(machine=machine.id, device=device, cores=number),
+            place=WorkerPlace(pid=0, machine=machine.id, device=device, cores=number),
             machine=machine,
         )
         for machine, number in zip(MACHINES, cores, strict=True)
