@@ -6,6 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Interrupted, PipelineError
+from pipeline.orchestrate.failure_class import (
+    class_of_death,
+    class_of_exception,
+    kills_for_memory,
+)
+from pipeline.orchestrate.on_machine import call_on_machine
 from pipeline.orchestrate.placement import GroupDied
 from pipeline.orchestrate.worker import Outcome
 from pipeline.orchestrate.worker_group import WorkerGroup, exit_line
@@ -13,6 +19,7 @@ from pipeline.orchestrate.worker_group import WorkerGroup, exit_line
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+_ANSWER_S = 3.0  # of the machine of a process that died
 _LOG_TAIL = 15  # lines of a dead process's log in the error message
 
 
@@ -59,14 +66,17 @@ def first_error(outcomes: Sequence[Outcome], group: WorkerGroup) -> PipelineErro
     if first.error is not None:
         cause = f"{first.error.cause} ({group.name(first.rank)})"
         return type(first.error)(cause, place=first.error.place, remedy=first.error.remedy)
+    kind = class_of_exception(first.traceback)
     others = "".join(
         f"also {group.name(outcome.rank)}: {outcome.traceback.strip().splitlines()[-1]}\n"
         for outcome in failures[1:]
     )
     return GroupDied(
-        f"{group.name(first.rank)} failed\n{others}{first.traceback.rstrip()}",
+        f"{group.name(first.rank)} failed ({kind.name})\n{others}{first.traceback.rstrip()}",
         place=group.placement.stage,
-        remedy=f"its whole output: {group.placement.log(first.rank)}",
+        remedy="; ".join(filter(None, [kind.remedy, _output(group, first.rank)])),
+        kind=kind,
+        machine=group.members[first.rank].machine,
     )
 
 
@@ -74,10 +84,21 @@ def _lost_process(group: WorkerGroup, rank: int, error: Exception) -> GroupDied:
     log = group.placement.log(rank)
     tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL:] if log.exists() else []
     output = "".join(f"\n  | {line}" for line in tail)
-    return GroupDied(
-        f"the process of {group.name(rank)} died: {exit_line(error)}{output}",
-        place=group.placement.stage,
-        remedy=f"its whole output: {log}",
-        lost=True,
-        machine=group.members[rank].machine,
+    ending = exit_line(error)
+    member = group.members[rank]
+    kills = call_on_machine(member.node, kills_for_memory, timeout_s=_ANSWER_S)
+    kind = class_of_death(
+        f"{ending}{output}", out_of_memory=kills is not None and kills > member.place.memory_kills
     )
+    return GroupDied(
+        f"the process of {group.name(rank)} died ({kind.name}): {ending}{output}",
+        place=group.placement.stage,
+        remedy=f"{kind.remedy}; {_output(group, rank)}",
+        kind=kind,
+        lost=True,
+        machine=member.machine,
+    )
+
+
+def _output(group: WorkerGroup, rank: int) -> str:
+    return f"its whole output: {group.placement.log(rank)}"

@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pipeline.orchestrate.failure_class import HANG
 from pipeline.orchestrate.heartbeats import Hang
+from pipeline.orchestrate.on_machine import call_on_machine
 from pipeline.orchestrate.placement import GroupDied
-from pipeline.orchestrate.user_errors import RERUN
 from pipeline.orchestrate.worker_group import WorkerGroup
 
 _ANSWER_S = 5.0
@@ -35,7 +36,9 @@ def hang_error(group: WorkerGroup, hang: Hang) -> GroupDied:
     stacks = answered | {rank: _look_from_outside(group, rank) for rank in silent}
     blamed = _blamed(hang, answered, silent)
     names = ", ".join(map(group.name, blamed))
-    lines = [f"{names}: no progress for {hang.silent_s:.0f} s (limit {hang.limit_s:.0f} s)"]
+    lines = [
+        f"{names} ({HANG.name}): no progress for {hang.silent_s:.0f} s (limit {hang.limit_s:.0f} s)"
+    ]
     for stack, ranks in _by_stack(stacks).items():
         lines.append(f"  {_positions(ranks, hang)}:")
         lines += [f"  | {call}" for call in stack[:_SHOWN_CALLS]]
@@ -43,8 +46,8 @@ def hang_error(group: WorkerGroup, hang: Hang) -> GroupDied:
     return GroupDied(
         "\n".join(lines),
         place=group.placement.stage,
-        remedy=f"its whole output: {group.placement.log(blamed[0])}; if it happens again, look at "
-        f"its machine and storage, or raise cluster.hang_timeout, then {RERUN}",
+        remedy=f"{HANG.remedy}; its whole output: {group.placement.log(blamed[0])}",
+        kind=HANG,
         lost=True,
         machine=machines.pop() if len(machines) == 1 else None,
     )
@@ -65,18 +68,9 @@ def _stacks(group: WorkerGroup, hang: Hang) -> dict[int, Stack]:
 
 def _look_from_outside(group: WorkerGroup, rank: int) -> Stack:
     """What the machine of a rank knows about its process."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     member = group.members[rank]
-    if member.machine is None:
-        return look_at(member.place.pid)
-    node = NodeAffinitySchedulingStrategy(member.place.machine, soft=False)
-    task = ray.remote(look_at).options(num_cpus=0, scheduling_strategy=node)
-    try:
-        return ray.get(task.remote(member.place.pid), timeout=_LOOK_S)
-    except ray.exceptions.RayError:
-        return ("its machine does not answer",)
+    seen = call_on_machine(member.node, look_at, member.place.pid, timeout_s=_LOOK_S)
+    return ("its machine does not answer",) if seen is None else seen
 
 
 def look_at(pid: int) -> Stack:

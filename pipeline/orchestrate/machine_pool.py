@@ -139,6 +139,15 @@ class MachinePool:
         """
         self._avoided[lost.id] = time.monotonic() + _AVOID_S
 
+    def leave_out(self, broken: Machine) -> None:
+        """Do not use a machine any more, unless the job cannot do without it."""
+        others = [entry for entry in self.usable() if entry.name != broken.name]
+        if self.size(len(others)) == 0:
+            self.avoid(broken)
+            return
+        self.left_out.append(broken)
+        self.log(f"continuing without {broken.name}: a device failed there", "warning")
+
     def require_same(self) -> None:
         """Check that the machines of the last placement are still those that are here.
 

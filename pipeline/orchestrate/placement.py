@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import StageError
 from pipeline.layout import RunDir
+from pipeline.orchestrate.failure_class import PROGRAM, FailureClass
 from pipeline.orchestrate.machines import Machine
 
 
@@ -57,10 +58,12 @@ class GroupDied(StageError):
         *,
         place: str = "",
         remedy: str = "",
+        kind: FailureClass = PROGRAM,
         lost: bool = False,
         machine: Machine | None = None,
     ) -> None:
         super().__init__(cause, place=place, remedy=remedy)
+        self.kind = kind
         self.lost = lost  # True: a process died. False: a process raised an exception.
         self.machine = machine  # of the process that died, on a cluster
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import Interrupted, PipelineError, StageError
 from pipeline.files import write_text
 from pipeline.monitor.goodput import IDLE, RECOVERY, START
+from pipeline.orchestrate.failure_class import PROGRAM
 from pipeline.orchestrate.group_outcomes import collect, first_error, is_death, is_failure
 from pipeline.orchestrate.hang_report import hang_error
 from pipeline.orchestrate.heartbeats import Hang, Heartbeats
@@ -98,18 +99,23 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
             watch.log(f"{change}; forming the group of processes again", "warning")
         except GroupDied as error:
             if watch.pool is not None and error.machine is not None:
-                watch.pool.avoid(error.machine)
+                if error.kind.leaves_out:
+                    watch.pool.leave_out(error.machine)
+                elif error.lost:
+                    watch.pool.avoid(error.machine)
             begun = _begin_recovery(watch)
             highest = watch.poll()
             progress = highest > reached
             reached = highest
             failures = 0 if progress else failures + 1
             # Restart or give up?
-            #  - A process was lost (out of memory, killed, hardware): up to RESTARTS times, counted
-            #    from the last progress. A crash loop thus ends, a long run survives many faults.
-            #  - An exception after progress: likewise; it may come from a hardware fault.
-            #  - An exception before any progress: it would come again, so give up at once.
-            if failures > RESTARTS or not (progress or error.lost):
+            #  - A process was lost, or device, memory or storage failed: up to RESTARTS times,
+            #    counted from the last progress. A crash loop thus ends, a long run survives many
+            #    faults.
+            #  - Any other exception after progress: likewise; it may come from a hardware fault.
+            #  - Any other exception before progress: it would come again, so give up at once.
+            may_pass = progress or error.lost or error.kind is not PROGRAM
+            if failures > RESTARTS or not may_pass:
                 count = f" (failed {failures} times without progress)" if failures > 1 else ""
                 raise StageError(
                     error.cause + count, place=error.place, remedy=error.remedy

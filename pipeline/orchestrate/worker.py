@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.config import machine
 from pipeline.errors import PipelineError
+from pipeline.orchestrate.failure_class import kills_for_memory
 from pipeline.orchestrate.ports import free_port
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.environment import forget_other_launchers
@@ -37,13 +38,15 @@ class WorkerPlace:
     """Where Ray has put a worker.
 
     ``pid`` is its process ID there. ``machine`` is the ID of Ray's node. ``device`` is the index of
-    the GPU among those that the process sees, None on a CPU. ``cores`` are those of the machine.
+    the GPU among those that the process sees, None on a CPU. ``cores`` are those of the machine;
+    ``memory_kills``: see ``failure_class.kills_for_memory``.
     """
 
     pid: int
     machine: str
     device: int | None
     cores: int
+    memory_kills: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class Worker:
             machine=context.get_node_id(),
             device=_device_index(gpus[0]) if gpus else None,
             cores=machine.cores(),
+            memory_kills=kills_for_memory(),
         )
 
     def free_port(self, address: str) -> int:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from pipeline import command
 from pipeline.errors import Interrupted, StageError
+from pipeline.orchestrate.failure_class import PROCESS
 from pipeline.orchestrate.machines import ID_LABEL, Machine
+from pipeline.orchestrate.on_machine import call_on_machine
 from pipeline.orchestrate.placement import GroupDied, Placement
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.orchestrate.worker import Outcome, StageFn, Worker, WorkerPlace
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _LOOPBACK = "127.0.0.1"
+_KILL_S = 5.0  # of a machine, to answer
 _START_TIMEOUT_S = 120
 _POLL_S = 0.2
 SETTLE_S = 1.5  # between a first error and those that may tell its cause
@@ -64,6 +67,11 @@ class RankedWorker:
     worker: WorkerHandle
     place: WorkerPlace
     machine: Machine | None
+
+    @property
+    def node(self) -> str | None:
+        """ID of its machine in Ray; None in our own Ray, which is on this machine."""
+        return None if self.machine is None else self.place.machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +103,8 @@ class WorkerGroup:
 
     def kill(self) -> None:
         """End the processes by SIGKILL: a stopped one heeds nothing else, not even Ray."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         for member in self.members:
-            if member.machine is None:
-                kill_worker(member.place.pid)
-                continue
-            node = NodeAffinitySchedulingStrategy(member.place.machine, soft=False)
-            ray.remote(kill_worker).options(num_cpus=0, scheduling_strategy=node).remote(
-                member.place.pid
-            )
+            call_on_machine(member.node, kill_worker, member.place.pid, timeout_s=_KILL_S)
 
     def environment(self, rank: int) -> dict[str, str]:
         """Variables of one rank that follow from its place."""
@@ -307,6 +306,7 @@ def died_at_start(placement: Placement, process: str, error: Exception) -> Group
         f"{process} of {placement.processes} died at its start: {exit_line(error)}",
         place=placement.stage,
         remedy=f"if the memory of its machine is full, free some, then {RERUN}",
+        kind=PROCESS,
         lost=True,
     )
 
