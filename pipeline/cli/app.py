@@ -11,6 +11,7 @@ import typer
 from pipeline import __version__
 from pipeline.cli import (
     bench,
+    chaos,
     checks,
     config,
     doctor,
@@ -72,6 +73,7 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("verify")(runs.verify)
 app.command("replay")(replay.replay)
+app.command("chaos")(chaos.chaos)
 app.command("predict")(model.predict)
 app.command("weights")(model.weights)
 app.command("export")(model.export)

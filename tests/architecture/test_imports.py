@@ -37,7 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "data": GROUND | {"config", "sources"},
     "synthetic": GROUND | {"config", "data", "sources"},
     "monitor": GROUND,
-    "runtime": GROUND,
+    "runtime": GROUND | {"config"},
     "prepare": GROUND | {"config", "data", "sources", "synthetic"},
     "evaluate": GROUND | {"checkpoint", "config", "data", "model", "monitor", "runtime"},
     "train": GROUND
@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     | {"blocks", "checkpoint", "config", "data", "evaluate", "model", "runtime", "sources"},
     "bench": GROUND
     | {"config", "data", "model", "monitor", "prepare", "runtime", "sources", "synthetic"},
+    "chaos": GROUND | {"checkpoint", "monitor"},
     "cluster": GROUND | {"config", "runtime"},
     "plan": GROUND | {"checkpoint", "config", "monitor"},
     "orchestrate": GROUND

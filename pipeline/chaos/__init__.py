@@ -1,0 +1,1 @@
+"""Disturbs a run at random, and compares its result with that of an undisturbed one."""

@@ -1,0 +1,90 @@
+"""The command chaos: faults are made, survived and counted; a difference of the results is told."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.chaos.campaign import Campaign
+from pipeline.chaos.faults import FAULTS, flip_a_bit
+from pipeline.chaos.own_disk import own_disk
+from pipeline.errors import StageError
+from pipeline.layout import RunDir
+from tests.e2e.job_runs import ROOT, make_job
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_job_survives_four_faults_with_equal_results(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    command = [sys.executable, "-m", "pipeline", "chaos", str(job), "--faults", "4", "--seed", "1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 faults, all results equal" in done.stdout
+    folder = tmp_path / "runs" / "small-chaos-1"
+    result = json.loads((folder / "chaos.json").read_text())
+    assert len(result["faults"]) == 4
+    assert result["different"] == []
+    # Each waited for a new step after the one before.
+    steps = [fault["step"] + fault["lost"] for fault in result["faults"]]
+    assert steps == sorted(steps)
+    assert not [line for line in done.stderr.splitlines() if "Traceback" in line]
+
+
+def campaign(folder: Path, job: Path, **settings: object) -> Campaign:
+    values = {"faults": 1, "seed": 0, "log": lambda text, level="info": None} | settings
+    return Campaign(arguments=[str(job)], stages=["pretrain"], folder=folder, **values)  # type: ignore[arg-type]
+
+
+def test_results_that_differ_are_named(tmp_path: Path) -> None:
+    runs = [RunDir(tmp_path / name) for name in ("one", "other")]
+    for run in runs:
+        run.weights("pretrain").parent.mkdir(parents=True)
+        run.weights("pretrain").write_bytes(b"weights of a stage")
+        run.export.mkdir()
+        (run.export / "model.safetensors").write_bytes(b"weights of an export")
+    compared = campaign(tmp_path, tmp_path / "job.yaml")
+    assert compared._differences(*runs) == []
+    flip_a_bit(runs[1].weights("pretrain"), random.Random(0))
+    (runs[0].export / "model.safetensors").unlink()
+    assert compared._differences(*runs) == [
+        "export/model.safetensors",
+        "stages/pretrain/weights.safetensors",
+    ]
+
+
+def test_a_job_that_fails_by_itself_is_not_disturbed(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("name: a\nmodel: nothing\n")
+    with pytest.raises(StageError, match="the undisturbed run failed"):
+        campaign(tmp_path / "chaos", job).run()
+
+
+def test_one_bit_is_flipped_and_neither_size_nor_time_shows_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    before = path.stat()
+    flip_a_bit(path, random.Random(3))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert sum(byte.bit_count() for byte in path.read_bytes()) == 1
+
+
+def test_only_a_disk_of_its_own_is_filled(tmp_path: Path) -> None:
+    assert [fault.name for fault in FAULTS if fault.needs_disk] == ["full disk"]
+    with own_disk(tmp_path / "disk", 1 << 20) as is_mounted:
+        mounts = Path("/proc/self/mounts").read_text()
+        assert bool(re.search(rf"^none {tmp_path}/disk tmpfs ", mounts, re.MULTILINE)) == is_mounted
+    assert f"{tmp_path}/disk" not in Path("/proc/self/mounts").read_text()
+
+
+def test_the_command_is_documented() -> None:
+    assert "./launch.sh chaos" in (ROOT / "README.md").read_text()
