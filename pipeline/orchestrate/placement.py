@@ -21,6 +21,7 @@ class Placement:
     step and write a checkpoint. 0: the stage has nothing to save, so its processes are killed at
     once.
     ``hang_timeout_s``: so long may a process show no progress; 0: nobody looks.
+    ``standby_after_s``: processes stand by from then on, see ``standby``; 0: none.
     ``single``: one process is enough, whatever the cluster has.
     ``machines``: the processes are shared evenly by so many machines.
     ``candidates``: the machines that Ray may choose from; None: the only one, of our own Ray.
@@ -33,6 +34,7 @@ class Placement:
     run_dir: RunDir
     stop_grace_s: float = 120.0
     hang_timeout_s: float = 0.0
+    standby_after_s: float = 0.0
     single: bool = False
     machines: int = 1
     candidates: tuple[Machine, ...] | None = None

@@ -44,6 +44,7 @@ def placement(job: Job, stage: str, run_dir: RunDir) -> Placement:
         stop_grace_s=float(cluster.grace) if stage in TRAINING else 0.0,
         # An export gives no sign of progress, and may take long.
         hang_timeout_s=0.0 if single else float(cluster.hang_timeout),
+        standby_after_s=float(cluster.standby_after) if stage in TRAINING else 0.0,
         interface=cluster.network.interface,
         variables=cluster.network.environment,
     )

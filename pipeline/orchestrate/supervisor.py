@@ -26,6 +26,7 @@ from pipeline.orchestrate.heartbeats import Hang, Heartbeats
 from pipeline.orchestrate.machine_pool import MachineChange, MachinePool
 from pipeline.orchestrate.placement import GroupDied, MachinesChanged, Placement
 from pipeline.orchestrate.signals import interrupted
+from pipeline.orchestrate.standby import Standby
 from pipeline.orchestrate.user_errors import RERUN
 from pipeline.orchestrate.worker import Outcome, StageFn
 from pipeline.orchestrate.worker_group import SETTLE_S, WorkerGroup, start, worker_group
@@ -80,6 +81,13 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
         RayLost: raised by ``watch.check``.
         PipelineError: the error of the first rank that raised one.
     """
+    with Standby(placement) as standby:
+        return _run_groups(stage_fn, placement, watch, standby)
+
+
+def _run_groups(
+    stage_fn: StageFn, placement: Placement, watch: Watch, standby: Standby
+) -> dict[str, float]:
     reached = watch.poll()
     failures = 0
     begun = START
@@ -93,7 +101,7 @@ def run_supervised(stage_fn: StageFn, placement: Placement, watch: Watch) -> dic
             placed = watch.pool.place(placement)
             watch.phase(begun)
         try:
-            return run_group(stage_fn, placed, watch)
+            return run_group(stage_fn, placed, watch, standby)
         except MachinesChanged as change:
             begun = _begin_recovery(watch)
             watch.log(f"{change}; forming the group of processes again", "warning")
@@ -137,8 +145,10 @@ def _begin_recovery(watch: Watch) -> str:
     return RECOVERY
 
 
-def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str, float]:
-    """Run one group until its last process ends.
+def run_group(
+    stage_fn: StageFn, placement: Placement, watch: Watch, standby: Standby
+) -> dict[str, float]:
+    """Run one group until its last process ends, on the processes that stand by if there are any.
 
     Raises as ``run_supervised``, and GroupDied and MachinesChanged.
     """
@@ -152,7 +162,8 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
         if watch.pool is not None:
             watch.pool.require_same()
 
-    with worker_group(placement, watch.check, check_room) as group:
+    with worker_group(placement, watch.check, check_room, standby.take()) as group:
+        standby.group_started()
         rank_of = start(group, stage_fn, generation, watch.check_start)
         _log_group(group, watch)
         waiting = list(rank_of)
@@ -167,6 +178,7 @@ def run_group(stage_fn: StageFn, placement: Placement, watch: Watch) -> dict[str
                 new += _late_outcomes(waiting, rank_of, group)
                 stopping.fail(first_error(new, group))
             outcomes |= {outcome.rank: outcome for outcome in new}
+            standby.poll()
             hang = heartbeats.poll([rank_of[ref] for ref in waiting])
             if waiting and watch.stop():
                 stopping.check(None)

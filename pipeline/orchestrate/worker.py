@@ -80,6 +80,13 @@ class Worker:
         parent = os.getppid()
         threading.Thread(target=_exit_with, args=(parent,), name="watchdog", daemon=True).start()
 
+    def warm_up(self, device: str, variables: dict[str, str]) -> None:
+        """Import what a training needs, before this process belongs to one."""
+        os.environ.update(variables)
+        from pipeline.train.warm_up import warm_up
+
+        warm_up(device)
+
     def place(self) -> WorkerPlace:
         """Return where this process is."""
         import ray

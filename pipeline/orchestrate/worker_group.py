@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
@@ -52,6 +53,7 @@ class RemoteMethod(Protocol[Value]):
 class WorkerHandle(Protocol):
     """The driver's handle of a ``Worker`` actor."""
 
+    warm_up: RemoteMethod[None]
     place: RemoteMethod[WorkerPlace]
     free_port: RemoteMethod[int]
     run: RemoteMethod[Outcome]
@@ -139,11 +141,15 @@ def kill_worker(pid: int) -> None:
 
 @contextlib.contextmanager
 def worker_group(
-    placement: Placement, check: Callable[[], None], check_start: Callable[[], None]
+    placement: Placement,
+    check: Callable[[], None],
+    check_start: Callable[[], None],
+    ready: Sequence[WorkerHandle] = (),
 ) -> Iterator[WorkerGroup]:
     """Create the workers of a group. On exit they are killed, whatever they are doing.
 
     Args:
+        ready: workers that stood by; they become the group.
         check: called on exit; raises RayLost if Ray is lost.
         check_start: called several times per second; may raise to cancel the start.
 
@@ -155,13 +161,14 @@ def worker_group(
     import ray
     from ray.util.placement_group import remove_placement_group
 
-    workers: list[WorkerHandle] = []
+    workers = list(ready)
     members: list[RankedWorker] = []
-    group = _reserve(placement)
+    group = None if ready else _reserve(placement)
     try:
-        if not _wait_for(lambda: group.wait(_POLL_S), placement.wait_s, check_start):
-            raise _no_room(placement)
-        workers += _create(placement, group)
+        if group is not None:
+            if not _wait_for(partial(group.wait, _POLL_S), placement.wait_s, check_start):
+                raise _no_room(placement)
+            workers += _create(placement, group)
         members += _ranked(placement, workers, check_start)
         yield WorkerGroup(placement=placement, members=members)
     finally:
@@ -173,7 +180,8 @@ def worker_group(
         for member in members:
             if member.machine is None:
                 kill_worker(member.place.pid)
-        remove_placement_group(group)
+        if group is not None:
+            remove_placement_group(group)
 
 
 def _reserve(placement: Placement) -> PlacementGroup:

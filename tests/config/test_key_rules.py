@@ -59,7 +59,7 @@ DECISIONS: dict[tuple[str, ...], str] = {
         cluster.kind cluster.device cluster.processes cluster.threads cluster.loader_threads
         cluster.nodes cluster.devices_per_node cluster.device_gib cluster.min_nodes cluster.wait
         cluster.grace cluster.hang_timeout cluster.collective_timeout cluster.straggler_factor
-        cluster.runs cluster.site_check cluster.shard_cache.local_folder
+        cluster.standby_after cluster.runs cluster.site_check cluster.shard_cache.local_folder
         cluster.shard_cache.max_gib cluster.ray.address cluster.ray.token_file
         cluster.network.interface cluster.network.environment.<name> cluster.slurm.partition
         cluster.slurm.account cluster.slurm.qos cluster.slurm.constraint cluster.slurm.time

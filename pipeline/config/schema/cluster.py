@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.config.schema.kubernetes import KubernetesConfig
 from pipeline.config.schema.rules import Rules
@@ -127,6 +127,11 @@ class ClusterConfig(Section):
         1800,
         description="Longest time that a process waits for the others (seconds). Above "
         "hang_timeout, which finds out who is to blame.",
+    )
+    standby_after: NonNegativeInt = Field(
+        600,
+        description="After so long, processes stand by to replace those of a stage that fail, so "
+        "that it continues sooner (seconds; kind local; 0: never). They take about 0.6 GB each.",
     )
     straggler_factor: PositiveFloat = Field(
         1.5,
