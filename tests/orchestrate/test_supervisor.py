@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from tests.orchestrate.supervised import SupervisedRun, alive, wait_until
 
 pytestmark = pytest.mark.usefixtures("ray_workers")
 ROOT = Path(__file__).resolve().parents[2]
+STANDBY_S = 25  # until processes that stand by have imported everything
 
 
 @pytest.fixture
@@ -113,6 +115,44 @@ def test_a_killed_process_is_replaced_and_reported_before_its_peers(run: Supervi
     assert run(stage_fn) == {"generation": 1}
     assert "the process of rank 1 died" in run.messages[0]
     assert "| about to die" in run.messages[0]
+
+
+def test_processes_that_stand_by_replace_those_that_fail(
+    run: SupervisedRun, tmp_path: Path
+) -> None:
+    """They were there before the failure, and others do so for them."""
+    run.placement = replace(run.placement, standby_after_s=0.5)
+
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
+        import psutil
+
+        if dist_env.generation == 2:
+            return {"done": 1.0}
+        born = psutil.Process().create_time()
+        (tmp_path / f"born-{dist_env.generation}-{dist_env.rank}").write_text(str(born))
+        if dist_env.rank == 1:
+            time.sleep(STANDBY_S)
+            (tmp_path / f"killed-{dist_env.generation}").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+        return {}
+
+    assert run(stage_fn) == {"done": 1.0}
+    killed = float((tmp_path / "killed-0").read_text())
+    born = [float((tmp_path / f"born-1-{rank}").read_text()) for rank in range(2)]
+    assert max(born) < killed
+    assert wait_until(lambda: not children_named("ray::Worker"), 10)
+
+
+def children_named(title: str) -> list[int]:
+    """Processes of workers, of this test's Ray."""
+    import psutil
+
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith(title)
+    ]
 
 
 def test_a_process_whose_group_was_replaced_ends_itself(run: SupervisedRun) -> None:
