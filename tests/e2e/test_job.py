@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tests.e2e.job_runs import (
 
 pytestmark = pytest.mark.slow
 UMASK = 0o022
+HANG_S = 30  # longer than the start of a process
 STRICT_UMASK = 0o027  # of the runs that are killed
 # Each stage, and the longest time (seconds) after its start at which its driver is killed.
 KILLED_WITHIN = {"prepare": 0.3, "pretrain": 8.0, "finetune": 8.0, "evaluate": 5.0, "export": 3.0}
@@ -174,24 +176,55 @@ def test_every_file_of_a_run_follows_the_umask(undisturbed: Path, killed: Path) 
     assert not _unexpected_modes(killed, STRICT_UMASK)
 
 
-def test_a_killed_rank_is_replaced_and_the_result_is_the_same(
-    undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "messages"),
+    [
+        (signal.SIGKILL, ["of rank 1 died (process)"]),
+        (signal.SIGSTOP, ["rank 1 (hang): no progress for", "is stopped by a signal"]),
+    ],
+)
+def test_a_rank_that_ends_or_hangs_is_replaced_and_the_result_is_the_same(
+    undisturbed: Path, tmp_path: Path, number: signal.Signals, messages: list[str]
 ) -> None:
     job = make_job(tmp_path)
-    process = start(job, "--stage", "prepare", "--stage", "pretrain")
+    timeout = ["--set", f"cluster.hang_timeout={HANG_S}"]
+    process = start(job, "--stage", "prepare", "--stage", "pretrain", *timeout)
     run_dir = tmp_path / "runs" / "small"
     if not wait_for(lambda: any((run_dir / "checkpoints").glob("pretrain/step-*")), process):
         pytest.fail(f"no checkpoint was written:\n{finish(process)[1]}")
     workers = processes(process, "ray::Worker")
     assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+    os.kill(workers[1], number)
     code, out = finish(process)
     assert code == 0, out
-    assert "restarting the processes from the last checkpoint" in out
+    for text in (*messages, "restarting the processes from the last checkpoint"):
+        assert text in out
     reference = undisturbed.parent / "runs" / "small"
     assert losses(run_dir, "pretrain") == losses(reference, "pretrain")
     weights = Path("stages/pretrain/weights.safetensors")
     assert (run_dir / weights).read_bytes() == (reference / weights).read_bytes()
+
+
+def test_a_stop_request_during_a_hang_exits_with_75_within_the_grace(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    job = tmp_path / "small.yaml"
+    shutil.copy(undisturbed, job)
+    prepared = Path("runs/small/stages/prepare")
+    shutil.copytree(undisturbed.parent / prepared, tmp_path / prepared)
+    process = start(job, "--stage", "prepare", "--stage", "pretrain", "--set", "cluster.grace=5")
+    run_dir = tmp_path / "runs" / "small"
+    events = run_dir / "logs/pretrain.jsonl"
+    assert wait_for(lambda: events.exists() and len(losses(run_dir, "pretrain")) >= 2, process)
+    workers = processes(process, "ray::Worker")
+    os.kill(workers[0], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    code, out = finish(process)
+    assert code == 75, out
+    assert "no checkpoint was written within 5 s" in out
+    assert time.monotonic() - began < 5 + 30
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
