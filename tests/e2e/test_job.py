@@ -8,8 +8,8 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 import sys
+import time
 from pathlib import Path
 
 import pytest
