@@ -140,7 +140,7 @@ def test_a_path_with_a_colon_is_refused_before_anything_is_installed(checkout: P
 
 
 @pytest.mark.parametrize("setting", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX"])
-def test_packages_go_into_the_environment_whatever_pip_is_told(
+def test_packages_go_into_the_environment_with_any_setting_of_pip(
     checkout: Path, tmp_path: Path, setting: str
 ) -> None:
     wheel = tmp_path / "wheels" / "tiny-1.0-py3-none-any.whl"
@@ -154,9 +154,9 @@ def test_packages_go_into_the_environment_whatever_pip_is_told(
         archive.writestr("tiny-1.0.dist-info/RECORD", "")
     set_pins(checkout, "run", "tiny==1.0\n")
     elsewhere = tmp_path / "elsewhere"
-    told = {setting: "1" if setting == "PIP_USER" else str(elsewhere), "HOME": str(tmp_path)}
+    settings = {setting: "1" if setting == "PIP_USER" else str(elsewhere), "HOME": str(tmp_path)}
     local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}
-    code, _, error = finish(launch(checkout, "0", **told, **local))
+    code, _, error = finish(launch(checkout, "0", **settings, **local))
     assert code == 0, error
     assert list((checkout / ".venv").glob("lib/python3*/site-packages/tiny.py"))
     assert not elsewhere.exists()
