@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.cluster import debian
-from tests.cluster.containers import Container, Volume
+from tests.cluster.containers import SHORT, Container, Volume
 from tests.cluster.fabric import ROOT, Fabric, FabricMachine
 from tests.cluster.image_build import BuiltImage, built_image
 from tests.cluster.processes import wait_until
@@ -121,10 +121,9 @@ def test_the_services_run_the_quickstart(
     for name in ("worker", "tensorboard"):
         started[name].start(shared_folder / f"{name}.log")
 
-    # The command in the file's first lines, in fewer epochs.
+    # The command in the file's first lines.
     [line] = re.findall(r"exec head (.*)", COMPOSE.read_text())
-    epochs = ["--set", "stages.pretrain.epochs=2", "--set", "stages.finetune.epochs=2"]
-    done = head.container.run(*shlex.split(line), *epochs, timeout=900)
+    done = head.container.run(*shlex.split(line), *SHORT, timeout=900)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output
