@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,12 @@ import yaml
 from tests.cluster import debian
 from tests.cluster.containers import SHORT, Container, Volume
 from tests.cluster.fabric import ROOT, Fabric, FabricMachine
-from tests.cluster.image_build import BuiltImage, built_image
+from tests.cluster.image_build import BuiltImage
 from tests.cluster.processes import wait_until
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
 UP_S = 120.0
 Service = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[BuiltImage]:
-    with built_image() as image:
-        yield image
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ import pytest
 from pipeline.cluster.code_package import code_digest
 from tests.cluster.containers import SHORT, Container, Volume
 from tests.cluster.fabric import ROOT, Fabric
-from tests.cluster.image_build import BuiltImage, built_image
+from tests.cluster.image_build import BuiltImage
 from tests.cluster.kuberay_commands import DASHBOARD, flags, submit_command
 from tests.cluster.processes import wait_until
 from tests.kubernetes.rendered import manifests
@@ -28,12 +27,6 @@ LARGEST = 2_500_000_000  # bytes, of the image for CPUs
 LARGEST_CODE = 5_000_000  # bytes, of what a change of the code moves
 USER = 1000
 TOKEN = "0123456789abcdef" * 4
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[BuiltImage]:
-    with built_image() as image:
-        yield image
 
 
 @pytest.fixture
