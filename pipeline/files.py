@@ -107,6 +107,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         temporary.rename(path)
+        # From here on the new folder counts, even if the old one cannot be deleted.
         shutil.rmtree(old, ignore_errors=True)
         fsync_dir(path.parent)
     except BaseException:  # KeyboardInterrupt too: no temporary folder stays behind

@@ -11,6 +11,7 @@ from pipeline.layout import RUNS
 
 
 def _log(text: str, level: str = "info") -> None:
+    # Beside the output, which may be piped into another command.
     print(text, file=sys.stderr)
 
 
@@ -55,6 +56,7 @@ def export(
     if precision not in ("fp32", "bf16"):
         raise typer.BadParameter("--precision is fp32 or bf16")
     names = to.split(",")
+    # Before a model is loaded, which can take a minute.
     require_packages(names)
     folder = find_export(model, RUNS)
     for check in write_formats(folder, names, _log, hub_precision=precision):

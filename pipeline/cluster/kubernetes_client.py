@@ -103,12 +103,13 @@ class KubernetesApi:
     def create(self, manifest: Manifest, *, dry_run: bool = False) -> Manifest:
         """Create an object; returns it as the server keeps it. Raises ApiAnswer."""
         query = {"dryRun": "All"} if dry_run else {}
-        return self._json("POST", self._path(manifest["kind"]), query=query, body=manifest)
+        path = self._path(manifest["kind"])
+        return _object(self._request("POST", path, query=query, body=manifest))
 
     def get(self, kind: str, name: str) -> Manifest | None:
         """An object; None if there is none. Raises ApiAnswer."""
         try:
-            return self._json("GET", self._path(kind, name))
+            return _object(self._request("GET", self._path(kind, name)))
         except ApiAnswer as answer:
             if answer.is_missing:
                 return None
@@ -118,14 +119,14 @@ class KubernetesApi:
         """The objects with these labels and fields ("key=value,key=value"). Raises ApiAnswer."""
         query = {"labelSelector": labels, "fieldSelector": fields}
         query = {key: value for key, value in query.items() if value}
-        answer = self._json("GET", self._path(kind), query=query)
+        answer = _object(self._request("GET", self._path(kind), query=query))
         items: list[Manifest] = answer["items"]
         return items
 
     def patch(self, kind: str, name: str, change: Manifest) -> None:
         """Merge a change into an object. Raises ApiAnswer."""
         path = self._path(kind, name)
-        self._json("PATCH", path, body=change, content="application/merge-patch+json")
+        self._request("PATCH", path, body=change, content="application/merge-patch+json")
 
     def delete(self, kind: str, name: str, *, at_once: bool = False) -> None:
         """Delete an object and what it owns; one that is gone is no error. Raises ApiAnswer."""
@@ -134,7 +135,7 @@ class KubernetesApi:
         if at_once:
             options["gracePeriodSeconds"] = 0
         try:
-            self._json("DELETE", self._path(kind, name), body=options)
+            self._request("DELETE", self._path(kind, name), body=options)
         except ApiAnswer as answer:
             if not answer.is_missing:
                 raise
@@ -153,19 +154,6 @@ class KubernetesApi:
     def _path(self, kind: str, name: str = "") -> str:
         path = _OF_CLUSTER.get(kind) or _PATHS[kind].format(f"namespaces/{self.namespace}")
         return f"{path}/{urllib.parse.quote(name, safe='')}" if name else path
-
-    def _json(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        body: Manifest | None = None,
-        content: str = "application/json",
-    ) -> Manifest:
-        data = self._request(method, path, query=query, body=body, content=content)
-        answer: Manifest = json.loads(data)
-        return answer
 
     def _request(
         self,
@@ -212,6 +200,11 @@ class KubernetesApi:
             place=self.server,
             remedy="see `kubectl cluster-info`; cluster.kubernetes.context names another cluster",
         )
+
+
+def _object(answer: bytes) -> Manifest:
+    decoded: Manifest = json.loads(answer)
+    return decoded
 
 
 def _cause(error: Any) -> str:

@@ -112,6 +112,7 @@ def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset)
     reader = initial_weights(run_dir, initial)
     classes = WeightsDescription.read(*source).classes or data.classes
     head = last_classifier(reader.shapes)
+    # A head of other classes would be evaluated without an error: logits are only numbers.
     outputs = reader.shapes.get(f"{head}linear.weight", [0])[0]
     if outputs != len(classes):
         raise CheckpointError(

@@ -90,6 +90,7 @@ def export_stage(job: Job, run_dir: RunDir) -> dict[str, float]:
     difference = _self_test_in_fresh_process(target)
     for folder in FORMAT_FOLDERS:  # of an earlier export
         shutil.rmtree(target / folder, ignore_errors=True)
+    # Known since before the first stage, when the user was told: the rest is exported.
     missing = [name for name in stage.formats if FORMATS[name].missing]
     write_formats(
         target,

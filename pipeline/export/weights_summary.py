@@ -47,6 +47,7 @@ def weights_summary(target: str) -> Iterator[tuple[str, str]]:
     yield "file", f"{source.path}, {source.path.stat().st_size / MIB:,.1f} MiB"
     yield "weights", f"{parameters / 1e6:,.2f} M parameters{_entry(reader)}"
     yield "model", _model(network)
+    # RevCol-H differs in its wiring, which its widths do not show.
     columns = "columns with the wiring of RevCol-H" if network["huge"] else "columns"
     yield "network", f"{network['columns']} {columns}, channels {network['channels']}"
     yield "", f"depths {network['depths']}, {network.get('block', 'unknown')} blocks"
@@ -64,6 +65,7 @@ def weights_summary(target: str) -> Iterator[tuple[str, str]]:
 
 
 def _entry(reader: WeightsReader) -> str:
+    # As they are written in `from`: FILE.pth#model.
     others = [f"#{name}" for name in reader.entries if name and name != reader.entry]
     text = f" in '{reader.entry}'" if reader.entry else ""
     return f"{text}; also there: {', '.join(others)}" if others else text
@@ -75,6 +77,7 @@ def _model(network: dict[str, object]) -> str:
 
 
 def _head(reader: WeightsReader) -> str:
+    # Decoders show supervision too: a file may have lost its classifiers.
     heads = {name.split(".")[1] for name in reader.shapes if name.startswith("classifiers.")}
     decoders = {name.split(".")[1] for name in reader.shapes if name.startswith("decoders.")}
     if len(heads) <= 1:

@@ -187,6 +187,7 @@ def _load_initial(context: StageContext, sharded: ShardedState, log: StageLog) -
     initial = context.config.initial
     if initial:
         weights = initial_weights(context.run_dir, initial)
+        # A stage of the job hands on its backbone. Weights from elsewhere keep a head that fits.
         same_classes = False
         if initial not in TRAINING:
             source = weights_of(context.run_dir, initial)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.fabric import Fabric
+from tests.cluster.image_build import BuiltImage, built_image
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,13 @@ def fabric(shared_folder: Path) -> Iterator[Fabric]:
     """A network without machines: ``fabric.up("n1")`` starts one."""
     with Fabric(shared=[shared_folder]) as fabric:
         yield fabric
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[BuiltImage]:
+    """The image of this checkout."""
+    with built_image() as image:
+        yield image
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

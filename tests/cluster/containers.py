@@ -16,6 +16,17 @@ from tests.cluster.fabric import FabricMachine, MachineProcess
 from tests.cluster.image_build import BuiltImage
 
 SHARED_MEMORY = "64m"  # what Docker gives
+# The quickstart in little time: all stages, a few steps each.
+SHORT = [
+    word
+    for setting in (
+        "data.toy22k.synthetic.images_per_class=12",
+        "data.toy1k.synthetic.images_per_class=12",
+        "stages.pretrain.epochs=2",
+        "stages.finetune.epochs=2",
+    )
+    for word in ("--set", setting)
+]
 _ROOT = "/mnt"  # where a machine has the container's files
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 

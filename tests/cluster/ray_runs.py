@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from tests.cluster import training_events
 from tests.cluster.fabric import FabricMachine, MachineProcess, environment_of_machine
@@ -76,6 +77,12 @@ class PreparedJob:
         """A new run directory with the prepared data."""
         shutil.copytree(self.base, self.folder / name)
         return RunDir(self.folder / name)
+
+    def undisturbed_weights(self) -> str:
+        """Digest of the weights of a run on one machine, with two processes."""
+        run_dir = self.start_copy("undisturbed")
+        self.local(run_dir.path, "--set", "cluster.processes=2")
+        return file_digest(run_dir.weights("pretrain"))
 
     def on_cluster(
         self, *, nodes: int = 2, devices: int = 1, min_nodes: int = 0, wait: int = 60

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,14 @@ import pytest
 import yaml
 
 from tests.cluster import debian
-from tests.cluster.containers import Container, Volume
+from tests.cluster.containers import SHORT, Container, Volume
 from tests.cluster.fabric import ROOT, Fabric, FabricMachine
-from tests.cluster.image_build import BuiltImage, built_image
+from tests.cluster.image_build import BuiltImage
 from tests.cluster.processes import wait_until
 
 COMPOSE = ROOT / "docker" / "compose.yaml"
 UP_S = 120.0
 Service = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[BuiltImage]:
-    with built_image() as image:
-        yield image
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +115,9 @@ def test_the_services_run_the_quickstart(
     for name in ("worker", "tensorboard"):
         started[name].start(shared_folder / f"{name}.log")
 
-    # The command in the file's first lines, in fewer epochs.
+    # The command in the file's first lines.
     [line] = re.findall(r"exec head (.*)", COMPOSE.read_text())
-    epochs = ["--set", "stages.pretrain.epochs=2", "--set", "stages.finetune.epochs=2"]
-    done = head.container.run(*shlex.split(line), *epochs, timeout=900)
+    done = head.container.run(*shlex.split(line), *SHORT, timeout=900)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output

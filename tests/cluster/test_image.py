@@ -10,15 +10,14 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.cluster.code_package import code_digest
-from tests.cluster.containers import Container, Volume
+from tests.cluster.containers import SHORT, Container, Volume
 from tests.cluster.fabric import ROOT, Fabric
-from tests.cluster.image_build import BuiltImage, built_image
+from tests.cluster.image_build import BuiltImage
 from tests.cluster.kuberay_commands import DASHBOARD, flags, submit_command
 from tests.cluster.processes import wait_until
 from tests.kubernetes.rendered import manifests
@@ -28,12 +27,6 @@ LARGEST = 2_500_000_000  # bytes, of the image for CPUs
 LARGEST_CODE = 5_000_000  # bytes, of what a change of the code moves
 USER = 1000
 TOKEN = "0123456789abcdef" * 4
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[BuiltImage]:
-    with built_image() as image:
-        yield image
 
 
 @pytest.fixture
@@ -129,16 +122,13 @@ def test_ray_starts_in_it_as_kuberay_writes_it(
 def test_the_quickstart_ends_in_it(
     fabric: Fabric, image: BuiltImage, shared_folder: Path, record_property: pytest.RecordProperty
 ) -> None:
-    """All stages, in fewer epochs: 64 MiB of shared memory, no network, a writable /tmp."""
+    """All stages: 64 MiB of shared memory, no network, a writable /tmp."""
     runs = shared_folder / "runs"
     runs.mkdir()
     runs.chmod(0o777)
     volume = Volume(folder=runs, target="/home/pipeline/runs")
     container = Container(machine=fabric.up("n1"), image=image, volumes=[volume])
-    epochs = ["stages.pretrain.epochs=2", "stages.finetune.epochs=2"]
-    settings = [word for setting in epochs for word in ("--set", setting)]
-    command = [*image.entry_point, "jobs/quickstart.yaml", *settings]
-    done = container.run(*command, timeout=600)
+    done = container.run(*image.entry_point, "jobs/quickstart.yaml", *SHORT, timeout=600)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert re.search(r"^evaluate +done", output, re.MULTILINE), output

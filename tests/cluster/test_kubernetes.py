@@ -149,9 +149,7 @@ def user(site: KubernetesSite) -> User:
 @pytest.fixture(scope="module")
 def weights(user: User) -> str:
     """Digest of the weights of a run on one machine, with as many processes."""
-    run_dir = user.job.start_copy("undisturbed")
-    user.job.local(run_dir.path, "--set", "cluster.processes=2")
-    return file_digest(run_dir.weights("pretrain"))
+    return user.job.undisturbed_weights()
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from tests.cluster.api_server import (
     kuberay_definition,
 )
 from tests.cluster.processes import wait_until
-from tests.config.jobs import SHIPPED, describe_export
-from tests.kubernetes.rendered import IMAGE, load, submission
+from tests.config.jobs import SHIPPED
+from tests.kubernetes.rendered import load, set_sources, submission
 
 pytestmark = pytest.mark.shared  # KubeRay's definition
 JOBS = f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayjobs"
@@ -118,12 +118,7 @@ def contains(kept: Any, sent: Any) -> bool:
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the shipped jobs need, on the claim for data."""
-    for name in ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES"):
-        monkeypatch.setenv(name, f"/data/{name.lower()}")
-    (tmp_path / "model").mkdir()
-    monkeypatch.setenv("TRAINED_MODEL", str(describe_export(tmp_path / "model")))
-    monkeypatch.setenv("PIPELINE_IMAGE", IMAGE)
+    set_sources(monkeypatch, tmp_path)
 
 
 @pytest.mark.usefixtures("sources")
@@ -169,7 +164,7 @@ def test_every_shipped_job_comes_back_as_it_was_sent(server: ApiServer, nodes: i
 )
 def test_the_shipped_role_allows_nothing_else(server: ApiServer, path: str) -> None:
     with pytest.raises(ApiAnswer) as answer:
-        KubernetesApi()._json("GET", path)
+        KubernetesApi()._request("GET", path)
     assert answer.value.is_forbidden
 
 

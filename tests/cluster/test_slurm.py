@@ -47,9 +47,7 @@ def submitter(slurm: SlurmMachines, shared_folder: Path) -> Submitter:
 @pytest.fixture(scope="module")
 def weights(submitter: Submitter) -> str:
     """Digest of the weights of a run on one machine, with as many processes."""
-    run_dir = submitter.job.start_copy("undisturbed")
-    submitter.job.local(run_dir.path, "--set", "cluster.processes=2")
-    return file_digest(run_dir.weights("pretrain"))
+    return submitter.job.undisturbed_weights()
 
 
 @pytest.fixture(autouse=True)

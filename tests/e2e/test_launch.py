@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,39 @@ def test_an_unknown_set_is_refused_with_the_known_ones(checkout: Path) -> None:
     assert "unknown set of packages 's4'" in error
     assert "bench.txt dev.txt run.txt s3.txt" in error
     assert not (checkout / ".venv").exists()
+
+
+def test_a_path_with_a_colon_is_refused_before_anything_is_installed(checkout: Path) -> None:
+    """PYTHONPATH and PATH cannot hold it."""
+    moved = checkout.rename(checkout.with_name("12:30"))
+    code, _, error = finish(launch(moved, "0"))
+    assert code == 2
+    assert f"has a colon, which separates paths: {moved}" in error
+    assert not (moved / ".venv").exists()
+
+
+@pytest.mark.parametrize("setting", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX"])
+def test_packages_go_into_the_environment_with_any_setting_of_pip(
+    checkout: Path, tmp_path: Path, setting: str
+) -> None:
+    wheel = tmp_path / "wheels" / "tiny-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny.py", "")
+        about = "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"
+        archive.writestr("tiny-1.0.dist-info/METADATA", about)
+        tag = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr("tiny-1.0.dist-info/WHEEL", tag)
+        archive.writestr("tiny-1.0.dist-info/RECORD", "")
+    set_pins(checkout, "run", "tiny==1.0\n")
+    elsewhere = tmp_path / "elsewhere"
+    settings = {setting: "1" if setting == "PIP_USER" else str(elsewhere), "HOME": str(tmp_path)}
+    local = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}
+    code, _, error = finish(launch(checkout, "0", **settings, **local))
+    assert code == 0, error
+    assert list((checkout / ".venv").glob("lib/python3*/site-packages/tiny.py"))
+    assert not elsewhere.exists()
+    assert not (tmp_path / ".local").exists()
 
 
 def test_two_launches_at_once_install_once(checkout: Path) -> None:

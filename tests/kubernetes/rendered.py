@@ -7,19 +7,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.cluster import kubernetes_manifests
 from pipeline.cluster.launcher import Submission
 from pipeline.config.load import LoadedJob, load_job
 from pipeline.layout import RunDir
 from pipeline.orchestrate.submit import SubmitOptions, submission_of
 from tests.cluster.api_server import kuberay_definition
-from tests.config.jobs import JOB, write
+from tests.config.jobs import JOB, describe_export, write
 
 IMAGE = "registry.example/revcol-pipeline:1.0"
 ON_CPU = ("cluster.nodes=2", "cluster.devices_per_node=1", "cluster.device=cpu")
 SYNTHETIC = ("data.toy.root=", "data.toy.synthetic={}")
 SUBMISSION_MODES = ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]
 Schema = dict[str, Any]
+
+
+def set_sources(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Variables that the shipped jobs need: images on the claim for data, a model, the image."""
+    for name in ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES"):
+        monkeypatch.setenv(name, f"/data/{name.lower()}")
+    (folder / "model").mkdir()
+    monkeypatch.setenv("TRAINED_MODEL", str(describe_export(folder / "model")))
+    monkeypatch.setenv("PIPELINE_IMAGE", IMAGE)
 
 
 def load(folder: Path, *overrides: str) -> LoadedJob:

@@ -17,14 +17,14 @@ from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.load import load_job
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
-from tests.config.jobs import SHIPPED, describe_export
+from tests.config.jobs import SHIPPED
 from tests.kubernetes.rendered import (
-    IMAGE,
     Schema,
     broken_rules,
     load,
     manifests,
     pods,
+    set_sources,
     strict_schema,
     submission,
 )
@@ -39,12 +39,7 @@ RESTRICTED_CONTAINER = {
 
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What the shipped jobs need, on the claim for data."""
-    for name in ("IMAGENET22K", "IMAGENET1K", "CIFAR10", "OWN_IMAGES"):
-        monkeypatch.setenv(name, f"/data/{name.lower()}")
-    (tmp_path / "model").mkdir()
-    monkeypatch.setenv("TRAINED_MODEL", str(describe_export(tmp_path / "model")))
-    monkeypatch.setenv("PIPELINE_IMAGE", IMAGE)
+    set_sources(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("nodes", [1, 8, 64])

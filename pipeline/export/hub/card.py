@@ -75,9 +75,9 @@ def write_card(folder: Path, model: Exported, verifications: Sequence[Verificati
 
 
 def front_matter(model: Exported) -> dict[str, object]:
-    """What the Hugging Face hub reads: tags, licence, and the accuracy as a model-index."""
+    """What the Hugging Face hub reads: tags, and the accuracy as a model-index."""
+    # No licence: that of the weights is for whoever publishes them to choose.
     matter: dict[str, object] = {
-        "license": "apache-2.0",
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": ["timm", "transformers", "image-classification", "revcol"],

@@ -82,6 +82,8 @@ def _detect(storage: Storage, root: str, config: SourceConfig, entries: Entries)
         key, kind = _key_and_kind(name)
         kinds.setdefault(key, set()).add(kind)
     stem = posixpath.basename(first["name"])[: -len(".tar")]
+    # Captions are no labels, but a numbered shard with them is no class tar either: it is refused
+    # later, with what it lacks.
     return any(
         any(is_image(f"x.{kind}") for kind in of_key)
         and (_LABEL_FILE in of_key or (bool(of_key & _CAPTIONS) and bool(_NUMBERED.search(stem))))
@@ -125,6 +127,7 @@ def _shards_by_split(
     """The shards of each split in order, and notes for the user."""
     groups = _groups(storage, entries)
     division = splits.divide(config.splits, [name for name, tars in groups.items() if tars])
+    # None of the groups is a split: all shards together are the whole source.
     if "" in division.splits.values():
         return {"": [tar for tars in groups.values() for tar in tars]}, []
     unused = sorted(set(groups) - set(division.splits.values()))
@@ -177,6 +180,7 @@ def _scan(storage: Storage, entry: Entry) -> _Shard:
                 shard.is_image.append(is_image(f"x.{kind}"))
                 content = tar.extractfile(member) if kind in (_LABEL_FILE, _JSON_FILE) else None
                 class_id = _class_id(content.read(), kind) if content is not None else ""
+                # A key may have both files: the first one that names a class counts.
                 if class_id not in _NO_CLASS:
                     shard.class_of.setdefault(key, class_id)
     except (tarfile.TarError, EOFError) as error:
@@ -231,6 +235,7 @@ def _cut(shard: _Shard, label_of: Mapping[str, int]) -> Iterator[Part]:
     begin = 0
     for number in range(1, len(labels) + 1):
         first = shard.offsets[begin]
+        # A part ends where the next file's header begins; the last one at the end of the archive.
         last = shard.offsets[number] if number < len(labels) else shard.size
         if last - first >= UNIT_BYTES or number == len(labels):
             yield Part(
