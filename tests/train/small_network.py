@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from pipeline.checkpoint.background import BackgroundWriter
 from pipeline.checkpoint.manifest import directory_of
 from pipeline.checkpoint.retention import Retention
-from pipeline.config.schema import TrainConfig
+from pipeline.config.schema import ClusterConfig, TrainConfig
 from pipeline.model import Activations, NetworkSpec
 from pipeline.optimizers import registry
 from pipeline.runtime.dist_env import DistEnv
@@ -44,6 +44,7 @@ SIZE = 32
 SEED = 3
 EMA_DECAY = 0.9
 IDENTITY: dict[str, object] = {"test": 1}
+ONE_THREAD = ClusterConfig(device="cpu", threads=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def steps(options: Options) -> dict[str, Any]:
         get_accelerator().is_fp16_supported = lambda: False
     dist_env = DistEnv.from_environment()
     config = train_config(options, dist_env.size)
-    with process_group(dist_env, use_cuda=False, threads=1) as device:
+    with process_group(dist_env, ONE_THREAD) as device:
         assert isinstance(config.micro_batch, int)
         spec = replace(options.spec, activations=options.activations)
         engine = make_engine(
@@ -165,17 +166,19 @@ def steps(options: Options) -> dict[str, Any]:
         for step in range(restored.step if restored else 0, options.steps):
             loss = _step(engine, state, options, share=config.micro_batch, step=step, result=result)
             result["losses"].append(loss)
-        save(options, state, scale)
+        loop = TrainingState(
+            identity=IDENTITY, applied_steps=options.steps, loss_scale=scale.state()
+        )
+        save(options.checkpoints, state, loop)
         with torch.no_grad(), ema_weights(state):
             result["averaged"] = float(engine.module(batch(0)[0]).logits[-1].double().sum())
     return result
 
 
-def save(options: Options, state: ShardedState, scale: LossScale) -> None:
+def save(checkpoints: Path, state: ShardedState, loop: TrainingState) -> None:
     """Write a checkpoint after the last step."""
     writer = BackgroundWriter(pin_memory=False, may_commit=lambda: True)
-    loop = TrainingState(identity=IDENTITY, applied_steps=options.steps, loss_scale=scale.state())
-    target = directory_of(options.checkpoints, options.steps)
+    target = directory_of(checkpoints, loop.applied_steps)
     writer.start(target, owned_ranges(state), loop.to_json(), Retention(last=3))
     writer.wait()
     (report,) = writer.reports()

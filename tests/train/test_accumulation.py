@@ -21,6 +21,7 @@ from pipeline.train.engine import DeepSpeedEngine, make_engine
 from pipeline.train.loss import compound_terms
 from pipeline.train.zero_state import ShardedState
 from tests.train import processes
+from tests.train.small_network import ONE_THREAD
 
 SPEC = NetworkSpec(channels=(8, 16, 24, 32), depths=(1, 1, 1, 1), columns=2, num_classes=7)
 MICRO_BATCHES = 4
@@ -62,7 +63,7 @@ def gradient(engine: DeepSpeedEngine, micro_batches: list[int]) -> torch.Tensor:
 def accumulation_error(stage: int) -> float:
     """Relative distance of the accumulated gradient from the mean of its micro-batches'."""
     dist_env = DistEnv.from_environment()
-    with process_group(dist_env, use_cuda=False, threads=1) as device:
+    with process_group(dist_env, ONE_THREAD) as device:
         # 1. Each micro-batch alone: its gradient in bf16, with nothing added up.
         alone = [
             gradient(engine_of(dist_env, device, stage, 1), [number])
@@ -91,7 +92,7 @@ def count_device_waits(stage: int) -> int:
         nonlocal waits
         waits += 1
 
-    with process_group(dist_env, use_cuda=False, threads=1) as device:
+    with process_group(dist_env, ONE_THREAD) as device:
         engine = engine_of(dist_env, device, stage, 2)
         get_accelerator().synchronize = synchronize
         for micro_batch in range(8):

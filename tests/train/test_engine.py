@@ -24,7 +24,7 @@ from pipeline.train.engine import make_engine
 from pipeline.train.zero_state import ShardedState
 from tests.model.networks import MIXED
 from tests.train import processes, small_network
-from tests.train.small_network import Options
+from tests.train.small_network import ONE_THREAD, Options
 
 needs_fp16 = pytest.mark.skipif(
     not get_accelerator().is_fp16_supported(), reason="this processor has no fp16 arithmetic"
@@ -221,7 +221,7 @@ def load_constant_weights(zero_stage: int, scale: float) -> dict[str, list[float
         num_classes=7,
         head_init_scale=scale,
     )
-    with process_group(dist_env, use_cuda=False, threads=1) as device:
+    with process_group(dist_env, ONE_THREAD) as device:
         engine = make_engine(spec, config, dist_env, micro_batch=4, seed=3, device=device)
         state = ShardedState(engine, moments=("exp_avg", "exp_avg_sq"), with_ema=True)
         load_initial(ConstantSource(state.shapes), state, "there", lambda text, level="info": None)

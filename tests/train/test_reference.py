@@ -20,7 +20,7 @@ from pipeline.model import Network, NetworkSpec
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.process_group import process_group
 from pipeline.train.alpha_clamp import clamp_alpha
-from pipeline.train.checkpointing import restore, save_checkpoint
+from pipeline.train.checkpointing import restore
 from pipeline.train.ema import ema_update
 from pipeline.train.engine import make_engine
 from pipeline.train.loss import compound_terms
@@ -29,7 +29,7 @@ from pipeline.train.schedule import Schedule
 from pipeline.train.training_state import TrainingState
 from pipeline.train.zero_state import ShardedState
 from tests.train import processes
-from tests.train.small_network import BATCH, IDENTITY, SEED, batch
+from tests.train.small_network import BATCH, IDENTITY, ONE_THREAD, SEED, batch, save
 
 STEPS = 6
 STOP = 3
@@ -82,7 +82,7 @@ def train_with_the_pipeline(checkpoints: Path, zero_stage: int, until: int) -> N
     settings = config(dist_env.size, zero_stage)
     share = BATCH // dist_env.size
     schedule = Schedule.of(settings, images=2 * BATCH)  # two steps per epoch
-    with process_group(dist_env, use_cuda=False, threads=1) as device:
+    with process_group(dist_env, ONE_THREAD) as device:
         engine = make_engine(SPEC, settings, dist_env, micro_batch=share, seed=SEED, device=device)
         state = ShardedState(engine, moments=("exp_avg", "exp_avg_sq"), with_ema=True)
         restored = restore(checkpoints, state, IDENTITY, lambda text, level="info": None)
@@ -95,7 +95,7 @@ def train_with_the_pipeline(checkpoints: Path, zero_stage: int, until: int) -> N
             clamp_alpha(state)
             ema_update(state, EMA, step)
         training_state = TrainingState(identity=IDENTITY, applied_steps=until)
-        save_checkpoint(checkpoints, state, until, training_state, keep=3, may_commit=lambda: True)
+        save(checkpoints, state, training_state)
 
 
 def rate(step: int) -> float:
