@@ -24,7 +24,7 @@ from pipeline.evaluate.metrics import TOP1
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
 from pipeline.train.selection import Selection
-from pipeline.train.trainer import Trainer
+from pipeline.train.stage_evaluation import StageEvaluation
 from tests.train import processes, staging
 
 SELECTION = 23
@@ -53,16 +53,16 @@ def train_with_scores(
     job: Job, stage: str, run_dir: RunDir, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, float]:
     """``staging.train`` whose evaluations on the selection split find ``SCORES``."""
-    original = Trainer._validate
+    original = StageEvaluation._validate
 
-    def validate(trainer: Trainer, split: str) -> Evaluation:
-        evaluation = original(trainer, split)
+    def validate(stage: StageEvaluation, split: str, done: int) -> Evaluation:
+        evaluation = original(stage, split, done)
         if split != "selection":
             return evaluation
-        score = SCORES[len(trainer.history.evaluations)]
+        score = SCORES[len(stage.setup.history.evaluations)]
         return replace(evaluation, metrics=evaluation.metrics | {TOP1: score})
 
-    Trainer._validate = validate  # type: ignore[method-assign]
+    StageEvaluation._validate = validate  # type: ignore[method-assign]
     return staging.train(job, stage, run_dir, stop)
 
 
