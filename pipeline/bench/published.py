@@ -86,6 +86,7 @@ def _ours(case: PublishedCase) -> Iterator[int]:
         threads=case.workers,
     ) as loader:
         for batch in loader:
+            # Nothing is mixed or erased, so labels, views and positions do not matter.
             given = batch.labels
             yield len(normalise(batch.images, given, given, given, 0).images)
 
@@ -93,6 +94,7 @@ def _ours(case: PublishedCase) -> Iterator[int]:
 def _timm(case: PublishedCase) -> Iterator[int]:
     import_torchvision()  # timm imports it
     timm = importlib.import_module("timm.data")
+    # Without its prefetcher, which is for CUDA, the workers normalise.
     loader = timm.create_loader(
         timm.ImageDataset(str(Path(case.directory) / "files")),
         input_size=(3, case.image_size, case.image_size),
@@ -124,6 +126,7 @@ def main(
     Raises:
         ConfigError: a package is not installed.
     """
+    # Before the photographs are prepared, which takes a minute.
     require("published", ["timm"])
     with tempfile.TemporaryDirectory() as temporary:
         prepare_sources(Path(temporary), images, ["original"])
@@ -160,6 +163,7 @@ def _run(case: PublishedCase) -> PublishedResult:
 
 
 def _ratio(results: Sequence[PublishedResult], workers: int) -> float:
+    # Medians: one slow pass of either must not decide.
     ours, timm = (
         statistics.median(
             result["images_per_s"]
