@@ -1,4 +1,4 @@
-"""Commands that measure: bench reversible, bench loader, bench prepare, bench small."""
+"""Commands that measure: bench reversible, loader, published, prepare and small."""
 
 from __future__ import annotations
 
@@ -52,6 +52,14 @@ def bench_loader(json_file: JsonFile = None) -> None:
     from pipeline.bench import loader
 
     loader.main(json_file)
+
+
+@app.command("published")
+def bench_published(json_file: JsonFile = None) -> None:
+    """Measure images per second of an evaluation on the published pixels, beside timm's loader."""
+    from pipeline.bench import published
+
+    published.main(json_file)
 
 
 @app.command("prepare")

@@ -59,6 +59,7 @@ def export(
     # Before a model is loaded, which can take a minute.
     require_packages(names)
     folder = find_export(model, RUNS)
+    # Each with its check: a format that computes something else is an error, not a line.
     for check in write_formats(folder, names, _log, hub_precision=precision):
         difference = f"largest difference of logits {check['largest_difference']:.1e}"
         print(f"{check['format']:<13}{difference}, {check['images_per_s']:,.1f} images/s")

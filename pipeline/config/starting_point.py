@@ -32,7 +32,8 @@ def choose_start(tree: Node) -> tuple[Node, list[str]]:
     outside = initial is not None and _is_outside(initial.value)
     # Only where a job has both stages is there something to choose.
     if pretrain is not None and pretrain.value is not None and initial is not None:
-        if not initial.value:
+        # A stage that names `finetune` wants it, from scratch if need be.
+        if not initial.value and not _is_used(tree, "finetune"):
             tree = tree.replaced(("stages", "finetune"), None)
         elif outside and not _is_used(tree, "pretrain"):
             tree = tree.replaced(("stages", "pretrain"), None)

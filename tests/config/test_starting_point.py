@@ -42,6 +42,11 @@ def test_without_weights_a_small_network_is_trained_from_scratch(own_images: Pat
     assert load_own(own_images, "model=revcol_tiny").job.model.depths == (2, 2, 4, 2)
 
 
+def test_a_stage_that_names_the_fine_tuning_keeps_it(own_images: Path) -> None:
+    job = load_own(own_images, "stages.evaluate.from=finetune", "stages.export.from=pretrain").job
+    assert stage_names(job) == ["prepare", "pretrain", "finetune", "evaluate", "export"]
+
+
 def test_with_weights_their_network_is_fine_tuned(own_images: Path, published: Path) -> None:
     loaded = load_own(own_images, f"stages.finetune.from={published}", "model.drop_path=0.2")
     job = loaded.job

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import file_digest
+from pipeline.layout import VERIFICATION
 from pipeline.monitor.events import read_events
 from tests.prepare.source_folders import class_tars
 
@@ -130,7 +131,7 @@ def losses(run_dir: Path, stage: str) -> dict[int, float]:
 
 
 def results(run_dir: Path) -> dict[str, str]:
-    """Digests of every result file: prepared data, weights and export."""
+    """Digests of every result file that has no times: prepared data, weights and export."""
     files = [
         *run_dir.glob("stages/prepare/images/*"),
         *run_dir.glob("stages/*/weights.safetensors"),
@@ -139,7 +140,8 @@ def results(run_dir: Path) -> dict[str, str]:
     return {
         str(path.relative_to(run_dir)): file_digest(path)
         for path in sorted(files)
-        if path.is_file() and path.name != "source.times"  # when the images were written
+        # When the images were written; how fast the formats were.
+        if path.is_file() and path.name not in ("source.times", VERIFICATION)
     }
 
 

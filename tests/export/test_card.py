@@ -100,3 +100,12 @@ def test_every_code_block_of_the_card_runs(folder: Path, tmp_path: Path) -> None
     shape, label = run_python(program, folder, HF_HOME=str(tmp_path))
     assert shape == [1, 6]
     assert re.fullmatch(r"c[0-5]", label)
+
+
+def test_an_export_of_an_earlier_version_gets_a_card(tmp_path: Path) -> None:
+    model = exported()
+    model.description["evaluated"] = {"split": "validation", "images": 50, "top1": 0.7625}
+    folder = write_hub(tmp_path / "hub", model)
+    write_card(folder, model, [verification("native")])
+    text = (folder / "README.md").read_text()
+    assert "top-1 76.25% on 50 images of the split validation. For this model" in text

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import PipelineError
 from tests.orchestrate import finished_run
 from tests.prepare.source_folders import shard_bytes
 
@@ -21,6 +21,6 @@ def test_damaged_weights_to_start_from_are_refused(damage: str, tmp_path: Path) 
     changed = {"cut": bytes(data[:-2]), "flipped bit": flipped, "text": b"not here"}
     weights.write_bytes(changed[damage])
     before = shard_bytes(run.run_dir.stage("prepare"))
-    with pytest.raises(CheckpointError, match=r"start\.safetensors"):
+    with pytest.raises(PipelineError, match=r"start\.safetensors"):
         run.call(f"stages.finetune.from={weights}")
     assert shard_bytes(run.run_dir.stage("prepare")) == before

@@ -29,6 +29,7 @@ Maps are (N, H, W, C) inside and (N, C, H, W) outside. Example::
 
 def bundle() -> str:
     """The text of the file."""
+    # The imports of all parts become one block, without duplicates.
     modules: set[str] = set()
     names: dict[str, set[str]] = {}
     parts = []

@@ -146,6 +146,12 @@ def _evaluation(model: Exported) -> str:
     steps = model.description["preprocessing"]["steps"]
     if evaluated is None:
         return f"Not evaluated. Images are prepared like this: {steps}.\n"
+    # Exports of earlier versions do not say it.
+    prepared = (
+        f", prepared as '{evaluated['preprocessing']}' at {evaluated['image_size']} pixels"
+        if "preprocessing" in evaluated
+        else ""
+    )
     metrics = [
         f"{name} {float(evaluated[key]):.2%}"
         for key, name in (("top1", "top-1"), ("top5", "top-5"))
@@ -153,8 +159,7 @@ def _evaluation(model: Exported) -> str:
     ]
     return (
         f"{', '.join(metrics)} on {evaluated['images']:,} images of the split "
-        f"{evaluated['split']}, prepared as '{evaluated['preprocessing']}' at "
-        f"{evaluated['image_size']} pixels. For this model, images are prepared like this: "
+        f"{evaluated['split']}{prepared}. For this model, images are prepared like this: "
         f"{steps}.\n"
     )
 
