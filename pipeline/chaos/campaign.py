@@ -69,6 +69,7 @@ class Campaign:
         if not undisturbed.wait_until(lambda: False, _END_S) and undisturbed.wait(END_S) != 0:
             raise self._failed(undisturbed, "the undisturbed run failed")
         undisturbed.poll()
+        # Enough for a run, and little enough to be filled in a moment.
         size = sum(path.stat().st_size for path in undisturbed.run_dir.path.rglob("*"))
         with own_disk(self.folder / "disturbed", _ROOM * size) as has_disk:
             disturbed = self._driver("disturbed")
@@ -79,6 +80,7 @@ class Campaign:
                 self._disturb(disturbed, kinds, total=undisturbed.reached)
                 different = self._differences(undisturbed.run_dir, disturbed.run_dir)
             finally:
+                # The disk is gone afterwards, and with it what a report needs.
                 shutil.copytree(
                     disturbed.run_dir.logs, self.folder / "disturbed-logs", dirs_exist_ok=True
                 )
@@ -106,6 +108,7 @@ class Campaign:
     def _disturb(self, driver: Driver, kinds: Sequence[Fault], total: int) -> None:
         """Run the job to its end, with faults on its way."""
         choices = random.Random(self.seed)
+        # So that the last fault still finds some steps left.
         widest = max(1, total // (self.faults + 1))
         driver.start()
         for _ in range(self.faults):
@@ -159,9 +162,11 @@ class Campaign:
             return True
         if code == 0:
             return False
+        # -9: it was killed. The others are the ends that promise that a second call resumes.
         if code not in (Interrupted.exit_code, StageError.exit_code, -9):
             raise self._failed(driver, f"the disturbed run ended with exit code {code}")
         self._require_nothing_left(driver)
+        # Each fault may cost some starts; more of them are a loop.
         if driver.starts > len(self.events) + _TRIES:
             raise self._failed(driver, f"it ends again and again (exit code {code})")
         driver.start()
@@ -175,9 +180,10 @@ class Campaign:
                 raise self._failed(driver, f"processes of an ended driver are left: {pids}")
             time.sleep(0.5)
 
-    def _differences(self, one: RunDir, other: RunDir) -> list[str]:
+    def _differences(self, undisturbed: RunDir, disturbed: RunDir) -> list[str]:
         """Result files that differ."""
-        paths = [run.path for run in (one, other)]
+        paths = [run.path for run in (undisturbed, disturbed)]
+        # Weights and exports: logs and times differ in any two runs.
         names = {
             str(path.relative_to(run))
             for run in paths

@@ -52,6 +52,7 @@ class Driver:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # Signals to the terminal of `chaos` are for `chaos`.
                 start_new_session=True,
             )
         self.keeper = None
@@ -74,11 +75,11 @@ class Driver:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train now."""
-        return [one for one in self._of_ray() if _title(one).startswith(_RANK)]
+        return [process for process in self._of_ray() if _title(process).startswith(_RANK)]
 
     def server(self, name: str) -> psutil.Process | None:
         """A server of Ray, such as "raylet"."""
-        return next((one for one in self._of_ray() if _name(one) == name), None)
+        return next((process for process in self._of_ray() if _name(process) == name), None)
 
     def left_processes(self) -> list[psutil.Process]:
         """What is left of the run: nothing, some time after its end."""
@@ -91,6 +92,7 @@ class Driver:
             for event in follower.poll():
                 if event.kind in ("start", "step"):
                     self._steps[stage] = event.step
+        # After a restart the log shows earlier steps again: progress is what exceeds the highest.
         present = sum(self._steps.values())
         self.reached = max(self.reached, present)
         return present
@@ -113,11 +115,12 @@ class Driver:
             assert self.process is not None
             with contextlib.suppress(psutil.NoSuchProcess):
                 children = psutil.Process(self.process.pid).children()
-                self.keeper = next((one for one in children if _KEEPER in _title(one)), None)
+                self.keeper = next((child for child in children if _KEEPER in _title(child)), None)
         if self.keeper is None:
             return []
+        # All of them are in the session that their parent leads, also after that has ended.
         session = self.keeper.pid
-        return [one for one in psutil.process_iter() if _session(one) == session]
+        return [process for process in psutil.process_iter() if _session(process) == session]
 
 
 def _title(process: psutil.Process) -> str:

@@ -37,7 +37,8 @@ def _kill_rank(driver: Driver, choices: random.Random) -> str:
     ranks = driver.ranks()
     if not ranks:
         return ""
-    process = choices.choice(sorted(ranks, key=lambda one: one.pid))
+    # In a fixed order, so that the seed alone decides which rank it is.
+    process = choices.choice(sorted(ranks, key=lambda rank: rank.pid))
     process.kill()
     return f"killed process {process.pid} of a rank"
 
@@ -46,7 +47,8 @@ def _stop_rank(driver: Driver, choices: random.Random) -> str:
     ranks = driver.ranks()
     if not ranks:
         return ""
-    process = choices.choice(sorted(ranks, key=lambda one: one.pid))
+    process = choices.choice(sorted(ranks, key=lambda rank: rank.pid))
+    # It exists and answers nothing: only its heartbeat shows that it hangs.
     process.suspend()
     return f"stopped process {process.pid} of a rank (SIGSTOP)"
 
@@ -59,6 +61,7 @@ def _kill_driver(driver: Driver, choices: random.Random) -> str:
 
 
 def _ask_driver(driver: Driver, choices: random.Random) -> str:
+    # A scheduler, a closed terminal, Slurm's warning before a time limit, and Ctrl-C.
     number = choices.choice([signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
     driver.send(number)
     code = driver.wait(END_S)
@@ -66,6 +69,7 @@ def _ask_driver(driver: Driver, choices: random.Random) -> str:
 
 
 def _kill_raylet(driver: Driver, choices: random.Random) -> str:
+    # Without either of them Ray is lost on this machine, and no group can start again.
     name = choices.choice(["raylet", "gcs_server"])
     server = driver.server(name)
     if server is None:
@@ -85,6 +89,7 @@ def _flip_bit(driver: Driver, choices: random.Random) -> str:
         checkpoints = list_checkpoints(driver.run_dir.checkpoints(stage))
         if len(checkpoints) < 2:
             continue
+        # Any of its files: weights, moments, the state of the loop, the manifest.
         newest = checkpoints[0][1]
         path = choices.choice(sorted(path for path in newest.iterdir() if path.is_file()))
         flip_a_bit(path, choices)
@@ -96,6 +101,7 @@ def _fill_disk(driver: Driver, choices: random.Random) -> str:
     filler = driver.run_dir.path / ".filler"
     failures = _failures(driver)
     try:
+        # Until a checkpoint fails, not for a fixed time: a step may take long.
         _fill(filler)
         driver.wait_until(lambda: _failures(driver) > failures, _FULL_S)
     finally:
@@ -121,6 +127,7 @@ def flip_a_bit(path: Path, choices: random.Random) -> None:
     with open(path, "r+b") as file:
         place = choices.randrange(stat.st_size)
         file.seek(place)
+        # One bit: a checksum must notice even that.
         byte = file.read(1)[0] ^ (1 << choices.randrange(8))
         file.seek(place)
         file.write(bytes([byte]))
@@ -129,6 +136,7 @@ def flip_a_bit(path: Path, choices: random.Random) -> None:
 
 def _fill(path: Path) -> None:
     with open(path, "wb", buffering=0) as file:
+        # Ever smaller pieces: the last bytes count too, since small files still fit into them.
         for size in (_CHUNK, 1 << 12, 1):
             try:
                 while True:

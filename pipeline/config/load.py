@@ -94,8 +94,7 @@ def load_job(
         submits: a job for a cluster only leaves this machine: its sources may be on the cluster.
 
     Raises:
-        ConfigError: with file:line, every problem that the schema or a reference reveals
-            (catalogue C1-C4, C6, C9, C10).
+        ConfigError: with file:line, every problem of schema and references (C1-C4, C6, C9, C10).
     """
     folder = path.resolve().parent
     fragments = references.Fragments(folder)

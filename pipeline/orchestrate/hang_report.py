@@ -26,6 +26,9 @@ _LOOK_S = 10.0  # of a look from outside, the start of its task included
 _SHOWN_CALLS = 8  # the innermost ones
 _STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waiting for a device"}
 
+_RUNS_METHOD = "actor_method_executor"
+_WAITS = "torch/distributed/"  # in a collective operation
+
 Stack = tuple[str, ...]  # calls, the innermost one first; of a look from outside, free text
 
 
@@ -87,15 +90,15 @@ def look_at(pid: int) -> Stack:
         command = [spy, "dump", "--nonblocking", "--pid", str(pid)]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            lines += _calls_of_main_thread(done.stdout)
+            lines += _calls_of_stage(done.stdout)
     return tuple(lines)
 
 
-def _calls_of_main_thread(dump: str) -> list[str]:
-    """The lines of the busiest thread of a dump: in a worker of Ray, that with most calls."""
-    threads = dump.split("\nThread ")[1:]
-    longest = max(threads, key=lambda thread: thread.count("\n"), default="")
-    return [line.strip() for line in longest.splitlines()[1:] if line.strip()]
+def _calls_of_stage(dump: str) -> list[str]:
+    """The calls of the thread that runs the stage; [] if the dump does not have them."""
+    # Ray runs the methods of its workers in threads of its own, which all begin with this function.
+    threads = (thread for thread in dump.split("\nThread ") if _RUNS_METHOD in thread)
+    return [line.strip() for line in next(threads, "").splitlines()[1:] if line.strip()]
 
 
 def _blamed(hang: Hang, answered: Mapping[int, Stack], silent: Sequence[int]) -> list[int]:
@@ -107,7 +110,11 @@ def _blamed(hang: Hang, answered: Mapping[int, Stack], silent: Sequence[int]) ->
     behind = [rank for rank, step in steps.items() if step < max(steps.values())]
     if behind:
         return behind
-    # 2. Those that are elsewhere: the others are in the same function.
+    # 2. Those that do not wait in a collective operation, as the others do.
+    busy = [rank for rank, stack in answered.items() if _WAITS not in "".join(stack[:1])]
+    if 0 < len(busy) < len(answered):
+        return busy
+    # 3. Those that are elsewhere: the others are in the same function.
     places = Counter(stack[:1] for stack in answered.values())
     usual, count = places.most_common(1)[0]
     elsewhere = [rank for rank, stack in answered.items() if stack[:1] != usual]

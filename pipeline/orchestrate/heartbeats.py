@@ -28,7 +28,7 @@ _KNOWN = 5  # steps
 _LEAST_S = 60.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Pulse:
     """What is known of a rank. ``changed``: when its counter was last seen to move."""
 

@@ -137,6 +137,7 @@ def as_written(plan: StagePlan, device: DeviceFacts, images: int | None) -> Fore
 
     Values left to 'auto' are chosen; if nothing fits, the smallest micro-batch stands for them.
     """
+    # A job that fits nowhere still has a forecast: its memory shows by how much it is too large.
     wanted = plan.train.micro_batch
     chosen = plan.best() if wanted == "auto" else plan.of_size(wanted)
     smallest = next(iter(plan.sizes()), 1)
@@ -171,6 +172,7 @@ def _variants(plan: StagePlan) -> Iterator[StagePlan]:
     for zero_stage in range(4):
         # ZeRO 3 gathers the weights of a level in hooks, which compiled levels do not run.
         compiles = plan.model.compile and zero_stage < 3
+        # "auto" stores as many columns as fit; 0 is the least memory.
         for stored in ("auto", 0) if exact else (plan.model.stored_columns,):
             changes = {"stored_columns": stored, "compile": compiles}
             yield replace(
@@ -185,6 +187,7 @@ def _variants(plan: StagePlan) -> Iterator[StagePlan]:
 def _is_allowed(job: Job, stage: str, variant: StagePlan, micro_batch: int) -> bool:
     """Whether the checks of a job accept a variant of a stage."""
     train = variant.train.model_copy(update={"micro_batch": micro_batch})
+    # The same checks as for a job file, so that no plan recommends what a job refuses.
     changed = job.model_copy(
         update={"model": variant.model, "stages": job.stages.model_copy(update={stage: train})}
     )

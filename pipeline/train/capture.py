@@ -91,10 +91,12 @@ def write_record(
 
     Leaves weights, statistics and gradients as they are; the loader has to be rewound.
     """
+    # After images were left out, steps and their data have different numbers.
     guard = step.context.guard
     data_step = number + guard.state.shift
     own = examine(step, loader, data_step)
     parts: list[list[MicroBatchRecord]] = [own] * context.dist_env.size
+    # Every rank has seen other images; the record names those of all.
     dist.all_gather_object(parts, own)
     if not context.dist_env.is_main:
         return
@@ -129,6 +131,7 @@ def examine(step: TrainingStep, loader: TrainLoader, data_step: int) -> list[Mic
         batch = next(batches).to(context.device)
         with first_nonfinite(context.network) as origins:
             inputs = context.augment(batch)
+            # Before the first module: images that are not finite are no fault of the network.
             if not _is_finite(inputs.images):
                 origins.append(IMAGES)
             output = context.engine(inputs.images, context.drop_path_draws(batch))

@@ -55,6 +55,7 @@ class CheckpointSaver:
     def capture(self, done: int, state: TrainingState) -> None:
         """Begin to write the state after step ``done`` for a replay, apart from checkpoints."""
         target = directory_of(self.context.run_dir.captures(self.context.stage), done)
+        # No retention: it belongs to a step that somebody will want to look at.
         everything = Retention(last=sys.maxsize)
         self._writer.start(target, owned_ranges(self.sharded), state.to_json(), everything)
         self.report()
@@ -122,6 +123,7 @@ class CheckpointSaver:
             )
 
     def _retention(self, state: TrainingState) -> Retention:
+        # Decided with the state at the time of the checkpoint: evaluations come later, too.
         keep = self.context.config.keep_checkpoints
         metric = TOP1 if self.selection is None else self.selection.metric
         scores = {

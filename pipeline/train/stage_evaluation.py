@@ -21,7 +21,7 @@ from pipeline.train.setup import StageSetup
 _MOST_IMAGES = 64  # per process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageEvaluation:
     """Evaluates the network of a stage. All ranks make the same calls."""
 

@@ -123,7 +123,9 @@ class Trainer:
         self.replaced = ReplacedSamples(self.loader, self.setup.replaced_samples, context.device)
         self.throughput = Throughput(self.loader, self.setup.first_step)
         self.log.seconds = self.throughput.take
-        self.evaluation = StageEvaluation(context, self.setup, self.log, self.link)
+        self.evaluation = StageEvaluation(
+            context=context, setup=self.setup, log=self.log, link=self.link
+        )
         every = context.config.checkpoint_every_steps
         self.checkpoint_every = every or self.loader.steps_per_epoch
         self.saver = CheckpointSaver(

@@ -1,4 +1,4 @@
-"""The command chaos: faults are made, survived and counted; a difference of the results is told."""
+"""The command chaos makes faults, counts them, and reports results that differ."""
 
 from __future__ import annotations
 

@@ -212,7 +212,8 @@ def test_a_stop_request_during_a_hang_exits_with_75_within_the_grace(
     shutil.copy(undisturbed, job)
     prepared = Path("runs/small/stages/prepare")
     shutil.copytree(undisturbed.parent / prepared, tmp_path / prepared)
-    process = start(job, "--stage", "prepare", "--stage", "pretrain", "--set", "cluster.grace=5")
+    options = ["--stage", "prepare", "--stage", "pretrain", "--set", "cluster.grace=5"]
+    process = start(job, *options)
     run_dir = tmp_path / "runs" / "small"
     events = run_dir / "logs/pretrain.jsonl"
     assert wait_for(lambda: events.exists() and len(losses(run_dir, "pretrain")) >= 2, process)

@@ -79,7 +79,7 @@ def test_a_failure_that_may_pass_is_named_and_a_new_group_starts(
 
 
 @pytest.mark.usefixtures("ray_workers")
-def test_a_process_that_the_kernel_ends_for_lack_of_memory_is_told_from_a_killed_one(
+def test_a_process_that_lacked_memory_is_no_killed_process(
     tmp_path: Path,
 ) -> None:
     def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:

@@ -50,9 +50,8 @@ def edit_settings(run: FinishedRun, edit: Callable[[dict[str, dict[str, object]]
     """Rewrite the settings that each stage was started with, as another version would have."""
     for stage in ORDER:
         path = run.run_dir.started_with(stage)
-        settings = json.loads(path.read_text())
-        settings.pop("digest", None)  # its file is written by hand
-        edit(settings)
+        edit(settings := json.loads(path.read_text()))
+        settings.pop("digest", None)
         path.write_text(json.dumps(settings))
 
 
@@ -303,8 +302,7 @@ def test_damaged_weights_without_a_checkpoint_are_not_trained_again(run: Finishe
 def test_a_run_of_version_0_1_0_is_done(run: FinishedRun) -> None:
     """It recorded the digest of dataset.json where there is a fingerprint now."""
     path = run.run_dir.run_json
-    record = json.loads(path.read_text())
-    del record["digest"]
+    record = {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"}
     digest = file_digest(run.run_dir.dataset("images") / DATASET_JSON)
     for stage in ORDER[1:]:
         del record["stages"][stage]["inputs"]["dataset"]
