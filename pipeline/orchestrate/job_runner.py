@@ -15,6 +15,7 @@ from pipeline.config.check_on_machine import check_on_machine
 from pipeline.config.job_queries import TRAINING
 from pipeline.config.load import LoadedJob
 from pipeline.config.schema import Job
+from pipeline.config.stage_settings import keep_settings
 from pipeline.data.job_dataset import require_cache_room
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.files import with_digest_line, write_text
@@ -155,7 +156,7 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
             # 4. Run it. Ray starts with the first stage that needs it.
             if run.ray is None:
                 run.ray = stack.enter_context(_ray(run))
-            resume_policy.keep_settings(run.run_dir, stage, judge.resolved)
+            keep_settings(run.run_dir, stage, judge.resolved)
             restart = decision.action == "restart"
             run.run_state.start(stage, inputs, from_scratch=restart)
             run.ran.append(stage)
@@ -166,7 +167,7 @@ def run_stages(run: JobRunner, only: Sequence[str] = (), *, force: bool = False)
 def _keep_lost_settings(run: JobRunner, stage: str, resolved: Resolved) -> None:
     """Write the record of a finished stage's settings again, if the user deleted it."""
     if not run.run_dir.started_with(stage).exists():
-        resume_policy.keep_settings(run.run_dir, stage, resolved)
+        keep_settings(run.run_dir, stage, resolved)
         run.log(f"{stage}: its settings were not recorded; the present ones are now", "warning")
 
 

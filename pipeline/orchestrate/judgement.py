@@ -22,12 +22,13 @@ from pipeline.config import job_queries
 from pipeline.config.job_queries import TRAINING, prepared_names
 from pipeline.config.resume_diff import Change, changes
 from pipeline.config.schema import Job
+from pipeline.config.stage_settings import settings_of
 from pipeline.errors import ConfigError, DataError
 from pipeline.layout import RunDir
 from pipeline.orchestrate import artifacts, resume_policy
 from pipeline.orchestrate.artifacts import NEW, UNKNOWN
 from pipeline.orchestrate.at_stake import at_stake
-from pipeline.orchestrate.resume_policy import Decision, Resolved, settings_of
+from pipeline.orchestrate.resume_policy import Decision, Resolved
 from pipeline.orchestrate.run_state import RunState
 from pipeline.prepare.forecast import expected_fingerprint
 

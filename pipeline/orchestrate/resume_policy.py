@@ -17,8 +17,6 @@ Restarting moves earlier results aside. Nothing is deleted.
 
 from __future__ import annotations
 
-import json
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,9 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.resume_diff import Change, changes
-from pipeline.config.yaml_tree.old_names import migrate_renamed
-from pipeline.errors import StageError
-from pipeline.files import DIGEST, matches_digest, with_digest, write_json
 from pipeline.layout import RunDir
 from pipeline.orchestrate.artifacts import stage_dirs
 from pipeline.orchestrate.run_state import StageRecord
@@ -93,39 +88,6 @@ def decide(
         reason = f"{damaged[0]} is missing or damaged, writing it again"
         return Decision(action="repair", reason=reason, damaged=list(damaged))
     return Decision(action="skip", reason="up to date")
-
-
-def settings_of(run_dir: RunDir, stage: str) -> dict[str, object] | None:
-    """The resolved job with which a stage was started; None if it never was.
-
-    Raises:
-        StageError: the record of it is damaged.
-    """
-    path = run_dir.started_with(stage)
-    try:
-        settings = json.loads(path.read_text())
-        if not isinstance(settings, dict):
-            raise ValueError("not a JSON object")
-        # Earlier versions wrote no digest.
-        if not matches_digest(settings):
-            raise ValueError("checksum mismatch: it changed after it was written")
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StageError(
-            f"is damaged ({error}): the settings that {stage} was started with are unknown",
-            place=str(path),
-            remedy="if they are those of the job now, delete the record with "
-            f"`rm {shlex.quote(str(path))}` and rerun the same command; to start from scratch "
-            f"instead, rerun it with --stage {stage} --force",
-        ) from None
-    settings.pop(DIGEST, None)
-    return migrate_renamed(settings)
-
-
-def keep_settings(run_dir: RunDir, stage: str, resolved: Resolved) -> None:
-    """Store the resolved job with which a stage is started."""
-    write_json(run_dir.started_with(stage), with_digest(resolved))
 
 
 def move_aside(run_dir: RunDir, stage: str) -> Path | None:

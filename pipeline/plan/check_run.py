@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from pipeline.config.job_queries import TRAINING
 from pipeline.config.memory import GIB
 from pipeline.config.memory_plan import StagePlan
 from pipeline.config.schema import Job
+from pipeline.config.stage_settings import settings_of
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
@@ -46,7 +46,8 @@ def check_text(run_dir: RunDir) -> str:
     """A table of all training stages of a run.
 
     Raises:
-        ConfigError: no stage of the run has trained.
+        ConfigError: no stage of the run has trained, or its settings were not recorded.
+        StageError: the record is damaged.
     """
     lines = [f"{'stage':<10} {'':<18} {'forecast':>12} {'measured':>12} {'error':>8}"]
     for stage in TRAINING:
@@ -71,8 +72,14 @@ def compare(run_dir: RunDir, stage: str) -> list[Comparison]:
     if not starts or starts[-1] is None:
         return []
     ran_on = starts[-1]
-    started_with = json.loads(run_dir.started_with(stage).read_text(encoding="utf-8"))
-    expected = _forecast(Job.model_validate(started_with), stage, ran_on)
+    settings = settings_of(run_dir, stage)
+    if settings is None:
+        raise ConfigError(
+            f"the settings of {stage} are not recorded",
+            place=str(run_dir.started_with(stage)),
+            remedy="check a run of the command run: a stage that train ran alone has no record",
+        )
+    expected = _forecast(Job.model_validate(settings), stage, ran_on)
     return [
         Comparison(name, forecast, measured)
         for name, forecast, measured in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -25,7 +26,13 @@ def test_a_job_survives_four_faults_with_equal_results(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     command = [sys.executable, "-m", "pipeline", "chaos", str(job), "--faults", "4", "--seed", "1"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=1200, check=False
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_BUILD_OPS": "0"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 faults, all results equal" in done.stdout
@@ -64,6 +71,7 @@ def test_results_that_differ_are_named(tmp_path: Path) -> None:
 def test_a_job_that_fails_by_itself_is_not_disturbed(tmp_path: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text("name: a\nmodel: nothing\n")
+    (tmp_path / "chaos").mkdir()
     with pytest.raises(StageError, match="the undisturbed run failed"):
         campaign(tmp_path / "chaos", job).run()
 

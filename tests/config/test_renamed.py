@@ -15,11 +15,11 @@ from pipeline.config.load import load_job
 from pipeline.config.resume_diff import changes
 from pipeline.config.schema.renamed import RENAMED_KEYS, RENAMED_VALUES
 from pipeline.config.schema_text import describe
+from pipeline.config.stage_settings import settings_of
 from pipeline.config.yaml_tree.old_names import migrate_renamed
 from pipeline.errors import ConfigError
 from pipeline.layout import RunDir
 from pipeline.orchestrate.inspect_target import find
-from pipeline.orchestrate.resume_policy import settings_of
 from tests.config.jobs import JOB, edited, error_message, write
 
 

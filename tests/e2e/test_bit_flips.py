@@ -21,6 +21,7 @@ from pipeline.checkpoint.weights import initial_weights
 from pipeline.checkpoint.weights_file import verify_weights_file, write_weights_file
 from pipeline.config import render
 from pipeline.config.load import load_job
+from pipeline.config.stage_settings import keep_settings, settings_of
 from pipeline.data.dataset import open_dataset
 from pipeline.data.shards import index_path
 from pipeline.errors import PipelineError
@@ -28,8 +29,6 @@ from pipeline.export.reload import load_export
 from pipeline.export.stage import export_stage
 from pipeline.files import with_digest_line, write_text
 from pipeline.layout import CLASSES_JSON, DATASET_JSON, SELF_TEST, RunDir
-from pipeline.orchestrate import resume_policy
-from pipeline.orchestrate.resume_policy import settings_of
 from pipeline.orchestrate.run_state import RunState, read_run_state
 from tests.checkpoint.process_alone import alone
 from tests.train import staging
@@ -64,7 +63,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     job.write_text(JOB)
     loaded = load_job(job)
     write_text(run_dir.run_yaml, with_digest_line(render.job_file(loaded)))
-    resume_policy.keep_settings(run_dir, "pretrain", loaded.resolved())
+    keep_settings(run_dir, "pretrain", loaded.resolved())
     run_state = RunState(run_dir, "small")
     run_state.declare(["pretrain"])
     run_state.start("pretrain", {"dataset": "x"}, from_scratch=True)

@@ -42,7 +42,7 @@ def test_the_parts_of_a_run_with_five_kills_sum_to_its_time(tmp_path: Path) -> N
         # A few steps beyond the next checkpoint, so that every kill loses some.
         reached += 12
         assert wait_for(lambda step=reached: last_step(tmp_path) >= step, process), finish(process)  # type: ignore[misc]
-        ranks = processes(process, "ray::Worker.run")
+        ranks = processes(process, "ray::Worker")
         os.kill(ranks[-1], signal.SIGKILL)
         reached = last_step(tmp_path)
     code, out = finish(process, 400)

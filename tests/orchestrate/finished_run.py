@@ -13,12 +13,13 @@ from rich.console import Console
 from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.config import job_queries
 from pipeline.config.load import LoadedJob, load_job
+from pipeline.config.stage_settings import keep_settings
 from pipeline.files import write_json
 from pipeline.layout import WEIGHTS_JSON, RunDir
 from pipeline.orchestrate import artifacts
 from pipeline.orchestrate.job_runner import open_run, run_stages
 from pipeline.orchestrate.judgement import Judge
-from pipeline.orchestrate.resume_policy import Decision, keep_settings
+from pipeline.orchestrate.resume_policy import Decision
 from pipeline.orchestrate.run_state import RunState
 from pipeline.prepare.stage import prepare_stage
 from tests.prepare.source_folders import class_tars, serial

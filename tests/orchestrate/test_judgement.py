@@ -38,11 +38,11 @@ def run(tmp_path: Path) -> FinishedRun:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digests of all files but the log and the lock, which every call writes."""
+    """Digests of all files but those that every call writes: lock, log, and its time."""
     return {
         str(path.relative_to(folder)): file_digest(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (".lock", "run.log")
+        if path.is_file() and path.name not in (".lock", "run.log", "run.jsonl", "run.json")
     }
 
 

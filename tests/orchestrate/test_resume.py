@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.config.stage_settings import keep_settings, settings_of
 from pipeline.errors import ConfigError, StageError
 from pipeline.layout import RunDir
-from pipeline.orchestrate.resume_policy import decide, keep_settings, move_aside, settings_of
+from pipeline.orchestrate.resume_policy import decide, move_aside
 from pipeline.orchestrate.run_lock import run_lock
 from pipeline.orchestrate.run_state import RunState, StageRecord, read_run_state
 from pipeline.orchestrate.supervisor import claim_generation

@@ -96,7 +96,7 @@ def test_only_training_has_time_to_save(tmp_path: Path) -> None:
         stage: placement(job, stage, RunDir(tmp_path)).stop_grace_s
         for stage in ("pretrain", "finetune", "evaluate", "export")
     }
-    assert grace == {"pretrain": 600.0, "finetune": 600.0, "evaluate": 0.0, "export": 0.0}
+    assert grace == {"pretrain": 120.0, "finetune": 120.0, "evaluate": 0.0, "export": 0.0}
 
 
 @pytest.mark.usefixtures("restored_handlers")

@@ -14,9 +14,9 @@ from pipeline.checkpoint.description import WeightsDescription
 from pipeline.checkpoint.manifest import FileRecord, Manifest
 from pipeline.checkpoint.weights_file import write_weights_file
 from pipeline.cli import entry_point
+from pipeline.config.stage_settings import keep_settings
 from pipeline.files import file_digest, with_digest, write_bytes, write_json, write_text
 from pipeline.layout import RunDir
-from pipeline.orchestrate import resume_policy
 from pipeline.orchestrate.run_state import Artifact, RunState
 from pipeline.orchestrate.verify_run import verify_parts
 
@@ -45,7 +45,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     state = RunState(run_dir, "mine")
     state.declare(list(outputs))
     for stage, files in outputs.items():
-        resume_policy.keep_settings(run_dir, stage, {"name": "mine", "seed": 0})
+        keep_settings(run_dir, stage, {"name": "mine", "seed": 0})
         state.start(stage, {}, from_scratch=True)
         artifacts = {str(file.relative_to(run_dir.path)): Artifact.of(file) for file in files}
         state.finish(stage, 1.5, artifacts, {"top1": 0.5})
