@@ -115,10 +115,11 @@ def stage_memory(
         stored: columns that store their activations (with activations 'exact').
     """
     sizes = network_sizes(model, train, classes)
+    own = sizes.parameters / (world_size if train.zero_stage else 1)
     return StageMemory(
         state_parts=_state_parts(sizes, train, world_size),
         # Temporaries of AdamW, in fp32 and of the own share: flat gradients and a square root.
-        update=8 * sizes.parameters / (world_size if train.zero_stage else 1),
+        update=0.0 if _is_offloaded(train) else 8 * own,
         image_parts=_ImageMemory(sizes, train).parts(stored),
         elements=sizes.largest_map(),
     )
@@ -137,6 +138,7 @@ def _state_parts(sizes: NetworkSizes, train: TrainConfig, world_size: int) -> di
     width = _width(train)
     count = sizes.parameters
     shared_by = world_size if stage else 1
+    on_device = not _is_offloaded(train)
     # ZeRO shares out more and more: optimizer (1), gradients (2), weights (3).
     if stage == 3:
         weights = width * (count / world_size + GATHERED_LEVELS * sizes.largest_level())
@@ -147,10 +149,15 @@ def _state_parts(sizes: NetworkSizes, train: TrainConfig, world_size: int) -> di
         # Shared gradients are accumulated in fp32, unshared ones have the dtype of the network.
         GRADIENTS: 4 * count / world_size if stage >= 2 else width * count,
         # The moments, and an fp32 copy of the weights, which ZeRO 0 does without.
-        OPTIMIZER: 4 * (_moments(train) + (stage > 0)) * count / shared_by,
-        AVERAGE: 4 * count / shared_by if train.ema_decay else 0.0,
+        OPTIMIZER: 4 * (_moments(train) + (stage > 0)) * count / shared_by * on_device,
+        AVERAGE: 4 * count / shared_by * on_device if train.ema_decay else 0.0,
         BUFFERS: width * min(count, REDUCE_BUCKET) * (2 if stage == 3 else 1),
     }
+
+
+def _is_offloaded(train: TrainConfig) -> bool:
+    """Whether the host's memory or a disk has what the optimizer keeps, and the average."""
+    return train.offload_optimizer != "none"
 
 
 def _width(train: TrainConfig) -> int:

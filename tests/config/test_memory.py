@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,17 @@ def test_with_nothing_stored_auto_takes_as_many_images_as_32_bit_indexing_allows
     # 512 and 64 images fit the memory, but tensors of 475 and 58 images have 2^31 elements.
     assert job.stages.pretrain.micro_batch == 256
     assert job.stages.finetune.micro_batch == 32
+
+
+@pytest.mark.parametrize(("offload", "gib"), [("none", 4.3), ("cpu", 2.2)])
+def test_an_optimizer_on_the_host_takes_no_memory_of_the_device(offload: str, gib: float) -> None:
+    """Peaks of RevCol-B on one H100: 64 images of 224 pixels, ZeRO 1, nothing stored."""
+    overrides = ["zero_stage=1", f"offload_optimizer={offload}"]
+    loaded = load_job(
+        ROOT / "jobs/revcol_base_1k.yaml", [f"stages.pretrain.{value}" for value in overrides]
+    )
+    of_ten_classes = replace(plan(loaded, "pretrain", 1), classes=10)
+    assert of_ten_classes.memory(0).needed(64) / GIB == pytest.approx(gib, rel=0.2)
 
 
 def test_on_a_cpu_auto_stays_the_whole_share() -> None:
