@@ -174,8 +174,12 @@ class Display:
             self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         if self._log_file is not None:
             now = time.strftime("%Y-%m-%d %H:%M:%S ")
-            self._log_file.writelines(f"{now}{line}\n" for line in text.splitlines())
-            self._log_file.flush()
+            try:
+                self._log_file.writelines(f"{now}{line}\n" for line in text.splitlines())
+                self._log_file.flush()
+            except OSError as error:  # the run matters more than its log
+                self._log_file = None
+                self.log(f"the log of the run cannot be written any more: {error}", "warning")
 
 
 class DisplayFeed:

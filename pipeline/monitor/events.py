@@ -8,8 +8,10 @@ and 4 are those of the resumed writer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -34,11 +36,17 @@ class Event:
 
 
 class EventWriter:
-    """Appends events to a file."""
+    """Appends events to a file.
+
+    A write that fails raises nothing, because a log must not end a training: events are lost until
+    the file can be written again. The first of them is reported on standard error.
+    """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._clock = clock
+        self._fails = False
         self._file = open(path, "ab")  # noqa: SIM115 (lives as long as the writer)
         # A killed predecessor may have left half a line. Close it, or the first new event would
         # become part of it and be lost with it.
@@ -78,17 +86,31 @@ class EventWriter:
             seconds=seconds or {},
         )
         line = {key: value for key, value in asdict(event).items() if key in _REQUIRED or value}
-        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        # Flush to the kernel, so that a killed process loses nothing and the display keeps up.
-        self._file.flush()
-        # On a network file system, other machines see the lines only after a sync. Messages are
-        # rare, and there is one with each checkpoint.
-        if kind == "message":
-            os.fsync(self._file.fileno())
+        self._append(
+            json.dumps(line, separators=(",", ":")).encode() + b"\n", sync=kind == "message"
+        )
         return event
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # reported when the line was written
+            self._file.close()
+
+    def _append(self, line: bytes, *, sync: bool) -> None:
+        try:
+            self._file.write(line)
+            # Flush to the kernel, so that a killed process loses nothing and the display keeps up.
+            self._file.flush()
+            # On a network file system, other machines see the lines only after a sync. Messages are
+            # rare, and there is one with each checkpoint.
+            if sync:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            if not self._fails:
+                text = f"{self._path} cannot be written: {error}; events are lost until it can be"
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+            self._fails = True
+        else:
+            self._fails = False
 
 
 class Follower:

@@ -288,6 +288,8 @@ def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
             check=ray.check,
             log=run.log,
             phase=run.phase,
+            failures=run.run_state.stage(stage).failures,
+            count_failures=lambda failures: run.run_state.count_failures(stage, failures),
             pool=run.pool,
         )
         metrics = run_supervised(

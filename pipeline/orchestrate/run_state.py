@@ -78,6 +78,9 @@ class StageRecord(BaseModel):
         "other data or weights than the ones that are here now.",
     )
     error: str = ""
+    failures: int = Field(
+        0, description="Groups of processes that failed since the last progress, over all calls."
+    )
 
     @property
     def in_words(self) -> str:
@@ -136,6 +139,13 @@ class RunState:
         self._record.stages[name] = StageRecord()
         self._save()
 
+    def count_failures(self, name: str, failures: int) -> None:
+        """Record how many groups of processes have failed since the last progress of a stage."""
+        record = self.stage(name)
+        if record.failures != failures:
+            self._record.stages[name] = record.model_copy(update={"failures": failures})
+            self._save()
+
     def set_outdated(self, name: str, inputs: list[str]) -> None:
         """Record which inputs of a finished stage have changed since; [] if none."""
         record = self._record.stages[name]
@@ -145,13 +155,14 @@ class RunState:
 
     def start(self, name: str, inputs: dict[str, str], *, from_scratch: bool) -> None:
         """Set a stage to running. From scratch, the time of earlier attempts does not count."""
-        seconds = 0.0 if from_scratch else self.stage(name).seconds
+        before = StageRecord() if from_scratch else self.stage(name)
         settings = self._run_dir.started_with(name)
         self._record.stages[name] = StageRecord(
             state="running",
-            seconds=seconds,
+            seconds=before.seconds,
             inputs=inputs,
             settings=file_digest(settings) if settings.is_file() else "",
+            failures=before.failures,
         )
         self._save()
 
@@ -165,6 +176,7 @@ class RunState:
         # JSON has no NaN and no infinity.
         record.metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         record.error = ""
+        record.failures = 0
         record.seconds = round(record.seconds + seconds, 3)
         self._save()
 

@@ -50,6 +50,8 @@ class Watch:
         check: called as often; raises if Ray is lost, which no restart of the group can mend.
         log: logs a message for the user.
         phase: records what the time from now on belongs to.
+        failures: groups that have failed since the last progress, in earlier calls.
+        count_failures: records that number.
         pool: the machines of a cluster; None: this machine, with our own Ray.
     """
 
@@ -58,6 +60,8 @@ class Watch:
     check: Callable[[], None]
     log: Log
     phase: Callable[[str], None] = lambda part: None
+    failures: int = 0
+    count_failures: Callable[[int], None] = lambda failures: None
     pool: MachinePool | None = None
 
     def check_start(self) -> None:
@@ -89,7 +93,8 @@ def _run_groups(
     stage_fn: StageFn, placement: Placement, watch: Watch, standby: Standby
 ) -> dict[str, float]:
     reached = watch.poll()
-    failures = 0
+    # A call may always try once. What failed in earlier calls leaves no restarts.
+    failures = min(watch.failures, RESTARTS)
     begun = START
     while True:
         if watch.stop():
@@ -102,6 +107,10 @@ def _run_groups(
             watch.phase(begun)
         try:
             return run_group(stage_fn, placed, watch, standby)
+        except Interrupted:
+            if watch.poll() > reached:
+                watch.count_failures(0)
+            raise
         except MachinesChanged as change:
             begun = _begin_recovery(watch)
             watch.log(f"{change}; forming the group of processes again", "warning")
@@ -116,6 +125,7 @@ def _run_groups(
             progress = highest > reached
             reached = highest
             failures = 0 if progress else failures + 1
+            watch.count_failures(failures)
             # Restart or give up?
             #  - A process was lost, or device, memory or storage failed: up to RESTARTS times,
             #    counted from the last progress. A crash loop thus ends, a long run survives many

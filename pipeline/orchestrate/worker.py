@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import os
 import sys
 import threading
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 from pipeline.config import machine
 from pipeline.errors import PipelineError
@@ -167,8 +169,26 @@ def _redirect_output(log: Path) -> None:
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # A disk that fails must not end the training at the next line of output.
+    sys.stdout = _stream(1)
+    sys.stderr = _stream(2)
     # A crash in C++ code leaves a stack trace in the log.
     faulthandler.enable()
+
+
+class _Lossy(io.FileIO):
+    """A file that drops what it cannot write."""
+
+    def write(self, data: Any) -> int:  # a buffer
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def _stream(descriptor: int) -> TextIO:
+    file = io.BufferedWriter(_Lossy(descriptor, "wb", closefd=False))
+    return io.TextIOWrapper(file, errors="backslashreplace", line_buffering=True)
 
 
 def _exit_with(parent: int) -> None:

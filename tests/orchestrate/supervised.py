@@ -29,6 +29,7 @@ class SupervisedRun:
             run_dir=RunDir(path),
             stop_grace_s=stop_grace_s,
         )
+        self.failures = 0  # of earlier calls; then as recorded by this one
         self.messages: list[str] = []
         self.times: dict[str, float] = {}  # when each message came
 
@@ -46,8 +47,13 @@ class SupervisedRun:
             poll=highest_step,
             check=lambda: None,
             log=self._log,
+            failures=self.failures,
+            count_failures=self._count,
         )
         return run_supervised(stage_fn, self.placement, watch)
+
+    def _count(self, failures: int) -> None:
+        self.failures = failures
 
     def _log(self, text: str, level: str = "info") -> None:
         self.messages.append(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import command
-from pipeline.errors import DataError, StageError
+from pipeline.errors import DataError, Interrupted, StageError
 from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.rank_link import RankLink
 from tests.orchestrate.supervised import SupervisedRun, alive, wait_until
@@ -156,6 +156,24 @@ def test_a_process_whose_group_was_replaced_ends_itself(run: SupervisedRun) -> N
 
     assert run(stage_fn) == {"generation": 8}
     assert "process group 0 was replaced by 7" in run.placement.log(0).read_text()
+
+
+def test_a_call_after_a_crash_loop_tries_once(run: SupervisedRun) -> None:
+    def stage_fn(dist_env: DistEnv, link: RankLink) -> dict[str, float]:
+        if dist_env.rank == 0:
+            os._exit(9)
+        time.sleep(600)
+        return {}
+
+    run.failures = 4
+    with pytest.raises(StageError, match="failed 4 times without progress"):
+        run(stage_fn)
+    assert [text for text in run.messages if text.startswith("restarting the processes")] == []
+    # With progress, it has all its restarts again.
+    steps = iter([0, *range(1, 100)])
+    with pytest.raises(Interrupted):
+        run(stage_fn, stop=lambda: len(run.messages) > 8, highest_step=lambda: next(steps))
+    assert run.failures == 0
 
 
 def test_a_crash_loop_ends_after_three_restarts(run: SupervisedRun) -> None:
