@@ -6,6 +6,7 @@ The example batch has two images, because a dimension of 1 would be taken for a 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -91,9 +92,7 @@ def write_onnx(
     # Two different sides, so that they are not taken for the same number.
     # A multiple of the stride, as the other sides, so that no rule for odd sizes is recorded.
     any_image = torch.zeros(2, 3, size, size + model.network.spec.stride)
-    maps = ["stride4", "stride8", "stride16", "stride32"]
-    if model.network.spec.stem_stride != 4:
-        maps = [f"stride{model.network.spec.stem_stride * 2**level}" for level in range(4)]
+    maps = [f"stride{model.network.spec.stem_stride * 2**level}" for level in range(4)]
     for name, module, example, (inputs, outputs, shapes) in (
         (ONNX_MODEL, network, images, (["images"], ["logits"], ANY_BATCH)),
         (ONNX_UINT8_MODEL, FromPixels(network).eval(), pixels, (["pixels"], ["logits"], ANY_BATCH)),
@@ -101,16 +100,19 @@ def write_onnx(
     ):
         if name not in names:
             continue
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=(shapes,),
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            # Of one part of PyTorch about another one.
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=(shapes,),
+                verbose=False,
+            )
         assert program is not None
         # Whoever has the file alone can prepare images and name the classes.
         program.model.metadata_props.update(_metadata(model))

@@ -213,6 +213,8 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         items = schema["items"]
         if items.get("type") != "string":  # sections; each has keys that must be written
             return st.just([])
+        if "enum" in items:
+            return st.lists(values(items), max_size=2, unique=True)
         texts = ["name", "other-name"] if "pattern" in items else ["--a=b", "module load cuda"]
         return st.lists(st.sampled_from(texts), max_size=2)
     if kind == "array":
