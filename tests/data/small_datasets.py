@@ -14,6 +14,7 @@ from pipeline.data.dataset import PreparedDataset, Split, open_dataset
 from pipeline.data.description import DatasetDescription, SplitDescription
 from pipeline.data.shards import FORMAT, GROUP_ROWS, Row, index_path, write_shard
 from pipeline.files import digest, write_json
+from pipeline.layout import CLASSES_JSON
 
 
 def picture(number: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -89,6 +90,13 @@ def _write_split(
         images_by_class=np.bincount(labels, minlength=classes).tolist(),
         shards=shards,
     )
+
+
+def rename_classes(dataset: Path, names: Sequence[str]) -> None:
+    """Give the classes of a prepared dataset other names, in its order."""
+    entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(names)]
+    write_json(dataset / CLASSES_JSON, entries)
+    DatasetDescription.read(dataset).write(dataset)  # with the digest of that file
 
 
 def damage(split: Split, samples: Sequence[int]) -> None:

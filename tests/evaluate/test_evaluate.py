@@ -21,9 +21,9 @@ from pipeline.evaluate.metrics import metrics_of
 from pipeline.evaluate.network import load_network
 from pipeline.export.reload import load_export
 from pipeline.export.stage import export_stage
-from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.monitor import tags
+from tests.data.small_datasets import rename_classes
 from tests.train import processes, staging
 
 CLASSES = 12  # enough for top-5
@@ -173,9 +173,7 @@ def test_a_weights_file_without_a_description_needs_an_image_size(tmp_path: Path
 
 def _relabelled(run_dir: RunDir, folder_classes: list[str], model_classes: list[str]) -> None:
     """Name the classes of the dataset, in its order, and those of the weights, in theirs."""
-    dataset = run_dir.dataset(staging.DATASET)
-    entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(folder_classes)]
-    write_json(dataset / "classes.json", entries)
+    rename_classes(run_dir.dataset(staging.DATASET), folder_classes)
     weights = run_dir.weights("finetune")
     description = WeightsDescription(image_size=64, preprocessing="fast", classes=model_classes)
     description.write(weights.parent)

@@ -18,12 +18,11 @@ from pipeline.export import official
 from pipeline.export.reload import load_export
 from pipeline.export.stage import export_stage
 from pipeline.export.weights_model import load_weights
-from pipeline.files import write_json
 from pipeline.layout import RunDir
 from pipeline.model import build
 from pipeline.sources.class_lists import class_list
 from tests.checkpoint.published_files import write_published
-from tests.data.small_datasets import jpeg
+from tests.data.small_datasets import jpeg, rename_classes
 from tests.train import processes, staging
 
 
@@ -94,8 +93,7 @@ def test_a_head_of_22k_classes_does_not_know_a_class_of_1k(tmp_path: Path) -> No
     run_dir = staging.prepared_run(tmp_path, train=1)
     # One of the 1,000 is in neither list of 21 thousand.
     names = ["n04399382", *class_list("imagenet1k")[: staging.CLASSES - 1]]
-    entries = [{"index": i, "id": name, "name": name} for i, name in enumerate(names)]
-    write_json(run_dir.dataset(staging.DATASET) / "classes.json", entries)
+    rename_classes(run_dir.dataset(staging.DATASET), names)
     data = open_dataset(run_dir.dataset(staging.DATASET))
     with pytest.raises(DataError, match="1 classes are unknown to the model: n04399382") as error:
         labelled_for(class_list("fall11_21841"), data, "validation")

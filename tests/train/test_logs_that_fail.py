@@ -45,7 +45,8 @@ def test_a_training_without_its_logs_gives_the_same_weights(tmp_path: Path) -> N
     weights = []
     for fails in (False, True):
         run_dir = staging.prepared_run(tmp_path / str(fails))
-        results = processes.run(run_dir.logs / "output", 2, train, fails, job, run_dir)
+        arguments = (fails, job, run_dir)
+        results = processes.run(run_dir.logs / "output", 2, train, *arguments)
         assert all(isinstance(metrics, dict) for metrics in results), results
         weights.append(run_dir.weights("pretrain").read_bytes())
         assert bool(read_events(run_dir.events("pretrain"))) != fails
