@@ -29,7 +29,7 @@ import torch
 from pipeline.bench.loaders import LOADERS, PACKAGES, Workload, write_layouts
 from pipeline.bench.photographs import photographs, write_class_tars
 from pipeline.bench.requirements import require
-from pipeline.bench.workers import run_case, serially, silent
+from pipeline.bench.workers import run_and_report, serially, silent
 from pipeline.config.schema import DatasetConfig
 from pipeline.files import write_json
 from pipeline.prepare.build import prepare_dataset
@@ -245,10 +245,8 @@ def main(
 
 def _run(case: LoaderCase) -> LoaderResult:
     """Measure a case in a new process, and report it on stderr."""
-    result = cast(LoaderResult, run_case("pipeline.bench.loader", asdict(case)))
     title = f"{case.loader}, {case.work.workers} workers, {case.source}, {case.work.recipe}"
-    print(f"{title}: {result['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
-    return result
+    return cast(LoaderResult, run_and_report("pipeline.bench.loader", asdict(case), title))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import xxhash
 from PIL import Image as Pillow
 
 from pipeline.bench.photographs import photographs, write_class_tars
-from pipeline.bench.workers import PoolTasks, run_case, serially, silent
+from pipeline.bench.workers import PoolTasks, run_and_report, serially, silent
 from pipeline.config.schema import DatasetConfig
 from pipeline.files import write_json
 from pipeline.prepare.build import prepare_dataset
@@ -228,11 +228,9 @@ def main(
 
 def _run(case: PrepareCase, number: int) -> PrepareResult:
     """Measure a case in a new process, and report it on stderr."""
-    metrics = run_case("pipeline.bench.prepare", asdict(case))
-    result = cast(PrepareResult, metrics | {"round": number})
     title = f"{case.preparer}, {case.workers} workers"
-    print(f"{title}: {result['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
-    return result
+    metrics = run_and_report("pipeline.bench.prepare", asdict(case), title)
+    return cast(PrepareResult, metrics | {"round": number})
 
 
 if __name__ == "__main__":

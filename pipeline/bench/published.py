@@ -23,7 +23,7 @@ import torch
 
 from pipeline.bench.loader import prepare_sources
 from pipeline.bench.requirements import require
-from pipeline.bench.workers import run_case
+from pipeline.bench.workers import run_and_report
 from pipeline.config.schema import AugmentConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.data.device import DeviceAugment
@@ -156,10 +156,8 @@ def main(
 
 def _run(case: PublishedCase) -> PublishedResult:
     """Measure a case in a new process, and report it on stderr."""
-    result = cast(PublishedResult, run_case("pipeline.bench.published", asdict(case)))
     title = f"{case.loader}, {case.workers} workers"
-    print(f"{title}: {result['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
-    return result
+    return cast(PublishedResult, run_and_report("pipeline.bench.published", asdict(case), title))
 
 
 def _ratio(results: Sequence[PublishedResult], workers: int) -> float:

@@ -73,6 +73,13 @@ def run_case(module: str, case: Mapping[str, Any]) -> dict[str, Any]:
     return {"peak_mb": peak / MIB, **json.loads(output.splitlines()[-1])}
 
 
+def run_and_report(module: str, case: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """``run_case`` for a case that measures images per second, which are shown on stderr."""
+    result = run_case(module, case)
+    print(f"{title}: {result['images_per_s']:.1f} images/s", file=sys.stderr, flush=True)
+    return result
+
+
 def _resident(pid: int) -> int:
     """Resident memory of a process and its children, in bytes."""
     total = 0

@@ -27,6 +27,8 @@ SAFETENSORS = ".safetensors"
 HUB_NETWORK = ("channels", "depths", "columns", "huge", "block", "stem_stride")
 # Keys of ``weights.json`` as earlier versions wrote them -> the field that replaced them.
 _RENAMED = {"figures": "metrics"}
+# Preprocessing -> the factor before the crop, which earlier versions recorded in its place.
+EARLIER_RESIZE = {"fast": 1.143, "whole": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,7 @@ def _mode_of(values: dict[str, Any]) -> str | None:
     resize = values.get("resize")
     if resize is None:
         return None
-    modes = {1.0: "whole", 1.143: "fast"}
+    modes = {factor: mode for mode, factor in EARLIER_RESIZE.items()}
     if resize not in modes:
         raise ValueError(f"resize {resize:g}, which this version does not have,")
     return modes[resize]

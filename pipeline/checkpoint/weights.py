@@ -6,7 +6,7 @@ from pipeline.checkpoint.description import SAFETENSORS
 from pipeline.checkpoint.reader import RangeReader
 from pipeline.checkpoint.weights_file import verify_weights_file
 from pipeline.checkpoint.weights_reader import WeightsReader
-from pipeline.checkpoint.weights_source import WeightsSource, is_weights_file, weights_source
+from pipeline.checkpoint.weights_source import WeightsSource, source_in_run
 from pipeline.errors import CheckpointError
 from pipeline.layout import RunDir
 
@@ -19,8 +19,7 @@ def weights_of(run_dir: RunDir, initial: str) -> WeightsSource:
     Raises:
         CheckpointError: the file does not exist.
     """
-    is_file = is_weights_file(initial)
-    source = weights_source(initial) if is_file else WeightsSource(run_dir.weights(initial))
+    source = source_in_run(run_dir, initial)
     if not source.path.is_file():
         raise CheckpointError(
             "weights file is missing",

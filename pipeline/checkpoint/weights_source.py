@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.files import file_digest
-from pipeline.layout import SHARDED_WEIGHTS
+from pipeline.layout import SHARDED_WEIGHTS, RunDir
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".tar")  # .tar: of torch.save, as in older codes
 SUFFIXES = (".safetensors", f"/{SHARDED_WEIGHTS}", *TORCH_SUFFIXES)
@@ -37,6 +37,13 @@ def weights_source(source: str) -> WeightsSource:
     if not path or Path(source).exists():
         return WeightsSource(Path(source))
     return WeightsSource(Path(path), entry)
+
+
+def source_in_run(run_dir: RunDir, initial: str) -> WeightsSource:
+    """The weights that ``from`` names: a file, or the result of a stage of the run."""
+    if is_weights_file(initial):
+        return weights_source(initial)
+    return WeightsSource(run_dir.weights(initial))
 
 
 def is_weights_file(source: str) -> bool:

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.checkpoint.weights_source import WeightsSource, weights_source
+from pipeline.checkpoint.description import EARLIER_RESIZE
+from pipeline.checkpoint.weights_source import source_in_run
 from pipeline.config import job_queries
 from pipeline.config.job_queries import TRAINING, dataset_place, prepared_names
 from pipeline.config.schema import DatasetConfig, Job
@@ -76,18 +77,14 @@ def inputs(
     initial = _initial(job, stage)
     if initial:
         # `from` names a stage of this run or a file; the file may come from anywhere.
-        if initial in TRAINING:
-            weights = WeightsSource(run_dir.weights(initial))
-        else:
-            weights = weights_source(initial)
+        weights = source_in_run(run_dir, initial)
         is_there = weights.path.is_file()
         known = expected.get(weights.path)
         digests["weights"] = known or (weights.digest() if is_there else NOT_THERE)
     if stage not in TRAINING and initial in TRAINING and getattr(job.stages, initial) is not None:
         # Evaluation and export preprocess images as the training stage did.
         train = job_queries.train_config(job, initial)
-        # Earlier versions recorded the factor before the crop.
-        mode = {"fast": 1.143, "whole": 1.0}.get(train.preprocessing, train.preprocessing)
+        mode = EARLIER_RESIZE.get(train.preprocessing, train.preprocessing)
         digests["preprocessing"] = json_digest([train.image_size, mode])
     if stage == "export" and run_dir.evaluation.is_file():
         # The export quotes the accuracy. It does without one if the job does not evaluate.

@@ -131,8 +131,12 @@ class KubeletStandIn:
         name = pod["metadata"]["name"]
         free = next(f"p{i}" for i in range(1, 99) if f"p{i}" not in self.fabric.machines)
         machine = self.fabric.up(free)
+        try:
+            self._mount(pod, machine)
+        except Refused:  # a volume that does not exist (yet): the pod stays pending
+            machine.kill()
+            raise
         self.running[name] = running = RunningPod(name=name, machine=machine)
-        self._mount(pod, machine)
         for container in pod["spec"]["containers"]:
             command = [*container.get("command", []), *container.get("args", [])]
             variables = {

@@ -79,10 +79,9 @@ class KubeRayStandIn:
     def _run(self) -> None:
         while not self._closed.wait(_PERIOD_S):
             try:
-                jobs = self.server.items(JOBS)
-                for job in jobs:
+                for job in self.server.items(JOBS):
                     self._reconcile(job)
-                self._collect(jobs)
+                self._collect()
                 self.kubelet.step()
             except Refused as refused:
                 if refused.code not in (404, 409):  # somebody else has changed the object meanwhile
@@ -307,15 +306,16 @@ class KubeRayStandIn:
             return answer
         return None
 
-    def _collect(self, jobs: list[Object]) -> None:
+    def _collect(self) -> None:
         """Delete what belongs to RayJobs that are gone."""
-        alive = {job["metadata"]["uid"] for job in jobs}
-        for path in _OWNED:
-            for entry in self.server.items(path):
-                metadata = entry["metadata"]
-                owners = {owner["uid"] for owner in metadata.get("ownerReferences", [])}
-                if owners and not owners & alive and "deletionTimestamp" not in metadata:
-                    self.server.delete(f"{path}/{metadata['name']}")
+        owned = [(path, entry["metadata"]) for path in _OWNED for entry in self.server.items(path)]
+        # Asked after what is owned: a RayJob is created before it owns anything, so that all
+        # owners that still exist are in this list.
+        alive = {job["metadata"]["uid"] for job in self.server.items(JOBS)}
+        for path, metadata in owned:
+            owners = {owner["uid"] for owner in metadata.get("ownerReferences", [])}
+            if owners and not owners & alive and "deletionTimestamp" not in metadata:
+                self.server.delete(f"{path}/{metadata['name']}")
 
 
 def _suffix() -> str:
