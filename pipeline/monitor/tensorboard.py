@@ -71,7 +71,7 @@ _GROUPS = {
         "replaced samples": _lines(tags.REPLACED_SAMPLES),
         "memory (MiB)": _lines(r"memory/\w+_mib"),
         "share of the devices' arithmetic": _lines(tags.MFU, tags.HFU),
-        "slowest rank: time above the mean (share)": _lines(tags.RANK_SPREAD),
+        "slowest rank: time above the others (share)": _lines(tags.RANK_SPREAD),
         "slowest rank": _lines(tags.SLOWEST_RANK),
     },
     "Time of the run": {

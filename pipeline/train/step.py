@@ -42,9 +42,12 @@ class TrainingStep:
     retried_steps: int = 0
     last_step_skipped: bool = False
     last_step_spiked: bool = False
-    times: StepTimes = field(default_factory=StepTimes)
+    times: StepTimes = field(init=False)
     # Called once, with the next micro-batch as the network receives it.
     on_next_batch: Callable[[Batch, DeviceBatch], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.times = StepTimes(self.context.device)
 
     def run(self, step: int, loader: TrainLoader) -> None:
         """Run optimizer step ``step`` (0-based) on the next ``accumulation`` micro-batches.

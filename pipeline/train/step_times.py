@@ -1,7 +1,8 @@
-"""Seconds of the host in the phases of a step, of this process: its times, logged on every rank.
+"""Seconds in the phases of a step, of this process: its times, logged on every rank.
 
-A GPU works behind the host, so there a phase is the time in which its kernels were launched, or in
-which the host waited for the device. Waiting for other ranks is part of backward and update.
+The wait for data is measured on the host. What a GPU does is measured by the GPU: it works behind
+the host, so that the clock of the host would only show when kernels were launched. Waiting for
+other ranks is part of backward and update.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from typing import Self
+
+import torch
 
 from pipeline.layout import RunDir
 from pipeline.monitor.events import EventWriter
@@ -22,23 +25,43 @@ UPDATE = "update"
 
 
 class StepTimes:
-    """Adds up the seconds of each phase."""
+    """Adds up the seconds of each phase of the steps on a device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.Event, torch.Event]] = []  # begin and end of a phase
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The time inside the block belongs to the phase."""
-        begin = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+        if self._device.type == "cuda" and name != DATA:
+            begin_event = self._record()
+            yield
+            self._events.append((name, begin_event, self._record()))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._add(name, time.perf_counter() - begin)
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Seconds by phase since the last call. Waits for the device."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._add(name, begin.elapsed_time(end) / 1000)  # milliseconds
         seconds = self._seconds
         self._seconds = {}
+        self._events = []
         return seconds
+
+    def _record(self) -> torch.Event:
+        """Let the device note the time when it has done all work launched so far."""
+        event = torch.Event(self._device, enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
 class TimesLog:

@@ -7,6 +7,7 @@ ZeRO 3 they also do in the forward pass.)
 from __future__ import annotations
 
 import socket
+import statistics
 from collections.abc import Mapping
 
 import torch
@@ -24,7 +25,7 @@ class Stragglers:
     """Compares the ranks at every log. Collective: all ranks make the same calls.
 
     Args:
-        factor: times the mean of the ranks, from which on a rank is named.
+        factor: times the median of the other ranks, from which on a rank is named.
         log: logs a message for the user.
     """
 
@@ -36,28 +37,35 @@ class Stragglers:
         self._slow = [0] * dist.get_world_size()  # logs in a row
 
     def compare(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """How much longer than the mean the slowest rank takes, and which one it is.
+        """How much longer than the others the slowest rank takes, and which one it is.
 
-        ``seconds``: of this rank, by phase of a step.
+        Args:
+            seconds: of this rank since the last call, by phase of a step.
+
+        Returns:
+            By tag; nothing if there is only one rank.
         """
+        if len(self._hosts) == 1:
+            return {}
         # On the host: a GPU is not asked, and the collective of the hosts waits for no kernel.
         own = torch.tensor([seconds.get(DATA, 0.0), seconds.get(FORWARD, 0.0)])
         times = [torch.zeros(2) for _ in self._hosts]
         dist.all_gather(times, own)
         data, forward = torch.stack(times).unbind(1)
-        alone = data + forward
-        mean = float(alone.mean())
-        for rank, time in enumerate(alone.tolist()):
-            is_slow = time > self._factor * mean and time - mean > _LEAST_S
+        alone: list[float] = (data + forward).tolist()
+        others = [statistics.median(alone[:rank] + alone[rank + 1 :]) for rank in range(len(alone))]
+        for rank, (time, usual) in enumerate(zip(alone, others, strict=True)):
+            is_slow = time > self._factor * usual and time - usual > _LEAST_S
             self._slow[rank] = self._slow[rank] + 1 if is_slow else 0
             if self._slow[rank] == _LOGS:
                 self._log(
-                    f"rank {rank} on {self._hosts[rank]} is slow: {time / mean:.1f} times the mean "
-                    f"of the ranks ({float(data[rank]):.2f} s for data, {float(forward[rank]):.2f} "
-                    f"s for the forward pass since the last log)",
+                    f"rank {rank} on {self._hosts[rank]} is slow: {time / max(usual, 1e-9):.1f} "
+                    f"times the others ({float(data[rank]):.2f} s for data, "
+                    f"{float(forward[rank]):.2f} s for the forward pass since the last log)",
                     "warning",
                 )
+        slowest = alone.index(max(alone))
         return {
-            tags.RANK_SPREAD: float(alone.max()) / max(mean, 1e-9) - 1,
-            tags.SLOWEST_RANK: float(alone.argmax()),
+            tags.RANK_SPREAD: alone[slowest] / max(others[slowest], 1e-9) - 1,
+            tags.SLOWEST_RANK: float(slowest),
         }

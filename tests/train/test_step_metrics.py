@@ -116,7 +116,7 @@ def test_rates_ranks_and_utilisation_are_logged(measured: tuple[RunDir, Job]) ->
     assert 0 < scalars[tags.MFU] < scalars[tags.HFU] < 1
     assert scalars[tags.HFU] / scalars[tags.MFU] == pytest.approx(4 / 3, rel=0.1)
     assert scalars[tags.SLOWEST_RANK] in (0, 1)
-    assert 0 <= scalars[tags.RANK_SPREAD] <= 1
+    assert scalars[tags.RANK_SPREAD] >= 0
 
 
 def test_every_rank_logs_its_times_and_profiles_the_chosen_step(

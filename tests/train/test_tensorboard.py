@@ -98,7 +98,7 @@ def assert_text(pixels: Pixels, text: str, size: int, color: Color) -> None:
 
 
 def test_every_metric_is_in_a_group_with_others_of_its_kind(trained: Trained) -> None:
-    training = {"optim", "throughput", "memory", "reversible", "data", "utilisation", "ranks"}
+    training = {"optim", "throughput", "memory", "reversible", "data", "utilisation"}
     training |= {"goodput", "goodput_parts", "gradient_norms", "weight_norms", "update_norms"}
     training |= {"alpha", "headroom"}
     machine: dict[str, set[str]] = {
@@ -129,8 +129,6 @@ def test_all_metrics_of_a_training_are_shown(trained: Trained) -> None:
         *(f"memory/{part}_mib" for part in ("rss", "weights", "optimizer", "state", "peak")),
         "utilisation/mfu",
         "utilisation/hfu",
-        "ranks/slowest_above_mean",
-        "ranks/slowest_rank",
         "goodput/share",
         "goodput/restarts",
         *(f"goodput_parts/{part}" for part in PARTS),

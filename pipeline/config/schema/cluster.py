@@ -135,8 +135,8 @@ class ClusterConfig(Section):
     )
     straggler_factor: PositiveFloat = Field(
         1.5,
-        description="A process that takes so many times as long as the mean, for data and forward "
-        "pass, is named in the log.",
+        description="A process that takes so many times as long as the others, for data and "
+        "forward pass, is named in the log.",
     )
     runs: str = Field(
         "",
