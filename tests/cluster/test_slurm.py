@@ -217,7 +217,8 @@ def test_a_machine_less_is_enough(
 
 
 def test_a_failing_job_ends_with_its_cause(submitter: Submitter) -> None:
-    run = submitter.start("failing")
+    # A machine that joins late, because others keep this one busy, would cost an attempt.
+    run = submitter.start("failing", wait=300)
     # The first checkpoint, at step 6, cannot be written.
     run.run_dir.checkpoints("pretrain").parent.mkdir(exist_ok=True)
     run.run_dir.checkpoints("pretrain").write_text("a file, not a folder")
