@@ -54,6 +54,7 @@ class Driver:
                 stderr=subprocess.STDOUT,
                 # Signals to the terminal of `chaos` are for `chaos`.
                 start_new_session=True,
+                preexec_fn=_heed_stop_requests,
             )
         self.keeper = None
 
@@ -121,6 +122,12 @@ class Driver:
         # All of them are in the session that their parent leads, also after that has ended.
         session = self.keeper.pid
         return [process for process in psutil.process_iter() if _session(process) == session]
+
+
+def _heed_stop_requests() -> None:
+    """Under `nohup`, or in the background of a script, `chaos` has inherited signals to ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _title(process: psutil.Process) -> str:

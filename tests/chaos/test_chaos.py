@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.chaos.campaign import Campaign
+from pipeline.chaos.driver import Driver
 from pipeline.chaos.faults import FAULTS, flip_a_bit
 from pipeline.chaos.own_disk import own_disk
 from pipeline.errors import StageError
@@ -74,6 +76,19 @@ def test_a_job_that_fails_by_itself_is_not_disturbed(tmp_path: Path) -> None:
     (tmp_path / "chaos").mkdir()
     with pytest.raises(StageError, match="the undisturbed run failed"):
         campaign(tmp_path / "chaos", job).run()
+
+
+def test_a_run_heeds_signals_that_chaos_ignores(tmp_path: Path) -> None:
+    driver = Driver(
+        arguments=["no-such-job"], run_dir=RunDir(tmp_path), stages=[], log=tmp_path / "log"
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        driver.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    driver.send(signal.SIGHUP)
+    assert driver.wait(60) == -signal.SIGHUP
 
 
 def test_one_bit_is_flipped_and_neither_size_nor_time_shows_it(tmp_path: Path) -> None:
