@@ -68,6 +68,12 @@ _TEXTS = (
     ),
 )
 _LOST_NODE = re.compile(r"node (was terminated|died|is dead)|unavailable", re.IGNORECASE)
+# In texts of Ray: words that tell nothing, and the causes that it suspects of every lost process.
+_PREAMBLE = re.compile(
+    r"^The actor (\w+ is unavailable: |is dead because its worker process has died\. "
+    r"Worker exit type: \w+ Worker exit detail: )"
+)
+_GUESSES = re.compile(r"\. The task may .*| Some common causes include: .*")
 _KERNEL = Path("/proc/vmstat")
 
 
@@ -89,6 +95,15 @@ def class_of_death(cause: str, *, out_of_memory: bool) -> FailureClass:
 def class_of_exception(traceback: str) -> FailureClass:
     """The class of an exception that is no error of the pipeline's own."""
     return _by_text(traceback) or PROGRAM
+
+
+def exit_line(error: Exception) -> str:
+    """Of Ray's long text, what it knows about an end: "Worker unexpectedly exits with ..."."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    for word in ("exit", "node was terminated", "unavailable"):
+        if line := next((line for line in lines if word in line.lower()), ""):
+            return _GUESSES.sub("", _PREAMBLE.sub("", line))
+    return type(error).__name__
 
 
 def kills_for_memory() -> int:

@@ -9,12 +9,13 @@ from pipeline.errors import Interrupted, PipelineError
 from pipeline.orchestrate.failure_class import (
     class_of_death,
     class_of_exception,
+    exit_line,
     kills_for_memory,
 )
 from pipeline.orchestrate.on_machine import call_on_machine
 from pipeline.orchestrate.placement import GroupDied
 from pipeline.orchestrate.worker import Outcome
-from pipeline.orchestrate.worker_group import WorkerGroup, exit_line
+from pipeline.orchestrate.worker_group import WorkerGroup
 
 if TYPE_CHECKING:
     from ray import ObjectRef

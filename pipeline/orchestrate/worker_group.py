@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from pipeline import command
 from pipeline.errors import Interrupted, StageError
-from pipeline.orchestrate.failure_class import PROCESS
+from pipeline.orchestrate.failure_class import PROCESS, exit_line
 from pipeline.orchestrate.machines import ID_LABEL, Machine
 from pipeline.orchestrate.on_machine import call_on_machine
 from pipeline.orchestrate.placement import GroupDied, Placement
@@ -317,16 +316,6 @@ def died_at_start(placement: Placement, process: str, error: Exception) -> Group
         kind=PROCESS,
         lost=True,
     )
-
-
-def exit_line(error: Exception) -> str:
-    """Of Ray's long text, the line about the exit: "Worker exit type: SYSTEM_ERROR ..."."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    for word in ("exit", "node was terminated", "unavailable"):
-        if line := next((line for line in lines if word in line.lower()), ""):
-            # "The actor 58ab... is unavailable: ...: Socket closed rpc_code: 14. The task may ..."
-            return re.sub(r"^The actor \w+ is unavailable: |\. The task may .*", "", line)
-    return type(error).__name__
 
 
 def _wait_for(ready: Callable[[], bool], timeout_s: float, check: Callable[[], None]) -> bool:
