@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from pipeline.chaos.driver import Driver
 from pipeline.checkpoint.manifest import list_checkpoints
 from pipeline.errors import Interrupted
@@ -34,23 +36,26 @@ class Fault:
 
 
 def _kill_rank(driver: Driver, choices: random.Random) -> str:
-    ranks = driver.ranks()
-    if not ranks:
+    process = _rank(driver, choices)
+    if process is None:
         return ""
-    # In a fixed order, so that the seed alone decides which rank it is.
-    process = choices.choice(sorted(ranks, key=lambda rank: rank.pid))
     process.kill()
     return f"killed process {process.pid} of a rank"
 
 
 def _stop_rank(driver: Driver, choices: random.Random) -> str:
-    ranks = driver.ranks()
-    if not ranks:
+    process = _rank(driver, choices)
+    if process is None:
         return ""
-    process = choices.choice(sorted(ranks, key=lambda rank: rank.pid))
     # It exists and answers nothing: only its heartbeat shows that it hangs.
     process.suspend()
     return f"stopped process {process.pid} of a rank (SIGSTOP)"
+
+
+def _rank(driver: Driver, choices: random.Random) -> psutil.Process | None:
+    # In a fixed order, so that the seed alone decides which rank it is.
+    ranks = sorted(driver.ranks(), key=lambda rank: rank.pid)
+    return choices.choice(ranks) if ranks else None
 
 
 def _kill_driver(driver: Driver, choices: random.Random) -> str:
