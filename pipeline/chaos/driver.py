@@ -18,7 +18,7 @@ from pipeline.layout import RunDir
 from pipeline.monitor.events import Follower
 
 _POLL_S = 0.2
-_RANK = "ray::"  # how Ray names the processes that run ranks
+_RANK = "ray::Worker"  # how Ray names the processes of our actors; others are idle, or its own
 _KEEPER = "ray_keeper"  # parent of Ray's servers, in a session of its own
 
 

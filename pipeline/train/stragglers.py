@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import socket
 import statistics
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,9 @@ from pipeline.monitor import tags
 from pipeline.reporting import Log
 from pipeline.train.step_times import DATA, FORWARD
 
-_LOGS = 3  # in a row, before a rank is named: one slow interval may be chance
+# A rank is named after so many slow logs in a row, and so many seconds: less may be chance.
+_LOGS = 3
+_SLOW_S = 20.0
 _LEAST_S = 0.01  # per interval; below, nobody waits for anybody
 
 
@@ -27,14 +30,20 @@ class Stragglers:
     Args:
         factor: times the median of the other ranks, from which on a rank is named.
         log: logs a message for the user.
+        clock: seconds that only grow.
     """
 
-    def __init__(self, factor: float, log: Log) -> None:
+    def __init__(
+        self, factor: float, log: Log, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._factor = factor
         self._log = log
+        self._clock = clock
         self._hosts: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(self._hosts, socket.gethostname())
         self._slow = [0] * dist.get_world_size()  # logs in a row
+        self._since = [0.0] * dist.get_world_size()  # when the first of them was written
+        self._named: set[int] = set()  # while they are slow
 
     def compare(self, seconds: Mapping[str, float]) -> dict[str, float]:
         """How much longer than the others the slowest rank takes, and which one it is.
@@ -54,18 +63,30 @@ class Stragglers:
         data, forward = torch.stack(times).unbind(1)
         alone: list[float] = (data + forward).tolist()
         others = [statistics.median(alone[:rank] + alone[rank + 1 :]) for rank in range(len(alone))]
-        for rank, (time, usual) in enumerate(zip(alone, others, strict=True)):
-            is_slow = time > self._factor * usual and time - usual > _LEAST_S
-            self._slow[rank] = self._slow[rank] + 1 if is_slow else 0
-            if self._slow[rank] == _LOGS:
-                self._log(
-                    f"rank {rank} on {self._hosts[rank]} is slow: {time / max(usual, 1e-9):.1f} "
+        for rank, (own_s, usual) in enumerate(zip(alone, others, strict=True)):
+            if own_s > self._factor * usual and own_s - usual > _LEAST_S:
+                self._count(
+                    rank,
+                    f"rank {rank} on {self._hosts[rank]} is slow: {own_s / max(usual, 1e-9):.1f} "
                     f"times the others ({float(data[rank]):.2f} s for data, "
                     f"{float(forward[rank]):.2f} s for the forward pass since the last log)",
-                    "warning",
                 )
+            else:
+                self._slow[rank] = 0
+                self._named.discard(rank)
         slowest = alone.index(max(alone))
         return {
             tags.RANK_SPREAD: alone[slowest] / max(others[slowest], 1e-9) - 1,
             tags.SLOWEST_RANK: float(slowest),
         }
+
+    def _count(self, rank: int, text: str) -> None:
+        """Count a slow log of a rank, and log the text once the rank has been slow for a while."""
+        now = self._clock()
+        if self._slow[rank] == 0:
+            self._since[rank] = now
+        self._slow[rank] += 1
+        lasts = self._slow[rank] >= _LOGS and now - self._since[rank] >= _SLOW_S
+        if lasts and rank not in self._named:
+            self._named.add(rank)
+            self._log(text, "warning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tests.train import processes
 FACTOR = 1.5
 
 
-def compared(intervals: list[list[float]]) -> tuple[list[str], list[dict[str, float]]]:
+def compared(
+    intervals: list[list[float]], log_every_s: float
+) -> tuple[list[str], list[dict[str, float]]]:
     """What one rank logs and returns; ``intervals``: forward seconds of all ranks, per log."""
     dist.init_process_group("gloo")
     messages: list[str] = []
@@ -25,10 +28,11 @@ def compared(intervals: list[list[float]]) -> tuple[list[str], list[dict[str, fl
     def log(text: str, level: str = "info") -> None:
         messages.append(f"{level}: {text}")
 
-    stragglers = Stragglers(FACTOR, log)
+    logs = itertools.count()
+    comparison = Stragglers(FACTOR, log, lambda: next(logs) * log_every_s)
     rank = dist.get_rank()
     scalars = [
-        stragglers.compare({DATA: 0.1, FORWARD: times[rank], UPDATE: 9.0}) for times in intervals
+        comparison.compare({DATA: 0.1, FORWARD: times[rank], UPDATE: 9.0}) for times in intervals
     ]
     dist.destroy_process_group()
     return messages, scalars
@@ -40,7 +44,7 @@ def test_a_slow_rank_is_named_once_with_its_host(tmp_path: Path, ranks: int) -> 
     even = [1.1] * ranks
     # Two slow intervals in a row may be chance.
     intervals = [slow, slow, even, slow, slow, slow, slow]
-    results = processes.run(tmp_path, ranks, compared, intervals)
+    results = processes.run(tmp_path, ranks, compared, intervals, 30.0)
     for messages, scalars in results:
         (message,) = messages
         assert message.startswith(f"warning: rank {ranks - 1} on {socket.gethostname()} is slow: 2")
@@ -48,6 +52,12 @@ def test_a_slow_rank_is_named_once_with_its_host(tmp_path: Path, ranks: int) -> 
         assert scalars[-1][tags.SLOWEST_RANK] == ranks - 1
         assert scalars[-1][tags.RANK_SPREAD] == pytest.approx(1.0)
         assert scalars[2][tags.RANK_SPREAD] == pytest.approx(0.0)
+
+
+def test_some_slow_steps_name_nobody(tmp_path: Path) -> None:
+    intervals = [[1.1, 2.3]] * 6
+    for messages, _ in processes.run(tmp_path, 2, compared, intervals, 1.0):
+        assert messages == []
 
 
 def test_one_rank_is_compared_with_nobody(tmp_path: Path) -> None:
@@ -58,8 +68,8 @@ def test_one_rank_is_compared_with_nobody(tmp_path: Path) -> None:
 def alone(rendezvous: Path) -> tuple[list[str], list[dict[str, float]]]:
     messages: list[str] = []
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
-    stragglers = Stragglers(FACTOR, lambda text, level="info": messages.append(text))
-    return messages, [stragglers.compare({FORWARD: 9.0})]
+    comparison = Stragglers(FACTOR, lambda text, level="info": messages.append(text))
+    return messages, [comparison.compare({FORWARD: 9.0})]
 
 
 class GpuEvent:
