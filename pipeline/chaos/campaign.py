@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -65,10 +66,11 @@ class Campaign:
         """
         undisturbed = self._driver("undisturbed")
         self.log("an undisturbed run, to compare with")
-        undisturbed.start()
-        if not undisturbed.wait_until(lambda: False, _END_S) and undisturbed.wait(END_S) != 0:
-            raise self._failed(undisturbed, "the undisturbed run failed")
-        undisturbed.poll()
+        with self._ended(undisturbed):
+            undisturbed.start()
+            if not undisturbed.wait_until(lambda: False, _END_S) and undisturbed.wait(END_S) != 0:
+                raise self._failed(undisturbed, "the undisturbed run failed")
+            undisturbed.poll()
         # Enough for a run, and little enough to be filled in a moment.
         size = sum(path.stat().st_size for path in undisturbed.run_dir.path.rglob("*"))
         with own_disk(self.folder / "disturbed", _ROOM * size) as has_disk:
@@ -77,7 +79,8 @@ class Campaign:
             if not has_disk:
                 self.log("no disk is filled: a file system of its own needs root", "warning")
             try:
-                self._disturb(disturbed, kinds, total=undisturbed.reached)
+                with self._ended(disturbed):
+                    self._disturb(disturbed, kinds, total=undisturbed.reached)
                 different = self._differences(undisturbed.run_dir, disturbed.run_dir)
             finally:
                 # The disk is gone afterwards, and with it what a report needs.
@@ -171,6 +174,15 @@ class Campaign:
             raise self._failed(driver, f"it ends again and again (exit code {code})")
         driver.start()
         return True
+
+    @contextlib.contextmanager
+    def _ended(self, driver: Driver) -> Iterator[None]:
+        """No process of the driver is left afterwards, also if chaos itself is ended."""
+        try:
+            yield
+        finally:
+            driver.end()
+            self._require_nothing_left(driver)
 
     def _require_nothing_left(self, driver: Driver) -> None:
         deadline = time.monotonic() + _LEFT_S

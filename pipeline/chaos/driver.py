@@ -69,6 +69,13 @@ class Driver:
         assert self.process is not None
         return self.process.wait(seconds)
 
+    def end(self) -> None:
+        """End it now, unless it has ended. Its keeper ends Ray's processes after it."""
+        if self.process is not None and self.code is None:
+            self.left_processes()  # remembers whose processes must end
+            self.process.kill()
+            self.process.wait()
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the driver alone."""
         assert self.process is not None

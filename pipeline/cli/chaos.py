@@ -32,6 +32,7 @@ def chaos(
     from pipeline.config.job_queries import training_stages
     from pipeline.monitor.console import output_console
     from pipeline.orchestrate.job_files import find_job_file
+    from pipeline.orchestrate.signals import StopRequest
 
     loaded = load(job, overrides)
     name = f"{loaded.job.name}-chaos-{seed}"
@@ -48,8 +49,11 @@ def chaos(
         log=lambda text, level="info": console.print(text, markup=False),
     )
     campaign.folder.mkdir(parents=True, exist_ok=True)
+    stop = StopRequest(campaign.log)
+    stop.install()
     try:
-        campaign.run()
+        with stop.at_once():
+            campaign.run()
     finally:
         console.print(table(campaign.events))
     console.print(f"{len(campaign.events)} faults, all results equal")

@@ -9,35 +9,40 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.chaos.campaign import Campaign
 from pipeline.chaos.driver import Driver
 from pipeline.chaos.faults import FAULTS, flip_a_bit
 from pipeline.chaos.own_disk import own_disk
-from pipeline.errors import StageError
+from pipeline.errors import Interrupted, StageError
 from pipeline.layout import RunDir
 from tests.e2e.job_runs import ROOT, make_job
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_job_survives_four_faults_with_equal_results(tmp_path: Path) -> None:
-    job = make_job(tmp_path)
-    command = [sys.executable, "-m", "pipeline", "chaos", str(job), "--faults", "4", "--seed", "1"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
+def start(job: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the command on a job, in the folder of the job."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "chaos", str(job), *arguments],
+        cwd=job.parent,
         env=os.environ | {"PYTHONPATH": str(ROOT), "DS_BUILD_OPS": "0"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=1200,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 faults, all results equal" in done.stdout
+
+
+def test_a_job_survives_four_faults_with_equal_results(tmp_path: Path) -> None:
+    process = start(make_job(tmp_path), "--faults", "4", "--seed", "1")
+    output, errors = process.communicate(timeout=1200)
+    assert process.returncode == 0, output + errors
+    assert "4 faults, all results equal" in output
     folder = tmp_path / "runs" / "small-chaos-1"
     result = json.loads((folder / "chaos.json").read_text())
     assert len(result["faults"]) == 4
@@ -45,7 +50,29 @@ def test_a_job_survives_four_faults_with_equal_results(tmp_path: Path) -> None:
     # Each waited for a new step after the one before.
     steps = [fault["step"] + fault["lost"] for fault in result["faults"]]
     assert steps == sorted(steps)
-    assert not [line for line in done.stderr.splitlines() if "Traceback" in line]
+    assert not [line for line in errors.splitlines() if "Traceback" in line]
+
+
+def test_chaos_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
+    process = start(make_job(tmp_path), "--seed", "1")
+    folder = tmp_path / "runs" / "small-chaos-1"
+    events = RunDir(folder / "disturbed" / "run").events("pretrain")
+    for _ in range(600):
+        if events.exists() or process.poll() is not None:
+            break
+        time.sleep(0.2)
+    process.terminate()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == Interrupted.exit_code, output + errors
+    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(command_of(p))]
+    assert str(folder) not in Path("/proc/self/mounts").read_text()
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
 
 
 def campaign(folder: Path, job: Path, **settings: object) -> Campaign:
