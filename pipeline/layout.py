@@ -130,6 +130,11 @@ class RunDir:
         return self.logs / "run.log"
 
     @property
+    def probe(self) -> Path:
+        """Written and removed again, to see whether that is possible."""
+        return self.logs / ".probe"
+
+    @property
     def timeline(self) -> Path:
         """Calls and phases of the whole run (JSON lines), of which its goodput is computed."""
         return self.logs / "run.jsonl"

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from pipeline.checkpoint.manifest import list_checkpoints
 from pipeline.errors import Interrupted
 
 END_S = 300.0  # of a driver that was asked to stop, or whose Ray was lost
-_FULL_S = 60.0  # a disk stays full, unless a checkpoint fails before
+_FULL_S = 60.0  # a disk stays full, unless the run warns of it before
+_LATE_S = 2.0  # messages that could not be written arrive afterwards
 _CHUNK = 1 << 20
-_MESSAGE = "could not be written"  # of a checkpoint, on a full disk
+_FULL_DISK = "cannot be written: "  # a warning of the driver
+_LOST_CHECKPOINT = "could not be written"
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,18 @@ def _flip_bit(driver: Driver, choices: random.Random) -> str:
 
 def _fill_disk(driver: Driver, choices: random.Random) -> str:
     filler = driver.run_dir.path / ".filler"
-    failures = _failures(driver)
+    warnings = _count(driver, _FULL_DISK)
+    lost = _count(driver, _LOST_CHECKPOINT)
     try:
-        # Until a checkpoint fails, not for a fixed time: a step may take long.
         _fill(filler)
-        driver.wait_until(lambda: _failures(driver) > failures, _FULL_S)
+        driver.wait_until(lambda: _count(driver, _FULL_DISK) > warnings, _FULL_S)
+        # Long enough for some checkpoints of a short job, and little of a long one.
+        time.sleep(choices.uniform(0, 10))
     finally:
         filler.unlink(missing_ok=True)
-    missed = _failures(driver) - failures
-    return f"filled the disk: {missed} checkpoints could not be written meanwhile"
+    time.sleep(_LATE_S)
+    lost = _count(driver, _LOST_CHECKPOINT) - lost
+    return f"filled the disk: {lost} attempts to write a checkpoint failed meanwhile"
 
 
 FAULTS = (
@@ -150,6 +156,6 @@ def _fill(path: Path) -> None:
                     raise
 
 
-def _failures(driver: Driver) -> int:
-    # In its output, which is not on the full disk, as the log of the run is.
-    return driver.log.read_text(errors="replace").count(_MESSAGE)
+def _count(driver: Driver, text: str) -> int:
+    """How often a text stands in its output, which is on another disk than the run."""
+    return driver.log.read_text(errors="replace").count(text)

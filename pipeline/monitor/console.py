@@ -95,6 +95,7 @@ class Display:
     ) -> None:
         self.console = console
         self._log_file = log_file
+        self._log_fails = False
         self._interval = interval
         self._clock = clock
         self._stage = ""
@@ -178,8 +179,11 @@ class Display:
                 self._log_file.writelines(f"{now}{line}\n" for line in text.splitlines())
                 self._log_file.flush()
             except OSError as error:  # the run matters more than its log
-                self._log_file = None
-                self.log(f"the log of the run cannot be written any more: {error}", "warning")
+                if not self._log_fails:
+                    self._log_fails = True
+                    self.log(f"the log of the run cannot be written: {error}", "warning")
+            else:
+                self._log_fails = False
 
 
 class DisplayFeed:

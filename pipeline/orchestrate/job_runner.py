@@ -24,6 +24,7 @@ from pipeline.metric_text import metric_text
 from pipeline.monitor.console import Display, DisplayFeed
 from pipeline.monitor.goodput import EVALUATION, PREPARE, START, Timeline, process_start
 from pipeline.orchestrate import artifacts, preflight, resume_policy
+from pipeline.orchestrate.disk_watch import watched_disk
 from pipeline.orchestrate.joined_ray import ADDRESS, JoinedRay, joined_ray
 from pipeline.orchestrate.judgement import Judge
 from pipeline.orchestrate.machine_pool import MachinePool
@@ -292,9 +293,10 @@ def _supervise(run: JobRunner, stage: str, ray: RaySession) -> dict[str, float]:
             count_failures=lambda failures: run.run_state.count_failures(stage, failures),
             pool=run.pool,
         )
-        metrics = run_supervised(
-            stage_fn(run.job, stage, run.run_dir), placement(run.job, stage, run.run_dir), watch
-        )
+        with watched_disk(run.run_dir, run.log):
+            metrics = run_supervised(
+                stage_fn(run.job, stage, run.run_dir), placement(run.job, stage, run.run_dir), watch
+            )
     # Show the events that the stage wrote after the supervisor's last poll.
     poll()
     return metrics

@@ -72,17 +72,20 @@ def test_the_first_lost_event_is_reported_and_later_ones_are_written_again(
     assert (steps[0], steps[-1]) == (1, 3)
 
 
-def test_the_display_continues_without_its_log() -> None:
+def test_the_display_continues_until_its_log_can_be_written(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
-    with open(FULL, "w") as log_file:
+    with open(tmp_path / "run.log", "w") as log_file:
+        good = os.dup(log_file.fileno())
+        with open(FULL, "wb") as full:
+            os.dup2(full.fileno(), log_file.fileno())
         display = Display(console, log_file)
         display.log("one line")
         display.log("another line")
         lines = console.export_text().splitlines()
         assert [line for line in lines if line.startswith("warning")] == [
-            "warning: the log of the run cannot be written any more: "
-            "[Errno 28] No space left on device"
+            "warning: the log of the run cannot be written: [Errno 28] No space left on device"
         ]
         assert lines[-1] == "another line"
-        # Closing would write what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), log_file.fileno())
+        os.dup2(good, log_file.fileno())
+        display.log("a third line")
+    assert "a third line" in (tmp_path / "run.log").read_text()
