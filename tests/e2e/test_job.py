@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -177,10 +178,10 @@ def test_every_file_of_a_run_follows_the_umask(undisturbed: Path, killed: Path) 
 
 
 @pytest.mark.parametrize(
-    ("number", "messages"),
+    ("number", "messages"),  # ranks are not in the order of the process IDs
     [
-        (signal.SIGKILL, ["of rank 1 died (process)"]),
-        (signal.SIGSTOP, ["rank 1 (hang): no progress for", "is stopped by a signal"]),
+        (signal.SIGKILL, [r"of rank [01] died \(process\)"]),
+        (signal.SIGSTOP, [r"rank [01] \(hang\): no progress for", "is stopped by a signal"]),
     ],
 )
 def test_a_rank_that_ends_or_hangs_is_replaced_and_the_result_is_the_same(
@@ -197,8 +198,8 @@ def test_a_rank_that_ends_or_hangs_is_replaced_and_the_result_is_the_same(
     os.kill(workers[1], number)
     code, out = finish(process)
     assert code == 0, out
-    for text in (*messages, "restarting the processes from the last checkpoint"):
-        assert text in out
+    for pattern in (*messages, "restarting the processes from the last checkpoint"):
+        assert re.search(pattern, out), out
     reference = undisturbed.parent / "runs" / "small"
     assert losses(run_dir, "pretrain") == losses(reference, "pretrain")
     weights = Path("stages/pretrain/weights.safetensors")

@@ -18,13 +18,13 @@ from pipeline.runtime.dist_env import DistEnv
 from pipeline.runtime.rank_link import Beat, RankLink
 from tests.orchestrate.supervised import SupervisedRun, alive, wait_until
 
-TIMEOUT_S = 5.0
+TIMEOUT_S = 10.0  # less than this, a busy machine may need for two steps
 HANGS_AT = 8  # step
 STEPS = 12
 
 
 class Stage:
-    """Twelve steps on two ranks that wait for each other. In the first group, rank 1 hangs."""
+    """Twelve steps on two ranks that wait for each other. In the first groups, rank 1 hangs."""
 
     def __init__(self, folder: Path, kind: str, groups: int = 1) -> None:
         self.folder = folder
@@ -37,10 +37,10 @@ class Stage:
 
         (self.folder / f"pid-{dist_env.generation}-{dist_env.rank}").write_text(str(os.getpid()))
         dist.init_process_group("gloo")
-        assert dist_env.generation is not None
         for step in range(1, STEPS + 1):
-            if dist_env.rank == 1 and step == HANGS_AT and dist_env.generation < self.groups:
-                (self.folder / "hangs").write_text(str(time.time()))
+            hung = len(list(self.folder.glob("hangs-*")))
+            if dist_env.rank == 1 and step == HANGS_AT and hung < self.groups:
+                (self.folder / f"hangs-{hung}").write_text(str(time.time()))
                 self.hang()
             dist.all_reduce(torch.ones(1))
             link.beat(step, STEP)
@@ -55,7 +55,7 @@ class Stage:
             wait_for_a_stuck_disk()
 
     def pids(self) -> list[int]:
-        return [int(path.read_text()) for path in self.folder.glob("pid-0-*")]
+        return [int(path.read_text()) for path in self.folder.glob("pid-*")]
 
 
 def wait_for_a_stuck_disk() -> None:
@@ -80,11 +80,12 @@ def test_a_process_that_hangs_is_named_and_the_group_starts_again(
     run = supervised(tmp_path)
     assert run(stage) == {"steps": STEPS}
     (text,) = [text for text in run.messages if "no progress" in text]
-    assert re.search(r"^pretrain: rank 1 \(hang\): no progress for \d+ s \(limit 5 s\)", text), text
+    pattern = r"^pretrain: rank 1 \(hang\): no progress for \d+ s \(limit 10 s\)"
+    assert re.search(pattern, text), text
     assert re.search(rf"rank 1 \(step \d+, \w+\):\n(  \| .*\n)*  \| .*{cause}", text)
     assert re.search(r"rank 0 .*:\n(  \| .*\n)*  \| all_reduce", text), text
     # Found within three times the limit.
-    began = float((tmp_path / "hangs").read_text())
+    began = float((tmp_path / "hangs-0").read_text())
     assert run.times[text] - began < 3 * TIMEOUT_S + 5
     assert wait_until(lambda: not alive(stage.pids()), 10)
 
@@ -104,7 +105,7 @@ def test_a_stop_request_during_a_hang_ends_the_run_within_the_grace(tmp_path: Pa
     asked: list[float] = []
 
     def stop() -> bool:
-        if (tmp_path / "hangs").exists():
+        if (tmp_path / "hangs-0").exists():
             asked.append(time.monotonic())
         return bool(asked)
 
