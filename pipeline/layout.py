@@ -136,7 +136,7 @@ class RunDir:
 
     @property
     def timeline(self) -> Path:
-        """Calls and phases of the whole run (JSON lines), of which its goodput is computed."""
+        """Calls and phases of the whole run (JSON lines); its goodput is computed from them."""
         return self.logs / "run.jsonl"
 
     @property

@@ -61,9 +61,7 @@ def _rank(driver: Driver, choices: random.Random) -> psutil.Process | None:
 
 
 def _kill_driver(driver: Driver, choices: random.Random) -> str:
-    driver.ranks()  # remembers whose processes must end
-    driver.send(signal.SIGKILL)
-    driver.wait(END_S)
+    driver.end()
     return "killed the driver"
 
 

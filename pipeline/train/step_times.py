@@ -46,8 +46,9 @@ class StepTimes:
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call. Waits for the device."""
+        if self._events:  # they are of one stream: when the last has passed, all have
+            self._events[-1][2].synchronize()
         for name, begin, end in self._events:
-            end.synchronize()
             self._add(name, begin.elapsed_time(end) / 1000)  # milliseconds
         seconds = self._seconds
         self._seconds = {}

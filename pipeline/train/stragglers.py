@@ -7,9 +7,8 @@ ZeRO 3 they also do in the forward pass.)
 from __future__ import annotations
 
 import socket
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -62,7 +61,7 @@ class Stragglers:
         dist.all_gather(times, own)
         data, forward = torch.stack(times).unbind(1)
         alone: list[float] = (data + forward).tolist()
-        others = [statistics.median(alone[:rank] + alone[rank + 1 :]) for rank in range(len(alone))]
+        others = _medians_of_others(alone)
         for rank, (own_s, usual) in enumerate(zip(alone, others, strict=True)):
             if own_s > self._factor * usual and own_s - usual > _LEAST_S:
                 self._count(
@@ -90,3 +89,20 @@ class Stragglers:
         if lasts and rank not in self._named:
             self._named.add(rank)
             self._log(text, "warning")
+
+
+def _medians_of_others(values: Sequence[float]) -> list[float]:
+    """For each of at least two values, the median of all the others. Sorts once.
+
+    Example: 1, 5, 3, 9 -> 5, 3, 5, 3. Without 1, the others in order are 3, 5, 9.
+    """
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    number = len(values) - 1
+    medians = [0.0] * len(values)
+    for place, index in enumerate(order):
+        # What stands behind the value that is left out moves up by one place.
+        low, high = (
+            values[order[middle + (middle >= place)]] for middle in ((number - 1) // 2, number // 2)
+        )
+        medians[index] = (low + high) / 2
+    return medians

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from pipeline.chaos.campaign import Campaign
@@ -21,6 +20,7 @@ from pipeline.chaos.faults import FAULTS, flip_a_bit
 from pipeline.chaos.own_disk import own_disk
 from pipeline.errors import Interrupted, StageError
 from pipeline.layout import RunDir
+from tests.cluster.processes import all_pids, command_line
 from tests.e2e.job_runs import ROOT, make_job
 
 pytestmark = pytest.mark.slow
@@ -64,15 +64,8 @@ def test_chaos_that_is_stopped_leaves_nothing_behind(tmp_path: Path) -> None:
     process.terminate()
     output, errors = process.communicate(timeout=120)
     assert process.returncode == Interrupted.exit_code, output + errors
-    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(command_of(p))]
+    assert not [pid for pid in all_pids() if str(folder) in command_line(pid)]
     assert str(folder) not in Path("/proc/self/mounts").read_text()
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
 
 
 def campaign(folder: Path, job: Path, **settings: object) -> Campaign:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import socket
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.monitor import tags
 from pipeline.train.step_times import DATA, FORWARD, UPDATE, StepTimes
-from pipeline.train.stragglers import Stragglers
+from pipeline.train.stragglers import Stragglers, _medians_of_others
 from tests.train import processes
 
 FACTOR = 1.5
@@ -58,6 +61,14 @@ def test_some_slow_steps_name_nobody(tmp_path: Path) -> None:
     intervals = [[1.1, 2.3]] * 6
     for messages, _ in processes.run(tmp_path, 2, compared, intervals, 1.0):
         assert messages == []
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=9))
+def test_each_value_is_compared_with_the_median_of_the_others(values: list[float]) -> None:
+    expected = [
+        statistics.median(values[:index] + values[index + 1 :]) for index in range(len(values))
+    ]
+    assert _medians_of_others(values) == expected
 
 
 def test_one_rank_is_compared_with_nobody(tmp_path: Path) -> None:
