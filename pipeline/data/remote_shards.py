@@ -75,8 +75,11 @@ class RemoteShards:
 
     def open(self, shards: Sequence[ShardInfo]) -> tuple[list[CachedContent], list[Index]]:
         contents = [CachedContent(self._cache, self._shard_file(shard)) for shard in shards]
+        # Threads download; the headers are parsed here, one after another. NumPy parses them with
+        # the `ast` module, which fails at random when threads of CPython 3.11 use it at once.
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            indexes = list(pool.map(self._read_index, shards))
+            maps = list(pool.map(self._map_index, shards))
+        indexes = [self._parse_index(*pair) for pair in zip(shards, maps, strict=True)]
         # If all shards fit, download them once and for all. Otherwise only `prefetch` knows which
         # ones are needed soon; any others would push those out of the cache.
         if sum(shard.bytes for shard in shards) <= self._cache.max_bytes:
@@ -118,28 +121,34 @@ class RemoteShards:
             bytes=shard.bytes,
         )
 
-    def _read_index(self, shard: ShardInfo) -> Index:
-        """The index of a shard, mapped; its file stays in the cache as long as the array exists."""
+    def _map_index(self, shard: ShardInfo) -> mmap.mmap:
+        """The index file of a shard. It stays in the cache as long as the map exists."""
         file = RemoteFile(
             storage=self._storage,
-            path=f"{self.root}/{index_path(Path(shard.file))}",
+            path=self._index_path(shard),
             digest=self._valid_digest(shard.index_digest),
         )
         descriptor = self._cache.open(file)
         try:
             # mmap duplicates the descriptor. The duplicate shares the lock, so the cache keeps the
             # file until the map is released.
-            content = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         finally:
             os.close(descriptor)
+
+    def _parse_index(self, shard: ShardInfo, content: mmap.mmap) -> Index:
+        """The index in ``content``: a view of it, which keeps the map open."""
         index = _parse_npy(content)
         if index is None or index.shape != (INDEX_ROWS, shard.rows):
             raise DataError(
                 f"is not the index of a shard of {shard.rows} rows",
-                place=self._storage.shown(file.path),
+                place=self._storage.shown(self._index_path(shard)),
                 remedy=COPY_AGAIN,
             )
         return index
+
+    def _index_path(self, shard: ShardInfo) -> str:
+        return f"{self.root}/{index_path(Path(shard.file))}"
 
     def _valid_digest(self, digest: str) -> str:
         """``digest`` if it has the form of one: it becomes a file name in the cache."""

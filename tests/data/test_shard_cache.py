@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -296,15 +295,6 @@ def test_truncated_file_in_the_cache_is_downloaded_again(
     assert bytes(split.image(39)) == bytes(local.split("train").image(39))
 
 
-def test_remote_dataset_without_cache_or_dataset_is_an_error(
-    tmp_path: Path, local: PreparedDataset
-) -> None:
-    with pytest.raises(DataError, match="memory:///cached: is remote, and there is no cache"):
-        open_dataset(MEMORY)
-    with pytest.raises(DataError, match="memory:///nothing: no prepared dataset here"):
-        open_dataset("memory://nothing", cache=ShardCache(tmp_path / "cache"))
-
-
 def test_unusable_cache_directory_is_an_error(tmp_path: Path, local: PreparedDataset) -> None:
     with pytest.raises(
         StageError, match=r"no room for a shard of \d+ bytes: the cache may hold 1000"
@@ -332,19 +322,3 @@ def test_store_that_does_not_answer_is_not_a_fault_of_the_data(
         StageError, match=r"train-00000.parquet: could not be read in 8 attempts: slow down"
     ):
         split.image(0)
-
-
-def test_damaged_digest_in_the_description_never_becomes_a_file_name(
-    tmp_path: Path, local: PreparedDataset
-) -> None:
-    store = MemoryFileSystem()
-    text = (local.path / "dataset.json").read_text()
-    name = "/other/dataset.json"
-    values = json.loads(text.replace(train_shards(local)[0].digest, "../../x"))
-    del values["digest"]
-    store.pipe_file(name, json.dumps(values).encode())
-    store.pipe_file("/other/classes.json", (local.path / "classes.json").read_bytes())
-    dataset = open_dataset("memory:///other", cache=ShardCache(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"dataset\.json: is damaged: '../../x' is not a digest"):
-        dataset.split("train")
-    assert cached_files(tmp_path / "cache") == []
