@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PASS_ON_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 # By file: the tests of a file share machines and prepared runs. Three workers for two cores, as
 # tests of clusters wait for schedulers and time limits. The order is that of tests/conftest.py.
-_ALL_TESTS = ["-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+_ALL_TESTS = ["-q", "-n", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations=40"]
 _FAST_TESTS = ["-m", "not slow"]  # tests/conftest.py marks the slow ones
 
 

@@ -34,7 +34,6 @@ from tests.data.remote_datasets import (
     assert_same_images,
     bytes_for,
     bytes_held,
-    cached_files,
     largest_shard,
     make_in_memory,
     train_shards,
