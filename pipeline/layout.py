@@ -20,7 +20,7 @@ runs/quickstart/
   logs/<stage>-rank<k>.log            output of one of its processes
   logs/batch.log, machines.log        output of a batch job, and of Ray on its machines
   logs/driver-<job>.log               output of the driver of a job on Kubernetes
-  logs/<stage>-rank<k>.jsonl          where the time of one of its processes went
+  logs/<stage>-rank<k>.jsonl          where one of its processes runs, and where its time goes
   logs/run.log                        messages of the run
   logs/run.jsonl                      when the run was called, and what it did when
   profiles/<stage>/                   traces of torch.profiler, of the steps that the job names

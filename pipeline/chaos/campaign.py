@@ -10,8 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pipeline.chaos.driver import Driver
-from pipeline.chaos.faults import END_S, FAULTS, Fault
+from pipeline.chaos.cluster_driver import ClusterDriver, OnCluster
+from pipeline.chaos.cluster_faults import cluster_faults
+from pipeline.chaos.driver import END_S, Driver
+from pipeline.chaos.faults import Fault
+from pipeline.chaos.local_driver import LocalDriver
+from pipeline.chaos.local_faults import local_faults
 from pipeline.chaos.own_disk import own_disk
 from pipeline.errors import Interrupted, StageError
 from pipeline.files import file_digest, write_json
@@ -20,6 +24,7 @@ from pipeline.reporting import Log
 
 # Of a disturbed run: neither changes a result. Every step is logged, so that progress shows.
 _SETTINGS = ("cluster.hang_timeout=60", "cluster.collective_timeout=300", "cluster.grace=60")
+_NEW_STEPS = 2  # after a fault, before the next one
 _PROGRESS_S = 900.0  # without a step, the run has not recovered
 _END_S = 3600.0 * 24
 _TRIES = 4  # calls in a row that end without a step in between
@@ -35,7 +40,7 @@ class InjectedFault:
     text: str
     step: int
     lost: int = 0
-    seconds: float = 0.0  # until the next new step
+    seconds: float = 0.0  # until there were new steps
 
 
 @dataclass(kw_only=True)
@@ -48,6 +53,7 @@ class Campaign:
         folder: of both runs.
         faults, seed: how many, and of which random numbers.
         log: logs a message for the user.
+        cluster: where both runs are; None: on this machine.
     """
 
     arguments: Sequence[str]
@@ -56,6 +62,7 @@ class Campaign:
     faults: int
     seed: int
     log: Log
+    cluster: OnCluster | None = None
     events: list[InjectedFault] = field(default_factory=list)
 
     def run(self) -> None:
@@ -71,22 +78,13 @@ class Campaign:
             if not undisturbed.wait_until(lambda: False, _END_S) and undisturbed.wait(END_S) != 0:
                 raise self._failed(undisturbed, "the undisturbed run failed")
             undisturbed.poll()
-        # Enough for a run, and little enough to be filled in a moment.
-        size = sum(path.stat().st_size for path in undisturbed.run_dir.path.rglob("*"))
-        with own_disk(self.folder / "disturbed", _ROOM * size) as has_disk:
-            disturbed = self._driver("disturbed")
-            kinds = [fault for fault in FAULTS if has_disk or not fault.needs_disk]
-            if not has_disk:
-                self.log("no disk is filled: a file system of its own needs root", "warning")
-            try:
-                with self._ended(disturbed):
-                    self._disturb(disturbed, kinds, total=undisturbed.reached)
-                different = self._differences(undisturbed.run_dir, disturbed.run_dir)
-            finally:
-                # The disk is gone afterwards, and with it what a report needs.
-                shutil.copytree(
-                    disturbed.run_dir.logs, self.folder / "disturbed-logs", dirs_exist_ok=True
-                )
+        # A cluster may keep its runs where this machine looks for others.
+        if not undisturbed.reached:
+            raise self._failed(undisturbed, f"no step of it is seen in {undisturbed.run_dir.path}")
+        with self._disturbed(undisturbed) as (disturbed, kinds):
+            with self._ended(disturbed):
+                self._disturb(disturbed, kinds, total=undisturbed.reached)
+            different = self._differences(undisturbed.run_dir, disturbed.run_dir)
         self._write(different)
         if different:
             raise StageError(f"the results differ: {', '.join(different)}", place=str(self.folder))
@@ -97,15 +95,42 @@ class Campaign:
                 remedy="ask for fewer faults, or take a longer job",
             )
 
+    @contextlib.contextmanager
+    def _disturbed(self, undisturbed: Driver) -> Iterator[tuple[Driver, list[Fault]]]:
+        """The run that is disturbed, and how it can be."""
+        driver = self._driver("disturbed")
+        if isinstance(driver, ClusterDriver):
+            yield driver, cluster_faults(driver)
+            return
+        assert isinstance(driver, LocalDriver)
+        # Enough for a run, and little enough to be filled in a moment.
+        size = sum(path.stat().st_size for path in undisturbed.run_dir.path.rglob("*"))
+        with own_disk(self.folder / "disturbed", _ROOM * size) as has_disk:
+            if not has_disk:
+                self.log("no disk is filled: a file system of its own needs root", "warning")
+            try:
+                yield driver, local_faults(driver, has_disk=has_disk)
+            finally:
+                # The disk is gone afterwards, and with it what a report needs.
+                logs = driver.run_dir.logs
+                if logs.exists():
+                    shutil.copytree(logs, self.folder / "disturbed-logs", dirs_exist_ok=True)
+
     def _driver(self, name: str) -> Driver:
-        run_dir = RunDir(self.folder / name / "run")
         settings = [*_SETTINGS, *(f"stages.{stage}.log_every_steps=1" for stage in self.stages)]
         overrides = [word for setting in settings for word in ("--set", setting)]
-        return Driver(
-            arguments=[*self.arguments, *overrides, "--run-dir", str(run_dir.path)],
+        log = self.folder / f"{name}.txt"
+        arguments = [*self.arguments, *overrides]
+        if self.cluster is not None:
+            # Beside the folder: a cluster keeps its runs by name.
+            run = f"{self.folder.name}-{name}"
+            return self.cluster.driver(arguments, self.folder.with_name(run), self.stages, log)
+        run_dir = RunDir(self.folder / name / "run")
+        return LocalDriver(
+            arguments=[*arguments, "--run-dir", str(run_dir.path)],
             run_dir=run_dir,
             stages=self.stages,
-            log=self.folder / f"{name}.txt",
+            log=log,
         )
 
     def _disturb(self, driver: Driver, kinds: Sequence[Fault], total: int) -> None:
@@ -119,31 +144,38 @@ class Campaign:
             wanted = driver.reached + choices.randint(1, widest)
             if not self._get_to(driver, wanted):
                 break
-            self._make(driver, kinds, choices)
+            if not self._make(driver, kinds, choices):
+                break
         self._get_to(driver, None)
 
-    def _make(self, driver: Driver, kinds: Sequence[Fault], choices: random.Random) -> None:
+    def _make(self, driver: Driver, kinds: Sequence[Fault], choices: random.Random) -> bool:
+        """Make a fault and wait for a new step; False if the job is done before."""
         text = ""
         while not text:  # a kind may be impossible between two groups of processes
+            if not self._keep_running(driver):
+                return False
             fault = choices.choice(kinds)
             before = driver.poll()
             began = time.monotonic()
-            text = fault.apply(driver, choices)
+            text = fault.apply(choices)
             if not text:
                 time.sleep(1)
         self.log(f"fault {len(self.events) + 1} of {self.faults} after step {before}: {text}")
         event = InjectedFault(fault=fault.name, text=text, step=before)
         self.events.append(event)
-        reached = driver.reached
+        driver.poll()
+        # What was on its way when the fault was made is no progress yet.
+        wanted = driver.reached + _NEW_STEPS
         lowest = before
         deadline = time.monotonic() + _PROGRESS_S
-        while self._keep_running(driver) and driver.reached <= reached:
+        while self._keep_running(driver) and driver.reached < wanted:
             lowest = min(lowest, driver.poll())
             if time.monotonic() > deadline:
                 raise self._failed(driver, f"no new step within {_PROGRESS_S:g} s after: {text}")
             time.sleep(0.2)
         event.lost = before - lowest
         event.seconds = time.monotonic() - began
+        return True
 
     def _get_to(self, driver: Driver, step: int | None) -> bool:
         """Run until a step (None: the end); False if the job is done before."""

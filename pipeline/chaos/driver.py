@@ -1,13 +1,12 @@
-"""A run as a user starts it, in a process of its own: its processes, and how far it is."""
+"""A run as a user starts it, by a command in a process of its own, and how far it is."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,17 +16,17 @@ import psutil
 from pipeline.layout import RunDir
 from pipeline.monitor.events import Follower
 
+END_S = 300.0  # of a driver that was asked to stop, or whose Ray was lost
 _POLL_S = 0.2
-_RANK = "ray::Worker"  # how Ray names the processes of our actors; others are idle, or its own
-_KEEPER = "ray_keeper"  # parent of Ray's servers, in a session of its own
 
 
 @dataclass(kw_only=True)
-class Driver:
+class Driver(ABC):
     """The command ``run``, started as often as needed.
 
     Attributes:
         arguments: of the command, after ``run``.
+        run_dir: as this machine sees it.
         stages: the training stages.
         log: file of its output.
     """
@@ -37,11 +36,22 @@ class Driver:
     stages: Sequence[str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
-    keeper: psutil.Process | None = None
     starts: int = 0
     _events: dict[str, Follower] = field(default_factory=dict)
     _steps: dict[str, int] = field(default_factory=dict)  # by stage: of the newest event
     reached: int = 0  # steps of all stages, at most so far
+
+    @abstractmethod
+    def stop(self) -> int:
+        """Ask the run to stop and wait for its end; returns the exit code of the command."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """End the run now, unless it has ended."""
+
+    @abstractmethod
+    def left_processes(self) -> list[psutil.Process]:
+        """What this machine has of the run: nothing, some time after its end."""
 
     def start(self) -> None:
         """Start it, or start it again to resume."""
@@ -56,11 +66,10 @@ class Driver:
                 start_new_session=True,
                 preexec_fn=_heed_stop_requests,
             )
-        self.keeper = None
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
+        """The exit code of the command; None while it runs."""
         assert self.process is not None
         return self.process.poll()
 
@@ -68,30 +77,6 @@ class Driver:
         """Its exit code. Raises subprocess.TimeoutExpired."""
         assert self.process is not None
         return self.process.wait(seconds)
-
-    def end(self) -> None:
-        """End it now, unless it has ended. Its keeper ends Ray's processes after it."""
-        if self.process is not None and self.code is None:
-            self.left_processes()  # remembers whose processes must end
-            self.process.kill()
-            self.process.wait()
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to the driver alone."""
-        assert self.process is not None
-        os.kill(self.process.pid, number)
-
-    def ranks(self) -> list[psutil.Process]:
-        """The processes that train now."""
-        return [process for process in self._of_ray() if _title(process).startswith(_RANK)]
-
-    def server(self, name: str) -> psutil.Process | None:
-        """A server of Ray, such as "raylet"."""
-        return next((process for process in self._of_ray() if _name(process) == name), None)
-
-    def left_processes(self) -> list[psutil.Process]:
-        """What is left of the run: nothing, some time after its end."""
-        return self._of_ray()
 
     def poll(self) -> int:
         """Steps of all training stages that were logged; it may go back."""
@@ -117,39 +102,8 @@ class Driver:
             time.sleep(_POLL_S)
         return False
 
-    def _of_ray(self) -> list[psutil.Process]:
-        """The keeper of Ray's processes and all below it."""
-        if self.keeper is None:
-            assert self.process is not None
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children = psutil.Process(self.process.pid).children()
-                self.keeper = next((child for child in children if _KEEPER in _title(child)), None)
-        if self.keeper is None:
-            return []
-        # All of them are in the session that their parent leads, also after that has ended.
-        session = self.keeper.pid
-        return [process for process in psutil.process_iter() if _session(process) == session]
-
 
 def _heed_stop_requests() -> None:
     """Under `nohup`, or in the background of a script, `chaos` has inherited signals to ignore."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-
-
-def _title(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return " ".join(process.cmdline())
-    return ""
-
-
-def _name(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return str(process.name())
-    return ""
-
-
-def _session(process: psutil.Process) -> int:
-    with contextlib.suppress(OSError):
-        return os.getsid(process.pid)
-    return 0

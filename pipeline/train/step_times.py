@@ -8,6 +8,8 @@ other ranks is part of backward and update.
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Self
@@ -68,15 +70,19 @@ class StepTimes:
 class TimesLog:
     """The log of the times of one rank, one line per logged interval.
 
-    A log that cannot be written does not end the training: after a warning nothing is written.
+    Before them a line says where the process runs: its host, and its process ID there. ``step``:
+    where it starts. A log that cannot be written does not end the training: after a warning nothing
+    is written.
     """
 
-    def __init__(self, run_dir: RunDir, stage: str, rank: int, log: Log) -> None:
+    def __init__(self, run_dir: RunDir, stage: str, rank: int, log: Log, step: int) -> None:
         self._log = log
         self._path = run_dir.times(stage, rank)
         self._writer: EventWriter | None = None
         with self._warned():
             self._writer = EventWriter(self._path)
+            place = {"pid": float(os.getpid())}
+            self._writer.write("start", step, text=socket.gethostname(), scalars=place)
 
     def write(self, step: int, seconds: Mapping[str, float]) -> None:
         """Append a line: seconds by phase of the steps since the line before, up to ``step``."""

@@ -76,7 +76,7 @@ def train_stage(
                 if not setup.resumed or setup.first_step < context.total_steps:
                     with (
                         train_loader(context, setup.first_data_step) as loader,
-                        TimesLog(run_dir, stage, world.rank, log) as times_log,
+                        TimesLog(run_dir, stage, world.rank, log, setup.first_step) as times_log,
                     ):
                         trainer = Trainer(
                             context=context,

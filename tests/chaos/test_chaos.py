@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.chaos.campaign import Campaign
-from pipeline.chaos.driver import Driver
-from pipeline.chaos.faults import FAULTS, flip_a_bit
+from pipeline.chaos.faults import flip_a_bit
+from pipeline.chaos.local_driver import LocalDriver
+from pipeline.chaos.local_faults import local_faults
 from pipeline.chaos.own_disk import own_disk
-from pipeline.errors import Interrupted, StageError
+from pipeline.errors import ConfigError, Interrupted, StageError
 from pipeline.layout import RunDir
 from tests.cluster.processes import all_pids, command_line
 from tests.e2e.job_runs import ROOT, make_job
@@ -42,7 +43,7 @@ def test_a_job_survives_four_faults_with_equal_results(tmp_path: Path) -> None:
     process = start(make_job(tmp_path), "--faults", "4", "--seed", "1")
     output, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, output + errors
-    assert "4 faults, all results equal" in output
+    assert "all results are equal; faults: 4" in output
     folder = tmp_path / "runs" / "small-chaos-1"
     result = json.loads((folder / "chaos.json").read_text())
     assert len(result["faults"]) == 4
@@ -73,6 +74,12 @@ def campaign(folder: Path, job: Path, **settings: object) -> Campaign:
     return Campaign(arguments=[str(job)], stages=["pretrain"], folder=folder, **values)  # type: ignore[arg-type]
 
 
+def local_driver(folder: Path) -> LocalDriver:
+    return LocalDriver(
+        arguments=["no-such-job"], run_dir=RunDir(folder), stages=[], log=folder / "log"
+    )
+
+
 def test_results_that_differ_are_named(tmp_path: Path) -> None:
     runs = [RunDir(tmp_path / name) for name in ("one", "other")]
     for run in runs:
@@ -99,9 +106,7 @@ def test_a_job_that_fails_by_itself_is_not_disturbed(tmp_path: Path) -> None:
 
 
 def test_a_run_heeds_signals_that_chaos_ignores(tmp_path: Path) -> None:
-    driver = Driver(
-        arguments=["no-such-job"], run_dir=RunDir(tmp_path), stages=[], log=tmp_path / "log"
-    )
+    driver = local_driver(tmp_path)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
         driver.start()
@@ -122,11 +127,37 @@ def test_one_bit_is_flipped_and_neither_size_nor_time_shows_it(tmp_path: Path) -
 
 
 def test_only_a_disk_of_its_own_is_filled(tmp_path: Path) -> None:
-    assert [fault.name for fault in FAULTS if fault.needs_disk] == ["full disk"]
+    driver = local_driver(tmp_path)
+    names = [{fault.name for fault in local_faults(driver, has_disk=has)} for has in (True, False)]
+    assert names[0] - names[1] == {"full disk"}
     with own_disk(tmp_path / "disk", 1 << 20) as is_mounted:
         mounts = Path("/proc/self/mounts").read_text()
         assert bool(re.search(rf"^none {tmp_path}/disk tmpfs ", mounts, re.MULTILINE)) == is_mounted
     assert f"{tmp_path}/disk" not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "options", "expected"),
+    [
+        ("kind: slurm", [], "--reach 'ssh {host}'"),
+        (
+            "kind: slurm\nruns: /nowhere/runs",
+            ["--reach", "ssh {host}"],
+            "/nowhere/runs: chaos",
+        ),
+        ("kind: local", ["--reach", "ssh {host}"], "only on a cluster"),
+    ],
+)
+def test_a_cluster_out_of_reach_is_refused(
+    tmp_path: Path, cluster: str, options: list[str], expected: str
+) -> None:
+    job = make_job(tmp_path)
+    (tmp_path / "cluster.yaml").write_text(f"{cluster}\ndevice: cpu\n")
+    process = start(job, "--on", "cluster.yaml", *options)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == ConfigError.exit_code, output + errors
+    assert expected in output + errors
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_command_is_documented() -> None:

@@ -49,8 +49,10 @@ def blocks_of(title: str, language: str = "bash") -> list[Block]:
 
 # File, key and value of the checkout: the guides' own commands, in less time.
 SHORTER = [
-    ("jobs/quickstart.yaml", "images_per_class", "32"),
-    ("configs/recipe/quickstart_finetune.yaml", "epochs", "2"),
+    ("jobs/quickstart.yaml", "images_per_class", "20"),
+    ("jobs/quickstart.yaml", "validation_per_class", "4"),
+    ("configs/recipe/quickstart_pretrain.yaml", "epochs", "3"),
+    ("configs/recipe/quickstart_finetune.yaml", "epochs", "1"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def test_every_rank_logs_its_times_and_profiles_the_chosen_step(
 ) -> None:
     run_dir, _ = measured
     for rank in (0, 1):
-        lines = read_events(run_dir.times("pretrain", rank))
+        start, *lines = read_events(run_dir.times("pretrain", rank))
+        assert (start.kind, start.step, start.text) == ("start", 0, socket.gethostname())
+        assert start.scalars["pid"] > 1
         assert [line.step for line in lines] == [1, 2, 3]
         assert {"data", "forward", "backward", "update"} <= set(lines[0].seconds)
         assert all(seconds >= 0 for line in lines for seconds in line.seconds.values())
