@@ -125,14 +125,17 @@ def load_network(job: Job, run_dir: RunDir, initial: str, data: PreparedDataset)
     spec = architecture_spec(job.model, len(classes), supervised=head != CLASSIFIER)
     with torch.device("meta"):
         network = Network(spec)
-    # 3. The weights become the network's parameters. Integer buffers are not in the file.
+    # 3. The weights become the network's parameters. Integer buffers are not in the file. Copies:
+    #    in a mapped file, weights begin anywhere. Libraries sum in another order where memory is
+    #    not aligned, so that the last bit of a result would depend on the length of a header.
     shapes = {
         name: tuple(value.shape)
         for name, value in network.state_dict().items()
         if value.is_floating_point()
     }
     require_shapes(reader, shapes, str(source))
-    network.load_state_dict({name: reader.full(name) for name in shapes}, strict=True, assign=True)
+    weights = {name: reader.full(name).clone() for name in shapes}
+    network.load_state_dict(weights, strict=True, assign=True)
     return network.eval()
 
 

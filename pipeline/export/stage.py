@@ -160,9 +160,7 @@ def _training(job: Job) -> str:
 
 
 def _write(network: Network, description: ModelDescription, target: Path) -> None:
-    # Copies: loaded weights are views of one mapped file, and both formats would take them for
-    # tensors that share memory.
-    state = {name: value.detach().clone() for name, value in network.state_dict().items()}
+    state = network.state_dict()
     write_weights_file(target / MODEL_WEIGHTS, state, metadata={"format": "pt"})
     if description["published_names"] == PUBLISHED_WEIGHTS:
         published = official.to_published(network, state)

@@ -180,6 +180,8 @@ class _Node:
             "--min-worker-port=0",
             "--max-worker-port=0",
             "--dashboard-agent-listen-port=0",
+            # It sends the output of processes to drivers. Ours write into the run directory.
+            "--include-log-monitor=false",
         ]
         if self._address:
             arguments.append(f"--node-ip-address={self._address}")
