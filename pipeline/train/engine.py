@@ -18,6 +18,7 @@ from pipeline.model import Network, NetworkSpec, Output
 from pipeline.model.column import Level
 from pipeline.runtime import environment
 from pipeline.runtime.dist_env import DistEnv
+from pipeline.train.offload import combine_norms_as_on_device
 from pipeline.train.optimizer import make_optimizer
 
 _COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
@@ -204,4 +205,6 @@ def make_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(model, config), config=settings
     )
+    if config.offload_optimizer != "none":
+        combine_norms_as_on_device(engine.optimizer)
     return engine

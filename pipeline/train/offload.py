@@ -8,8 +8,9 @@ that are mapped into memory: the system holds what fits and writes the rest to t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,3 +61,23 @@ def zeros_on_disk(like: Tensor, folder: Path) -> Tensor:
         # The name goes at once, the content with the process, however it ends.
         path.unlink(missing_ok=True)
     return values.view(like.shape)
+
+
+def combine_norms_as_on_device(optimizer: Any) -> None:
+    """Let DeepSpeed combine the norms of offloaded gradients as it does on the device.
+
+    It adds the same numbers in two ways (0.19.8). The results differ in the last bit on some
+    processors, and gradients are clipped by them: offload would change the weights.
+    """
+    norm_of_offloaded = optimizer.complete_grad_norm_calculation_for_cpu_offload
+
+    def norm(parameters: Sequence[Tensor]) -> Tensor:
+        norms = optimizer.norm_for_param_grads
+        known = [each for each in parameters if optimizer.get_param_id(each) in norms]
+        if not known:
+            return cast(Tensor, norm_of_offloaded(parameters))
+        # The norm of a single number is that number.
+        values = [torch.as_tensor(norms[optimizer.get_param_id(each)]) for each in known]
+        return cast(Tensor, optimizer.get_grad_norm_direct(values, known))
+
+    optimizer.complete_grad_norm_calculation_for_cpu_offload = norm
