@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.export.hub.bundle import bundle
+from tests.cluster.debian import CACHE, unavailable
 from tests.export.hub_models import ROOT
 
-CACHE = Path.home() / ".cache" / "revcol-pipeline-tests"
 # Loaded by pytest before timm's tests list the models that are registered.
 PLUGIN = """
 from pipeline.runtime.torchvision_import import import_torchvision
@@ -30,17 +30,20 @@ CHOSEN = "revcol_tiny and not torchscript"
 
 @pytest.fixture(scope="module")
 def timm_tests() -> Path:
-    """timm's ``tests/test_models.py``. Skips where the sources cannot be downloaded."""
+    """timm's ``tests/test_models.py``, from the index that pip uses."""
     version = importlib.metadata.version("timm")
     folder = CACHE / f"timm-{version}"
     if not folder.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
-        options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q"]
+        # pip builds the metadata of what it downloads, and needs timm's build tool for that.
+        options = ["--no-deps", "--no-binary", "timm", "-q"]
         command = [sys.executable, "-m", "pip", "download", f"timm=={version}", *options]
-        done = subprocess.run([*command, "-d", str(CACHE)], capture_output=True, check=False)
+        done = subprocess.run(
+            [*command, "-d", str(CACHE)], capture_output=True, text=True, check=False
+        )
         archive = CACHE / f"timm-{version}.tar.gz"
         if done.returncode != 0 or not archive.is_file():
-            pytest.skip("the sources of timm cannot be downloaded")
+            unavailable(f"the sources of timm cannot be downloaded: {done.stderr[-1000:]}")
         with tarfile.open(archive) as tar:
             tar.extractall(CACHE, filter="data")
     return folder / "tests" / "test_models.py"
