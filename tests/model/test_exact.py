@@ -176,7 +176,7 @@ def test_each_forward_pass_starts_a_new_consistency_record() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", KINDS)
 def test_compiled_levels_run_the_same_graph_twice(block: str) -> None:
-    network = network_with("wide", columns=3, block=block, compile=True)
+    network = network_with("wide", columns=2, block=block, compile=True)
     backward(network, torch.randn(2, 3, 32, 32))
     assert network.consistency.report() == []
 
