@@ -118,6 +118,7 @@ class Campaign:
 
     def _driver(self, name: str) -> Driver:
         settings = [*_SETTINGS, *(f"stages.{stage}.log_every_steps=1" for stage in self.stages)]
+        settings += self.cluster.settings if self.cluster else []
         overrides = [word for setting in settings for word in ("--set", setting)]
         log = self.folder / f"{name}.txt"
         arguments = [*self.arguments, *overrides]
@@ -142,9 +143,7 @@ class Campaign:
         for _ in range(self.faults):
             # Each fault waits for new steps after the one before.
             wanted = driver.reached + choices.randint(1, widest)
-            if not self._get_to(driver, wanted):
-                break
-            if not self._make(driver, kinds, choices):
+            if not self._get_to(driver, wanted) or not self._make(driver, kinds, choices):
                 break
         self._get_to(driver, None)
 

@@ -39,17 +39,19 @@ class OnCluster:
     reach: str
     head: str = ""
 
+    @property
+    def settings(self) -> list[str]:
+        """Keys of the job, for both runs."""
+        # A machine that was cut off may come back only with the next job of a scheduler.
+        return [f"cluster.min_nodes={self.nodes}", f"cluster.wait={_WAIT_S}"]
+
     def driver(
         self, arguments: Sequence[str], submitted_as: Path, stages: Sequence[str], log: Path
     ) -> ClusterDriver:
         """The driver of a run. ``submitted_as``: its run directory for the commands."""
-        # A machine that was cut off may come back only with the next job of a scheduler.
-        settings = [f"cluster.min_nodes={self.nodes}", f"cluster.wait={_WAIT_S}"]
-        overrides = [word for setting in settings for word in ("--set", setting)]
-        options = [*(["--on", self.name] if self.name else []), *overrides]
-        options += ["--run-dir", str(submitted_as)]
+        on = ["--on", self.name] if self.name else []
         return ClusterDriver(
-            arguments=[*arguments, *options],
+            arguments=[*arguments, *on, "--run-dir", str(submitted_as)],
             run_dir=RunDir(self.runs / submitted_as.name),
             submitted_as=RunDir(submitted_as),
             reach=self.reach,
@@ -151,8 +153,3 @@ class ClusterDriver(Driver):
         # Also when the run has just ended, which is no error here.
         with open(self.log, "ab") as log:
             subprocess.run([*command, *options], stdout=log, stderr=subprocess.STDOUT, check=False)
-
-
-def hosts(ranks: Sequence[Rank]) -> list[str]:
-    """The machines of these ranks, each once."""
-    return list(dict.fromkeys(rank.host for rank in ranks))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from functools import partial
 
-from pipeline.chaos.cluster_driver import ClusterDriver, Rank, hosts
-from pipeline.chaos.faults import Fault, flip_bit
+from pipeline.chaos.cluster_driver import ClusterDriver
+from pipeline.chaos.faults import Fault, flip_bit, stopped
 
 CUT_S = 60  # longer than Ray and the collectives wait for a machine that does not answer
 _ENDED = "ended"
@@ -21,7 +21,8 @@ fi
 
 # Routes to the other machines of the run lead nowhere for some time: packets vanish as on a cut
 # link. The shared file system and the caller still reach the machine, and what heals the link is
-# on its way before the link is cut: nothing stays cut if this script or the caller is killed.
+# on its way before the link is cut: nothing stays cut if this script or the caller is killed. Two
+# names may be one address, and the route of an earlier fault may still be there.
 _CUT = """
 addresses=
 for peer in {peers}; do
@@ -31,7 +32,7 @@ done
 heal="sleep {seconds}"
 for address in $addresses; do heal="$heal; ip route del blackhole $address"; done
 setsid sh -c "$heal" </dev/null >/dev/null 2>&1 &
-for address in $addresses; do ip route add blackhole "$address" || exit 1; done
+for address in $addresses; do ip route replace blackhole "$address" || exit 1; done
 """
 
 
@@ -50,7 +51,7 @@ def _signal_rank(driver: ClusterDriver, signal: str, verb: str, choices: random.
     ranks = driver.ranks()
     if not ranks:
         return ""
-    rank: Rank = choices.choice(ranks)
+    rank = choices.choice(ranks)
     script = _SIGNAL.format(pid=rank.pid, signal=signal, ended=_ENDED)
     if _ENDED in driver.on_machine(rank.host, script):
         return ""
@@ -58,10 +59,10 @@ def _signal_rank(driver: ClusterDriver, signal: str, verb: str, choices: random.
 
 
 def _cut_link(driver: ClusterDriver, choices: random.Random) -> str:
-    machines = hosts(driver.ranks())
+    names = [rank.host for rank in driver.ranks()]
     # Ranks that only lose each other would look for a fault of theirs; a lost machine loses Ray.
-    if driver.head:
-        machines = list(dict.fromkeys([*machines, driver.head]))
+    names += [driver.head] if driver.head else []
+    machines = list(dict.fromkeys(names))
     if len(machines) < 2:
         return ""
     victim = choices.choice(machines)
@@ -71,4 +72,4 @@ def _cut_link(driver: ClusterDriver, choices: random.Random) -> str:
 
 
 def _stop(driver: ClusterDriver, choices: random.Random) -> str:
-    return f"stopped the run: exit code {driver.stop()}"
+    return stopped(driver.stop())

@@ -30,7 +30,7 @@ def flip_bit(driver: Driver) -> Fault:
     def flip(choices: random.Random) -> str:
         code = driver.stop()
         if code != Interrupted.exit_code:
-            return _stopped(code)
+            return stopped(code)
         for stage in reversed(driver.stages):
             checkpoints = list_checkpoints(driver.run_dir.checkpoints(stage))
             if len(checkpoints) < 2:
@@ -40,12 +40,13 @@ def flip_bit(driver: Driver) -> Fault:
             path = choices.choice(sorted(path for path in newest.iterdir() if path.is_file()))
             flip_a_bit(path, choices)
             return f"flipped a bit of {path.name} in the newest checkpoint of {stage}"
-        return _stopped(code)
+        return stopped(code)
 
     return Fault(name="flip bit", apply=flip)
 
 
-def _stopped(code: int) -> str:
+def stopped(code: int) -> str:
+    """What a fault says that has only stopped the run."""
     return f"asked the run to stop: exit code {code}"
 
 

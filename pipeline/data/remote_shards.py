@@ -79,7 +79,7 @@ class RemoteShards:
         # the `ast` module, which fails at random when threads of CPython 3.11 use it at once.
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
             maps = list(pool.map(self._map_index, shards))
-        indexes = [self._parse_index(*pair) for pair in zip(shards, maps, strict=True)]
+        indexes = list(map(self._parse_index, shards, maps))
         # If all shards fit, download them once and for all. Otherwise only `prefetch` knows which
         # ones are needed soon; any others would push those out of the cache.
         if sum(shard.bytes for shard in shards) <= self._cache.max_bytes:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.cluster.fabric import Fabric
 from tests.cluster.image_build import BuiltImage, built_image
+from tests.cluster.slurm_machines import SlurmMachines, install
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,15 @@ def fabric(shared_folder: Path) -> Iterator[Fabric]:
     """A network without machines: ``fabric.up("n1")`` starts one."""
     with Fabric(shared=[shared_folder]) as fabric:
         yield fabric
+
+
+@pytest.fixture(scope="module")
+def slurm(fabric: Fabric, shared_folder: Path) -> SlurmMachines:
+    """A Slurm of three machines, n1 to n3, and a user on n4."""
+    install()
+    slurm = SlurmMachines(fabric=fabric, folder=shared_folder)
+    slurm.up()
+    return slurm
 
 
 @pytest.fixture(scope="module")

@@ -7,25 +7,14 @@ import shlex
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.cluster.fabric import Fabric
 from tests.cluster.ray_runs import PreparedJob
-from tests.cluster.slurm_machines import SlurmMachines, install
+from tests.cluster.slurm_machines import SlurmMachines
 from tests.cluster.slurm_runs import CLUSTER, wait_for_nothing_left
 from tests.cluster.ssh import start_ssh
 from tests.prepare.source_folders import class_tars
 
 SEED = "4"  # the first fault cuts a link
 LIMIT_S = 900.0
-
-
-@pytest.fixture(scope="module")
-def slurm(fabric: Fabric, shared_folder: Path) -> SlurmMachines:
-    install()
-    slurm = SlurmMachines(fabric=fabric, folder=shared_folder)
-    slurm.up()
-    return slurm
 
 
 def test_a_run_on_a_cluster_survives_a_cut_link_with_equal_results(

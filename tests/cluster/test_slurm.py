@@ -19,22 +19,13 @@ from pipeline.cluster.slurm_script import REQUEUES
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from tests.cluster.exposure import beyond_loopback, places_of
-from tests.cluster.fabric import Fabric
 from tests.cluster.processes import wait_until
 from tests.cluster.ray_runs import PreparedJob
-from tests.cluster.slurm_machines import SlurmMachines, install
+from tests.cluster.slurm_machines import SlurmMachines
 from tests.cluster.slurm_runs import SlurmRun, Submitter, wait_for_nothing_left
 
 Record = Callable[[str, object], None]  # pytest's record_property: a column of the table
 WARNING_S = 90  # grace (30) and a minute: when the script is warned of the time limit
-
-
-@pytest.fixture(scope="module")
-def slurm(fabric: Fabric, shared_folder: Path) -> SlurmMachines:
-    install()
-    slurm = SlurmMachines(fabric=fabric, folder=shared_folder)
-    slurm.up()
-    return slurm
 
 
 @pytest.fixture(scope="module")
