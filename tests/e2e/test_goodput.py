@@ -46,9 +46,12 @@ def test_the_parts_of_a_run_with_five_kills_sum_to_its_time(tmp_path: Path) -> N
         os.kill(ranks[-1], signal.SIGKILL)
         reached = last_step(tmp_path)
     code, out = finish(process, 400)
-    wall = time.time() - began
     assert code == 0, out
-    record = json.loads((tmp_path / "runs/small/run.json").read_text())
+    run_json = tmp_path / "runs/small/run.json"
+    record = json.loads(run_json.read_text())
+    # The record's last line is written before the interpreter ends, which takes a busy machine a
+    # second or two.
+    wall = run_json.stat().st_mtime - began
     seconds = record["seconds"]
     assert record["restarts"] == KILLS
     assert sum(seconds.values()) == pytest.approx(wall, rel=0.01, abs=0.3)
