@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -92,6 +93,23 @@ def _import_deepspeed(dist_env: DistEnv, device: torch.device) -> ModuleType:
     return module
 
 
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without torch's compilers.
+
+    DeepSpeed asks of every optimizer whether it is Muon, and therefore imports it. The import wraps
+    Muon's functions by torch.compile, which imports torch's compilers: a quarter of the time that a
+    process takes to its first step. None of these functions is ever called here.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_of_deepspeed = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_of_deepspeed
+
+
 def deepspeed_config(
     config: TrainConfig,
     *,
@@ -168,6 +186,7 @@ def make_engine(
     The initial weights depend on ``seed`` only, so they are the same on every rank.
     """
     deepspeed = _import_deepspeed(dist_env, device)
+    _import_muon_uncompiled()
     if (
         config.precision == "fp16"
         and not deepspeed.accelerator.get_accelerator().is_fp16_supported()

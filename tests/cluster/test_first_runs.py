@@ -6,6 +6,7 @@ processes use one, so that it computes with as many threads as each of the two p
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import re
 import secrets
@@ -71,6 +72,8 @@ def check_out(folder: Path) -> Path:
         text, count = re.subn(rf"(?m)^( *{key}: )\d+", rf"\g<1>{value}", text)
         assert count, name
         (checkout / name).write_text(text)
+    # Processes on the machines leave no compiled files behind for the next ones.
+    assert compileall.compile_dir(checkout / "pipeline", quiet=1)
     return checkout
 
 
@@ -108,7 +111,7 @@ class Reader:
             process = machine.popen(
                 *("env", "-C", self.checkout, *before),
                 *self.words(command),
-                environment=in_environment(self.environment),
+                environment=in_environment(self.checkout, self.environment),
                 output=file,
             )
         return Command(process=process, output_file=output, on_machine=True, limit_s=QUICKSTART_S)
@@ -123,9 +126,14 @@ def output_of(command: Command, code: int = 0) -> str:
     return command.output
 
 
-def in_environment(added: Mapping[str, str]) -> dict[str, str]:
-    """The environment that launch.sh uses as it is: that of the tests."""
-    return {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **added}
+def in_environment(checkout: Path, added: Mapping[str, str]) -> dict[str, str]:
+    """The environment that launch.sh uses as it is: that of the tests.
+
+    What a machine has compiled, the others find in a shared folder: it takes a minute.
+    """
+    compiled = str(checkout.with_name("compiled"))
+    shared = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": compiled}
+    return {"VIRTUAL_ENV": sys.prefix, **shared, **added}
 
 
 def exported(run: Path) -> dict[str, str]:
@@ -152,7 +160,7 @@ def on_one_machine(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         [*command, *(word for setting in settings for word in ("--set", setting))],
         check=True,
         cwd=checkout,
-        env=environment_of_machine(in_environment({})),
+        env=environment_of_machine(in_environment(checkout, {})),
     )
     return exported(run)
 
@@ -270,7 +278,7 @@ def typed_here(reader: Reader, command: list[str]) -> str:
     done = subprocess.run(
         reader.words(command),
         cwd=reader.checkout,
-        env=environment_of_machine(in_environment(reader.environment)),
+        env=environment_of_machine(in_environment(reader.checkout, reader.environment)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -28,6 +28,7 @@ from tests.prepare.source_folders import write_tar
 
 PRETRAIN = ("--stage", "pretrain")
 FIRST_STEPS = 10
+GROUPS = 10
 
 
 class Recorder(Protocol):
@@ -229,17 +230,17 @@ def test_machines_that_cannot_share_the_batch_are_idle(
     record_property("machines used", run.machines)
 
 
-def test_ranks_are_numbered_by_machine_in_twenty_groups(
+def test_ranks_are_numbered_by_machine_in_every_group(
     two_machines: RaySite, shared_folder: Path, record_property: Recorder
 ) -> None:
     site = two_machines
     variables = {**site.ray.environment, "PIPELINE_RAY_ADDRESS": site.ray.gcs}
-    command = [sys.executable, "-m", "tests.cluster.form_groups"]
-    done = site.fabric["n1"].run(*command, shared_folder, "20", environment=variables, timeout=600)
+    command = [sys.executable, "-m", "tests.cluster.form_groups", shared_folder, str(GROUPS)]
+    done = site.fabric["n1"].run(*command, environment=variables, timeout=600)
     line = "ranks 0-1 on n1 (10.77.0.1), ranks 2-3 on n2 (10.77.0.2); local 0 1 0 1"
     groups = Counter(done.stdout.splitlines())
     record_property("groups", groups[line])
-    assert groups == {line: 20}
+    assert groups == {line: GROUPS}
 
 
 def _prepared(run_dir: RunDir) -> dict[str, bytes]:

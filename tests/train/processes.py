@@ -23,7 +23,7 @@ _FORK_SERVER.set_forkserver_preload(
     [
         "deepspeed",
         "deepspeed.runtime.zero.stage3",
-        "deepspeed.runtime.zero.muon.original_muon",
+        "torch._dynamo",
         "torch.utils.tensorboard",
         "pipeline.train.trainer",
         "pipeline.evaluate.classify",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], We
     """One process, stored activations, ZeRO 1, fp32: report and weights after ten steps."""
     path = tmp_path_factory.mktemp("single")
     return train(path, 1, 1, activations="stored", steps=10), values(path)
+
+
+def compilers_after_a_step(options: Options) -> list[str]:
+    small_network.steps(options)
+    return [name for name in sys.modules if name == "torch._inductor.compile_fx"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_training_that_compiles_nothing_imports_no_compiler(stage: int, tmp_path: Path) -> None:
+    """A quarter of the time from the start of a process to its first step."""
+    options = Options(checkpoints=tmp_path / "checkpoints", stage=stage, steps=1)
+    assert processes.run(tmp_path, 1, compilers_after_a_step, options) == [[]]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
