@@ -123,7 +123,7 @@ def test_a_machine_without_ranks_may_die(
         ("raylet killed", 5, CHECKPOINT_STEPS),
         ("processes killed", 5, CHECKPOINT_STEPS),
         ("link cut", 20, CHECKPOINT_STEPS),
-        ("drained", 1, 0),
+        ("drained", 3, 0),
     ],
 )
 def test_a_lost_machine_costs_no_more_than_the_last_checkpoint(

@@ -119,7 +119,8 @@ def _warn_of_the_time_limit(slurm: SlurmMachines, run: SlurmRun) -> None:
 def test_time_limit_and_preemption_with_a_grace_cost_no_step(
     slurm: SlurmMachines, submitter: Submitter, weights: str, record_property: Record
 ) -> None:
-    run = submitter.start("limit")
+    # A machine that joins late, because others keep this one busy, would cost an attempt.
+    run = submitter.start("limit", wait=300)
     run.wait_for_step(8)
     _warn_of_the_time_limit(slurm, run)
     lost = [_resumed(run, 8, 2)]
