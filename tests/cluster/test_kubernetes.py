@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tests.cluster.api_server import NAMESPACE, Object
 from tests.cluster.fabric import environment_of_machine
 from tests.cluster.kuberay_stand_in import JOBS
 from tests.cluster.kubernetes_site import KubernetesSite, kubernetes_cluster
-from tests.cluster.processes import wait_until
+from tests.cluster.processes import held, wait_until
 from tests.cluster.ray_runs import CHECKPOINT_STEPS, PreparedJob
 
 pytestmark = pytest.mark.shared  # KubeRay's definition
@@ -171,6 +172,12 @@ def nothing_is_left(site: KubernetesSite) -> Iterator[None]:
     wait_until(lambda: not site.operator.kubelet.running, "no machine of a pod", END_S, poll_s=0.5)
 
 
+def _ranks(site: KubernetesSite) -> list[int]:
+    """The training processes in all pods, by their IDs on the host."""
+    pods = list(site.operator.kubelet.running.values())
+    return [pid for pod in pods for pid in pod.machine.pids("ray::Worker")]
+
+
 def test_a_stopped_run_is_suspended_within_the_grace_and_loses_no_step(
     user: User, weights: str, record_property: Record
 ) -> None:
@@ -179,7 +186,12 @@ def test_a_stopped_run_is_suspended_within_the_grace_and_loses_no_step(
     run.wait_for_step(CHECKPOINT_STEPS + 2)
     record_property("seconds to the first steps", round(time.monotonic() - began))
     asked = time.monotonic()
-    done = user.call("stop", run.run_dir.path)
+    with ThreadPoolExecutor() as commands:
+        # The small job could end before the command has started.
+        with held(_ranks(user.site)):
+            stop = commands.submit(user.call, "stop", run.run_dir.path)
+            wait_until(lambda: user.site.job(run.name)["spec"]["suspend"], "the stop", END_S, 0.3)
+        done = stop.result()
     took = time.monotonic() - asked
     assert done.returncode == 0, done.stdout + done.stderr
     assert user.site.deployment(run.name) == "Suspended"

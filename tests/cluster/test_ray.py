@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.layout import RunDir
 from tests.cluster.fabric import Fabric, FabricMachine, environment_of_machine
-from tests.cluster.processes import wait_until
+from tests.cluster.processes import held, wait_until
 from tests.cluster.ray_runs import CHECKPOINT_STEPS, CLUSTER, ClusterRun
 from tests.cluster.ray_site import RaySite
 from tests.e2e.test_preparation_killed import JOB as PREPARATION
@@ -170,13 +170,8 @@ def test_a_run_continues_on_what_is_left_and_grows_back(
     run.wait_for_output(r"\nrank 0 on n1 \(10\.77\.0\.1\)\n")
     wait_until(lambda: len(run.losses(1)) >= FIRST_STEPS, "steps of one process", 60)
     # The small job would be done before the machine has booted.
-    ranks = site.fabric["n1"].pids("ray::Worker")
-    assert ranks
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    site.repair("n3")
-    for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
+    with held(site.fabric["n1"].pids("ray::Worker")):
+        site.repair("n3")
     output = run.finish()
     first = ClusterRun(run_dir=reference, process=run.process).losses(0)
     alone = run.losses(1)

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +18,14 @@ from pipeline.cluster.slurm_script import REQUEUES
 from pipeline.files import file_digest
 from pipeline.layout import RunDir
 from tests.cluster.exposure import beyond_loopback, places_of
-from tests.cluster.processes import wait_until
+from tests.cluster.processes import held, wait_until
 from tests.cluster.ray_runs import PreparedJob
 from tests.cluster.slurm_machines import SlurmMachines
 from tests.cluster.slurm_runs import SlurmRun, Submitter, wait_for_nothing_left
 
 Record = Callable[[str, object], None]  # pytest's record_property: a column of the table
 WARNING_S = 90  # grace (30) and a minute: when the script is warned of the time limit
+STOPPING = "stopping after the current step"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,13 @@ def _no_secret_is_shown(slurm: SlurmMachines, run: SlurmRun) -> None:
     assert "8265" not in ports, "a dashboard"
 
 
+def _ranks(slurm: SlurmMachines) -> list[int]:
+    """The training processes of a run on two machines, by their IDs on the host."""
+    ranks = [pid for name in ("n1", "n2") for pid in slurm.fabric[name].pids("ray::Worker")]
+    assert len(ranks) == 2
+    return ranks
+
+
 def _warn_of_the_time_limit(slurm: SlurmMachines, run: SlurmRun) -> None:
     """Shorten the limit so that the warning is due, and hold the ranks until it has come.
 
@@ -106,14 +113,9 @@ def _warn_of_the_time_limit(slurm: SlurmMachines, run: SlurmRun) -> None:
     """
     hours, minutes, seconds = map(int, run.info["RunTime"].split(":"))
     limit = (hours * 3600 + minutes * 60 + seconds + WARNING_S) // 60 + 1
-    ranks = [pid for name in ("n1", "n2") for pid in slurm.fabric[name].pids("ray::Worker")]
-    assert len(ranks) == 2
-    for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)
-    slurm.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={limit}")
-    run.wait_for(lambda: "stopping after the current step" in run.log, "the warning", 180)
-    for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
+    with held(_ranks(slurm)):
+        slurm.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={limit}")
+        run.wait_for(lambda: STOPPING in run.log, "the warning", 180)
 
 
 def test_time_limit_and_preemption_with_a_grace_cost_no_step(
@@ -164,12 +166,15 @@ def test_stop_and_scancel_end_the_run_and_the_same_command_resumes_it(
     first = submitter.start("ended")
     first.wait_for_step(8)
     at = first.step
-    stop = slurm.login.run(
-        *("python", "-m", "pipeline", "stop", first.run_dir.path),
-        environment=slurm.environment,
-        timeout=180,
-    )
-    assert "stopped" in stop.stdout
+    with held(_ranks(slurm)):  # while the command starts
+        stop = slurm.login.popen(
+            *("python", "-m", "pipeline", "stop", first.run_dir.path),
+            environment=slurm.environment,
+            output=subprocess.PIPE,
+        )
+        first.wait_for(lambda: STOPPING in first.log, "the stop")
+    output, _ = stop.communicate(timeout=180)
+    assert "stopped" in output
     assert first.state == "FAILED"
     assert first.info["ExitCode"] == "75:0"
     wait_for_nothing_left(slurm)

@@ -13,7 +13,15 @@ import yaml
 
 from pipeline.errors import Detached, Interrupted, StageError
 from tests.cluster.processes import wait_until
-from tests.cluster.sites import END_S, Site, kubernetes_site, local_site, ray_site, slurm_site
+from tests.cluster.sites import (
+    END_S,
+    Command,
+    Site,
+    kubernetes_site,
+    local_site,
+    ray_site,
+    slurm_site,
+)
 
 KINDS = ("local", "ray", "slurm", "kubernetes")
 CLUSTERS = {"ray": ray_site, "slurm": slurm_site, "kubernetes": kubernetes_site}
@@ -54,9 +62,9 @@ def test_a_run_is_followed_stopped_resumed_and_found_done(site: Site) -> None:
     assert "the run is not under way" in output
     # 2. The first command resumes it. The list knows it, and its messages can be followed.
     second = site.start("run", "job.yaml", *site.options)
+    _try_a_second_time(site, second)
     second.wait_for("resuming from step")
     followed = site.start("logs", "small", "-f")
-    _try_a_second_time(site)
     line = line_of(site, "small")
     assert re.match(r"small running (pretrain step \d+/540|export) ", line), line
     if site.kind != "local":
@@ -117,23 +125,27 @@ def _curves_are_served(site: Site) -> None:
     served.end()
 
 
-def _try_a_second_time(site: Site) -> None:
+def _try_a_second_time(site: Site, first: Command) -> None:
     """The same command while the run is under way: never two jobs on one run."""
     if site.kind == "local":
+        first.wait_for("resuming from step")
         code, output = site.run()
         assert code == 2
         assert "is working on this run" in output
         return
+    # Early, since the small job has other commands to answer before it ends.
+    first.wait_for("submitted: job ")
+    code, output = site.run("-d")
+    assert code == 0
+    assert "already under way: job " in output
     attached = site.start("run", "job.yaml", *site.options)
     attached.wait_for("already under way: job ")
-    attached.wait_for("resuming from step")
+    # A job that runs already is shown from its last lines on.
+    attached.wait_for_match(r"resuming from step|checkpoint at step \d+ written")
     attached.interrupt()
     assert attached.end() == Detached.exit_code
     assert "which continues" in attached.output
     assert "pipeline logs small -f; to stop it: pipeline stop small" in attached.output
-    code, output = site.run("-d")
-    assert code == 0
-    assert "already under way" in output
 
 
 def test_a_job_that_fails_has_its_own_exit_code(site: Site) -> None:
