@@ -49,12 +49,6 @@ def clean_machines(slurm: SlurmMachines) -> Iterator[None]:
     wait_for_nothing_left(slurm)
 
 
-def _preempt(slurm: SlurmMachines) -> None:
-    """Submit a short job, of a higher partition, that needs all machines."""
-    options = ["--partition=urgent", "--nodes=3", "--cpus-per-task=2", "--output=/dev/null"]
-    slurm.run("sbatch", *options, "--wrap", "true")
-
-
 def _resumed(run: SlurmRun, at: int, groups: int) -> int:
     """Wait for the group of that number to compute a step; returns the steps that were lost.
 
@@ -106,6 +100,23 @@ def _ranks(slurm: SlurmMachines) -> list[int]:
     return ranks
 
 
+def _preempt(slurm: SlurmMachines, run: SlurmRun) -> None:
+    """Submit a job, of a higher partition, that needs all machines; hold the ranks until it acts.
+
+    Slurm takes seconds to decide, in which the small job could end.
+    """
+    attempts, begin = run.attempts, len(run.log)
+
+    def acts() -> bool:
+        news = run.log[begin:]
+        return STOPPING in news or "is leaving" in news or run.attempts > attempts
+
+    options = ["--partition=urgent", "--nodes=3", "--cpus-per-task=2", "--output=/dev/null"]
+    with held(_ranks(slurm)):
+        slurm.run("sbatch", *options, "--wrap", "true")
+        run.wait_for(acts, "the preemption")
+
+
 def _warn_of_the_time_limit(slurm: SlurmMachines, run: SlurmRun) -> None:
     """Shorten the limit so that the warning is due, and hold the ranks until it has come.
 
@@ -116,6 +127,8 @@ def _warn_of_the_time_limit(slurm: SlurmMachines, run: SlurmRun) -> None:
     with held(_ranks(slurm)):
         slurm.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={limit}")
         run.wait_for(lambda: STOPPING in run.log, "the warning", 180)
+        # At once: the next attempt would be warned too, before its first step on a busy machine.
+        slurm.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=60")
 
 
 def test_time_limit_and_preemption_with_a_grace_cost_no_step(
@@ -126,10 +139,8 @@ def test_time_limit_and_preemption_with_a_grace_cost_no_step(
     run.wait_for_step(8)
     _warn_of_the_time_limit(slurm, run)
     lost = [_resumed(run, 8, 2)]
-    slurm.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=60")
-
     at = run.step
-    _preempt(slurm)
+    _preempt(slurm, run)
     lost.append(_resumed(run, at, 3))
     run.finish("COMPLETED")
     assert run.attempts == 3
@@ -145,7 +156,7 @@ def test_preemption_without_a_grace_and_a_killed_machine(
     run = submitter.start("abrupt", partition="abrupt")
     run.wait_for_step(8)
     at = run.step
-    _preempt(slurm)
+    _preempt(slurm, run)
     lost = _resumed(run, at, 2)
     assert lost == 0
 
