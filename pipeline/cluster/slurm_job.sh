@@ -60,6 +60,8 @@ rm -rf /tmp/revcol-"$SLURM_JOB_ID".*  # of an attempt that was killed
 
 cpus=$((SLURM_CPUS_ON_NODE > devices ? SLURM_CPUS_ON_NODE : devices))
 node=(--directory "$work" --grace "$grace" --cpus "$cpus")
+logged=0  # lines of earlier attempts
+[[ ! -r $machines_log ]] || logged=$(wc -l <"$machines_log")
 "${here[@]}" "${pipeline[@]}" node head --no-dashboard "${node[@]}" >>"$machines_log" 2>&1 &
 head=$!
 until [[ -s $work/address.json ]]; do
@@ -95,6 +97,9 @@ if [[ -z ${driver_status:-} ]]; then
     [[ -z ${stopping:-} ]] || ask_driver
     await "$driver"
     driver_status=$?
+    # Why a machine has not joined, or was lost: the driver cannot know what Slurm says about it.
+    ((driver_status == 0)) ||
+        tail -n "+$((logged + 1))" "$machines_log" | grep '^srun: error: ' | tail -n 5
 fi
 clean_up
 if ((driver_status == 75)) && may_requeue; then

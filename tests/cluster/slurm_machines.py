@@ -17,13 +17,15 @@ CPUS = 2  # per machine, whatever the host has
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 # Every site differs; these are the defaults where nothing is tested about them. The partition
 # "urgent" preempts the other two: "normal" with a grace of 40 s, "abrupt" with Slurm's default, 0.
+# A requeued job waits for `cred_expire`, 120 s by default; within it, a busy machine must start what
+# srun asks for.
 _CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost=n4({controller})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=/tmp/munge/socket,cred_expire=5
+AuthInfo=socket=/tmp/munge/socket,cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir=/tmp/slurmd
 SlurmctldPidFile=/tmp/slurmctld.pid

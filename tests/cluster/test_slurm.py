@@ -105,7 +105,8 @@ def _preempt(slurm: SlurmMachines, run: SlurmRun) -> None:
 
     Slurm takes seconds to decide, in which the small job could end.
     """
-    attempts, begin = run.attempts, len(run.log)
+    attempts = run.attempts
+    begin = len(run.log)
 
     def acts() -> bool:
         news = run.log[begin:]
@@ -134,8 +135,7 @@ def _warn_of_the_time_limit(slurm: SlurmMachines, run: SlurmRun) -> None:
 def test_time_limit_and_preemption_with_a_grace_cost_no_step(
     slurm: SlurmMachines, submitter: Submitter, weights: str, record_property: Record
 ) -> None:
-    # A machine that joins late, because others keep this one busy, would cost an attempt.
-    run = submitter.start("limit", wait=300)
+    run = submitter.start("limit")
     run.wait_for_step(8)
     _warn_of_the_time_limit(slurm, run)
     lost = [_resumed(run, 8, 2)]
@@ -225,8 +225,7 @@ def test_a_machine_less_is_enough(
 
 
 def test_a_failing_job_ends_with_its_cause(submitter: Submitter) -> None:
-    # A machine that joins late, because others keep this one busy, would cost an attempt.
-    run = submitter.start("failing", wait=300)
+    run = submitter.start("failing")
     # The first checkpoint, at step 6, cannot be written.
     run.run_dir.checkpoints("pretrain").parent.mkdir(exist_ok=True)
     run.run_dir.checkpoints("pretrain").write_text("a file, not a folder")
@@ -248,6 +247,7 @@ def test_without_progress_it_is_not_requeued_for_ever(
     assert run.info["ExitCode"] == "75:0"
     assert run.attempts == REQUEUES + 1
     assert "missing: n2" in run.log
+    assert run.log.count("srun: error: n2: task 0: Exited with exit code 1") == run.attempts
     assert f"not requeued: {REQUEUES} attempts in a row without a new checkpoint" in run.log
 
 
