@@ -17,8 +17,8 @@ CPUS = 2  # per machine, whatever the host has
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 # Every site differs; these are the defaults where nothing is tested about them. The partition
 # "urgent" preempts the other two: "normal" with a grace of 40 s, "abrupt" with Slurm's default, 0.
-# A requeued job waits for `cred_expire`, 120 s by default; within it, a busy machine must start what
-# srun asks for.
+# A requeued job waits for `cred_expire`, 120 s by default; within it, a busy machine must start the
+# step that srun asks for.
 _CONFIGURATION = """
 ClusterName=tests
 SlurmctldHost=n4({controller})
