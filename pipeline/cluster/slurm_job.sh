@@ -60,8 +60,6 @@ rm -rf /tmp/revcol-"$SLURM_JOB_ID".*  # of an attempt that was killed
 
 cpus=$((SLURM_CPUS_ON_NODE > devices ? SLURM_CPUS_ON_NODE : devices))
 node=(--directory "$work" --grace "$grace" --cpus "$cpus")
-logged=0  # lines of earlier attempts
-[[ ! -r $machines_log ]] || logged=$(wc -l <"$machines_log")
 "${here[@]}" "${pipeline[@]}" node head --no-dashboard "${node[@]}" >>"$machines_log" 2>&1 &
 head=$!
 until [[ -s $work/address.json ]]; do
@@ -80,6 +78,7 @@ if [[ -z ${driver_status:-} ]]; then
     export PIPELINE_RAY_ADDRESS="$gcs"
     PIPELINE_MACHINES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
     export PIPELINE_MACHINES
+    logged=$(wc -l <"$machines_log")  # lines before srun, those of earlier attempts too
     if ((SLURM_JOB_NUM_NODES > 1)); then
         count=$((SLURM_JOB_NUM_NODES - 1))
         export -f set_up
